@@ -1,0 +1,34 @@
+"""tokenprune: one call on a stock Hugging Face multimodal model, and it answers with a fraction of the visual tokens."""
+
+from __future__ import annotations
+
+from tokenprune.api import is_wrapped, override, pruned, report, unwrap, wrap
+from tokenprune.budget import Cut
+from tokenprune.errors import (
+    BudgetError,
+    ConfigError,
+    NothingPrunedWarning,
+    TokenPruneError,
+    UnsupportedModelError,
+    UnsupportedModeError,
+)
+from tokenprune.report import Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BudgetError",
+    "ConfigError",
+    "Cut",
+    "NothingPrunedWarning",
+    "Report",
+    "TokenPruneError",
+    "UnsupportedModeError",
+    "UnsupportedModelError",
+    "is_wrapped",
+    "override",
+    "pruned",
+    "report",
+    "unwrap",
+    "wrap",
+]

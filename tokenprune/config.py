@@ -1,0 +1,147 @@
+"""The checked form of `wrap`'s arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from tokenprune.budget import BudgetMeaning, Cut, Keep, average_floor, check_keep
+from tokenprune.errors import BudgetError, ConfigError
+from tokenprune.methods import Method, NoPruning, make_method
+from tokenprune.models.base import Family
+
+Positions = Literal["keep", "compact"]
+# keep_lists[cut][row][image] = kept raster indices
+KeepLists = Sequence[Sequence[Sequence[Any]]]
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """What a wrapped model does at each call.
+
+    Attributes:
+        method: the pruning method.
+        cuts: where to prune, ascending; empty for `none`.
+        keep: the overall budget, or None when every cut says its own.
+        budget: meaning of `keep`.
+        positions: "keep" (original position ids) or "compact".
+        strict: raise instead of warning when nothing was pruned.
+        keep_lists: forced keep lists, or None.
+        layer_reason: where the cut's layer came from, for the report.
+    """
+
+    method: Method
+    cuts: tuple[Cut, ...]
+    keep: Keep | None
+    budget: BudgetMeaning
+    positions: Positions
+    strict: bool
+    keep_lists: KeepLists | None
+    layer_reason: str
+
+
+def make_config(
+    model: nn.Module,
+    family: Family,
+    *,
+    method: str | Method = "entropyprune",
+    keep: Keep | None = None,
+    layer: int | None = None,
+    cuts: Sequence[Cut | tuple[int, Keep | None]] | None = None,
+    budget: BudgetMeaning = "average",
+    positions: Positions = "keep",
+    strict: bool = False,
+    keep_lists: KeepLists | None = None,
+    **parameters: Any,
+) -> PruneConfig:
+    """Check every argument of `wrap` against the model, before anything is touched.
+
+    Raises:
+        ConfigError: names the argument and what it may be.
+    """
+    num_layers = len(family.layers(model))
+    made = make_method(method, parameters)
+    if budget not in ("average", "after_cut"):
+        raise ConfigError(f"budget must be 'average' or 'after_cut', not {budget!r}")
+    if positions not in ("keep", "compact"):
+        raise ConfigError(f"positions must be 'keep' or 'compact', not {positions!r}")
+    if not isinstance(strict, bool):
+        raise ConfigError(f"strict must be True or False, not {strict!r}")
+    if isinstance(made, NoPruning):
+        if keep is not None or cuts is not None or keep_lists is not None:
+            raise ConfigError("method 'none' keeps everything: leave keep, cuts and keep_lists out")
+        return PruneConfig(made, (), None, budget, "keep", strict, None, "nothing is cut")
+    if keep is not None:
+        keep = check_keep(keep)
+    if cuts is not None:
+        if layer is not None:
+            raise ConfigError("pass layer or cuts, not both")
+        checked, reason = _check_cuts(cuts), "given"
+    else:
+        layer, reason = _default_layer(family, num_layers, made) if layer is None else (layer, "given")
+        checked = (Cut(layer),)
+    for cut in checked:
+        _check_layer(cut.layer, num_layers, made)
+    if keep_lists is not None:
+        if len(keep_lists) != len(checked):
+            raise ConfigError(f"keep_lists has {len(keep_lists)} cuts, but the model is cut {len(checked)} times")
+    elif checked[-1].keep is None:
+        if keep is None:
+            raise ConfigError("say how much to keep, for example keep=0.25 (a fraction) or keep=144 (tokens)")
+        _check_average(keep, checked, num_layers, budget)
+    elif keep is not None:
+        raise ConfigError("every cut says its own keep; leave the overall keep out, or the last cut's")
+    if positions == "compact" and (family.mrope or any(cut.layer for cut in checked)):
+        raise ConfigError(
+            f"positions='compact' is offered for cuts before the LLM (layer=0) of models with one position per token; "
+            f"here the cuts are at {', '.join(str(c.layer) for c in checked)} of a {family.name} model: use 'keep'"
+        )
+    return PruneConfig(made, checked, keep, budget, positions, strict, keep_lists, reason)
+
+
+def _check_cuts(cuts: Sequence[Cut | tuple[int, Keep | None]]) -> tuple[Cut, ...]:
+    checked = tuple(c if isinstance(c, Cut) else Cut(*c) for c in cuts)
+    if not checked:
+        raise ConfigError("cuts is empty; give at least one (layer, keep)")
+    for cut in checked[:-1]:
+        if cut.keep is None:
+            raise ConfigError(f"the cut at layer {cut.layer} needs a keep; only the last cut is solved from the budget")
+    for cut in checked:
+        if cut.keep is not None:
+            check_keep(cut.keep, f"keep of the cut at layer {cut.layer}")
+    if any(b.layer <= a.layer for a, b in zip(checked, checked[1:], strict=False)):
+        raise ConfigError("cuts must be in ascending order of layer, one per layer")
+    return checked
+
+
+def _check_layer(layer: object, num_layers: int, method: Method) -> None:
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise ConfigError(f"layer must be an int from {method.min_layer} to {num_layers - 1}, not {layer!r}")
+    if not method.min_layer <= layer < num_layers:
+        why = ": it scores states of the layer before the cut" if layer == 0 else ""
+        raise ConfigError(
+            f"method {method.name!r} can cut this model at layers {method.min_layer} to {num_layers - 1}, not {layer}{why}"
+        )
+
+
+def _default_layer(family: Family, num_layers: int, method: Method) -> tuple[int, str]:
+    published = family.published_layer
+    if published is not None and published < num_layers:
+        return published, f"published for {family.name}"
+    return max(1, round(num_layers / 16)), "L / 16"
+
+
+def _check_average(keep: Keep, cuts: tuple[Cut, ...], num_layers: int, budget: BudgetMeaning) -> None:
+    """A fraction no image size can reach is refused now; the rest is known once the image is."""
+    if budget != "average" or isinstance(keep, int) or len(cuts) > 1:
+        return
+    layer = cuts[0].layer
+    if layer and keep <= layer / num_layers:
+        low = average_floor(layer, num_layers, 10**9)
+        raise BudgetError(
+            f"an average of {keep:.1%} cannot be reached by a cut at layer {layer} of {num_layers}: the reachable range "
+            f"starts above {low:.1%}; cut earlier, keep more, or use budget='after_cut'"
+        )

@@ -1,0 +1,27 @@
+"""Everything tokenprune raises or warns with. Each message is one line that says what to do."""
+
+from __future__ import annotations
+
+
+class TokenPruneError(Exception):
+    """Base of all errors of this library; catching it catches every refusal."""
+
+
+class ConfigError(TokenPruneError, ValueError):
+    """An argument of `wrap` / `override` is unknown, of the wrong type, or out of range."""
+
+
+class BudgetError(ConfigError):
+    """The number of tokens to keep cannot be met; the message names the reachable range."""
+
+
+class UnsupportedModelError(TokenPruneError, TypeError):
+    """The model (or the installed transformers) is not one this library can prune."""
+
+
+class UnsupportedModeError(TokenPruneError, RuntimeError):
+    """This way of calling the model cannot be pruned exactly, so it is refused before anything changes."""
+
+
+class NothingPrunedWarning(UserWarning):
+    """The call had visual tokens and a budget below all of them, and yet nothing was pruned."""

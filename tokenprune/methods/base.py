@@ -1,0 +1,185 @@
+"""What a pruning method is: it declares what it needs, sees one image, and returns what to keep.
+
+A method knows nothing of batches, padding, caches, hooks or positions; the runtime turns its selections into
+shorter tensors.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import ConfigError
+
+State = Literal["query", "key", "value", "hidden"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Spatial layout of an image's visual tokens: `frames` x `height` x `width` in raster order."""
+
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        return self.frames * self.height * self.width
+
+
+@dataclass(frozen=True)
+class VisionAttention:
+    """Queries and keys of the vision layer whose output becomes the image's features, for one image.
+
+    Only the rows a method asks for are ever computed; an n x n map is not materialised.
+
+    Attributes:
+        query: (heads, m, head_dim), m = patches, plus one when the tower has a CLS token (it comes first).
+        key: (heads, m, head_dim).
+        scale: factor on the dot products.
+        has_cls: whether token 0 is a CLS token.
+    """
+
+    query: Tensor
+    key: Tensor
+    scale: float
+    has_cls: bool
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Attention probabilities of the given query tokens, (heads, len(index), m), float32."""
+        logits = self.query[:, index].float() @ self.key.float().transpose(1, 2)
+        return (logits * self.scale).softmax(-1)
+
+    def cls_row(self) -> Tensor:
+        """Attention from CLS to each patch, mean over heads, (n,).
+
+        Raises:
+            ConfigError: the tower has no CLS token.
+        """
+        if not self.has_cls:
+            raise ConfigError("this vision tower has no CLS token; use the received attention instead")
+        first = torch.zeros(1, dtype=torch.long, device=self.query.device)
+        return self.rows(first)[:, 0, 1:].mean(0)
+
+    def received(self, chunk: int = 256) -> Tensor:
+        """Mean attention each patch receives from all patches, (n,): c[j] = mean_i A[i, j], mean over heads."""
+        start = int(self.has_cls)
+        m = self.query.shape[1]
+        total = torch.zeros(m, dtype=torch.float32, device=self.query.device)
+        for low in range(start, m, chunk):
+            index = torch.arange(low, min(low + chunk, m), device=self.query.device)
+            total += self.rows(index).mean(0).sum(0)
+        return total[start:] / (m - start)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method wants to see at a cut entering layer K.
+
+    Attributes:
+        states: "query" / "key" (post-RoPE), "value": of layer K - 1; "hidden": the states entering layer K.
+        vision: a function from `VisionAttention` to n floats, evaluated inside the vision tower's hook; its result
+            is `ImageTokens.vision`.
+        digest: whether a seed made from the image's pixels and the prompt is wanted.
+    """
+
+    states: tuple[State, ...] = ()
+    vision: Callable[[VisionAttention], Tensor] | None = None
+    digest: bool = False
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """One image of one sample, as a method sees it.
+
+    Attributes:
+        n: visual tokens that remain at this cut.
+        raster: (n,) their raster indices among the image's original tokens, ascending.
+        grid: layout of the original tokens.
+        query, key, value: (n, heads, head_dim), see `Needs.states`; key and value have the KV heads.
+        hidden: (n, hidden_size).
+        num_heads: attention heads of the decoder.
+        vision: (n,) what `Needs.vision` returned for the remaining tokens.
+        digest: scalar int64 tensor, on the device.
+    """
+
+    n: int
+    raster: Tensor
+    grid: Grid
+    num_heads: int = 0
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    hidden: Tensor | None = None
+    vision: Tensor | None = None
+    digest: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What one image keeps at one cut. All indices count the image's tokens *at this cut* (0 .. n - 1).
+
+    Attributes:
+        keep: (k,) long, ascending.
+        merges: (m, 2) long pairs (source, slot), or None: the state of each slot named is replaced by the
+            weighted sum of its sources (the slot itself is one only if listed). Slots must be kept tokens.
+        weights: (m,) float weights of the pairs.
+    """
+
+    keep: Tensor
+    merges: Tensor | None = None
+    weights: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Base of all pruning methods. Parameters are dataclass fields, checked in `__post_init__`.
+
+    Class attributes:
+        name: what users type.
+        paper: citation, or "" for a control.
+        min_layer: the smallest layer the method can cut at (0 is before the LLM).
+        reads_text: whether a text token after the image can change what is kept.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str] = ""
+    min_layer: ClassVar[int] = 0
+    reads_text: ClassVar[bool] = False
+
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What `select` will find in its `ImageTokens`."""
+
+    @abstractmethod
+    def select(self, image: ImageTokens, k: int) -> Selection:
+        """Choose `k` of the image's `n` tokens, 1 <= k < n. Must not copy anything from the device to the host."""
+
+
+@dataclass(frozen=True)
+class ScoreMethod(Method):
+    """A method that keeps the k tokens of largest score; equal scores: the lower index wins."""
+
+    @abstractmethod
+    def score(self, image: ImageTokens) -> Tensor:
+        """(n,) importance of each token, larger is kept."""
+
+    def select(self, image: ImageTokens, k: int) -> Selection:
+        order = self.score(image).sort(descending=True, stable=True).indices
+        return Selection(order[:k].sort().values)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Marks a string parameter with the values it may take (used for validation and `tokenprune methods`)."""
+
+    values: tuple[str, ...] = field(default=())
+
+    def check(self, name: str, value: object) -> None:
+        if value not in self.values:
+            raise ConfigError(f"{name} must be one of {', '.join(self.values)}, not {value!r}")

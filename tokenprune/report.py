@@ -1,0 +1,199 @@
+"""What happened in a call: tokens in and kept, bytes, FLOPs, time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tokenprune.budget import average_kept
+from tokenprune.runtime.outcome import Outcome
+
+
+@dataclass(frozen=True)
+class ImageReport:
+    """One image of one row.
+
+    Attributes:
+        row, image: where it is.
+        kind: "image" or "video".
+        grid: frames, height, width of its tokens.
+        tokens: prunable visual tokens it came with.
+        kept: tokens left after each cut.
+        merged: tokens merged into others at each cut.
+        average: mean over decoder layers of its remaining tokens.
+    """
+
+    row: int
+    image: int
+    kind: str
+    grid: tuple[int, int, int]
+    tokens: int
+    kept: tuple[int, ...]
+    merged: tuple[int, ...]
+    average: float
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One decoder layer: sequence length in prefill, and bytes of its KV cache right after."""
+
+    length: int
+    kv_used: int
+    kv_allocated: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """The last prompt of a wrapped model.
+
+    Attributes:
+        method, parameters: what ran.
+        layers_cut: decoder layers the cuts enter (0 is before the LLM).
+        layer_reason: where that layer came from.
+        keep, budget: as asked.
+        images: per row and image.
+        layers: per decoder layer.
+        length: columns of the input.
+        flops, flops_unpruned: decoder prefill, all rows.
+        seconds_scoring, seconds_compacting: spent by the method and by shortening tensors.
+        pruned: whether any token was dropped.
+        index: (B, L') input column of each position of the output, -1 for filler; None when nothing was cut.
+    """
+
+    method: str
+    parameters: dict[str, Any]
+    layers_cut: tuple[int, ...]
+    layer_reason: str
+    keep: float | int | None
+    budget: str
+    images: tuple[ImageReport, ...]
+    layers: tuple[LayerReport, ...]
+    length: int
+    flops: int
+    flops_unpruned: int
+    seconds_scoring: float
+    seconds_compacting: float
+    pruned: bool
+    index: Tensor | None
+    _outcome: Outcome = dataclasses.field(repr=False, compare=False)
+
+    @property
+    def keep_lists(self) -> list[list[list[list[int]]]]:
+        """keep_lists[cut][row][image]: kept raster indices, in the form `wrap(keep_lists=...)` takes."""
+        return [
+            [[cut[r, i].tolist() for i in range(len(row))] for r, row in enumerate(self._outcome.rows)]
+            for cut in self._outcome.kept
+        ]
+
+    @property
+    def merges(self) -> list[dict[tuple[int, int], tuple[Tensor, Tensor]]]:
+        """merges[cut][(row, image)] = ((m, 2) pairs (source, slot) of raster indices, (m,) weights)."""
+        return self._outcome.merged
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens of all images."""
+        return sum(image.tokens for image in self.images)
+
+    @property
+    def kept(self) -> int:
+        """Visual tokens left after the last cut."""
+        return sum(image.kept[-1] if image.kept else image.tokens for image in self.images)
+
+    @property
+    def retention_average(self) -> float:
+        """Share of visual tokens kept, averaged over decoder layers (1.0 when there are none)."""
+        return sum(image.average for image in self.images) / self.tokens if self.tokens else 1.0
+
+    @property
+    def retention_after_cut(self) -> float:
+        """Share of visual tokens left after the last cut (1.0 when there are none)."""
+        return self.kept / self.tokens if self.tokens else 1.0
+
+    @property
+    def kv_used(self) -> int:
+        """Bytes of keys and values in use, all layers and rows."""
+        return sum(layer.kv_used for layer in self.layers)
+
+    @property
+    def kv_allocated(self) -> int:
+        """Bytes allocated for keys and values."""
+        return sum(layer.kv_allocated for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the tensors, ready for JSON."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("_outcome", "index")}
+        fields["images"] = [dataclasses.asdict(i) for i in self.images]
+        fields["layers"] = [dataclasses.asdict(layer) for layer in self.layers]
+        fields["retention_average"] = self.retention_average
+        fields["retention_after_cut"] = self.retention_after_cut
+        return fields
+
+    def to_json(self, **options: Any) -> str:
+        return json.dumps(self.to_dict(), **options)
+
+    def __str__(self) -> str:
+        if not self.images:
+            return "tokenprune: the last prompt had no visual tokens; nothing to prune"
+        where = ", ".join(f"before layer {k}" if k else "before the LLM" for k in self.layers_cut) or "nowhere"
+        lines = [
+            f"tokenprune: {self.method}, cut {where} ({self.layer_reason})",
+            f"  {'row':>3} {'image':>5} {'grid':>9} {'tokens':>7} {'kept':>12} {'merged':>7} {'average':>8}",
+        ]
+        for image in self.images:
+            grid = "x".join(str(n) for n in image.grid if n > 1 or len(image.grid) < 3) or "1"
+            kept = " > ".join(map(str, image.kept)) or str(image.tokens)
+            lines.append(
+                f"  {image.row:>3} {image.image:>5} {grid:>9} {image.tokens:>7} {kept:>12} {sum(image.merged):>7} "
+                f"{image.average:>8.1f}"
+            )
+        lines.append(
+            f"  visual tokens {self.retention_average:.1%} on average over layers, {self.retention_after_cut:.1%} after "
+            f"the last cut" + ("" if self.pruned else " (NOTHING WAS PRUNED)")
+        )
+        lines.append(
+            f"  sequence {self.length} -> {self.layers[-1].length if self.layers else self.length}, KV {self.kv_used:,} "
+            f"bytes used ({self.kv_allocated:,} allocated), prefill FLOPs x {self.flops / self.flops_unpruned:.3f}"
+        )
+        lines.append(
+            f"  scoring {self.seconds_scoring * 1e3:.2f} ms, compacting {self.seconds_compacting * 1e3:.2f} ms"
+        )
+        return "\n".join(lines)
+
+
+def make_report(outcome: Outcome) -> Report:
+    """Put the runtime's facts into readable form."""
+    config = outcome.config
+    num_layers = len(outcome.lengths)
+    images = []
+    for r, row in enumerate(outcome.rows):
+        for i, image in enumerate(row):
+            kept = tuple(counts[r, i] for counts in outcome.counts)
+            merged = tuple(len(cut[r, i][0]) if (r, i) in cut else 0 for cut in outcome.merged)
+            average = average_kept(image.n, num_layers, config.cuts, kept) if kept else float(image.n)
+            grid = (image.grid.frames, image.grid.height, image.grid.width)
+            images.append(ImageReport(r, i, image.kind, grid, image.n, kept, merged, average))
+    used = outcome.kv_used or [0] * num_layers
+    allocated = outcome.kv_allocated or [0] * num_layers
+    return Report(
+        method=config.method.name,
+        parameters=dataclasses.asdict(config.method),
+        layers_cut=tuple(cut.layer for cut in config.cuts),
+        layer_reason=config.layer_reason,
+        keep=config.keep,
+        budget=config.budget,
+        images=tuple(images),
+        layers=tuple(map(LayerReport, outcome.lengths, used, allocated)),
+        length=outcome.length,
+        flops=outcome.flops,
+        flops_unpruned=outcome.flops_unpruned,
+        seconds_scoring=outcome.scoring.seconds,
+        seconds_compacting=outcome.compacting.seconds,
+        pruned=outcome.index is not None,
+        index=outcome.index,
+        _outcome=outcome,
+    )

@@ -1,0 +1,1 @@
+"""Hooks, masks, caches: what turns keep lists into shorter tensors."""

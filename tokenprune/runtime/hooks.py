@@ -1,0 +1,387 @@
+"""The hooks of a wrapped model.
+
+The runtime knows neither methods nor families: it asks the family where things are, gives the method what it needs,
+and turns selections into shorter hidden states, masks, positions and caches.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tokenprune.config import PruneConfig
+from tokenprune.errors import TokenPruneError, UnsupportedModeError
+from tokenprune.methods.base import VisionAttention
+from tokenprune.models.base import Family
+from tokenprune.runtime import masks
+from tokenprune.runtime.frame import Frame, begin
+from tokenprune.runtime.outcome import Outcome, make_outcome
+from tokenprune.runtime.pruning import Key, Pruning, pick
+from tokenprune.runtime.record import Columns, attach, extend, is_static
+
+Changed = tuple[tuple[Any, ...], dict[str, Any]] | None
+
+
+class Runtime:
+    """The hooks of one wrapped model, and the outcome of its last prompt.
+
+    Args:
+        model: the stock model.
+        family: where its parts are.
+        config: what to do.
+    """
+
+    def __init__(self, model: nn.Module, family: Family, config: PruneConfig) -> None:
+        self.model, self.family, self.config = model, family, config
+        self.layers = list(family.layers(model))
+        self.text_config: Any = family.text_model(model).config
+        self.outcome: Outcome | None = None
+        self._local = threading.local()
+        self._handles: list[RemovableHandle] = []
+
+    # -- life cycle ---------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Register the hooks; after an error none is left."""
+        try:
+            self._install()
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _install(self) -> None:
+        model, family = self.model, self.family
+        for module in (model, family.base(model)):
+            self._before(module, self._enter)
+            self._handles.append(module.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
+        self._before(family.text_model(model), self._enter_text_model)
+        for i, layer in enumerate(self.layers):
+            self._before(layer, partial(self._enter_layer, i))
+        if self.config.keep_lists is not None:
+            return
+        needs = self.config.method.needs()
+        projected = tuple(s for s in needs.states if s != "hidden")
+        for c, cut in enumerate(self.config.cuts if projected else ()):
+            layer = self.layers[cut.layer - 1]
+            self._before(family.attention(layer), partial(self._catch_rope, c))
+            for state in projected:
+                self._after(family.state_module(layer, state), partial(self._catch_state, c, state))
+        if needs.vision is not None and self.config.cuts:
+            self.tap = family.vision_tap(model)
+            self._after(self.tap.query, partial(self._catch_vision, "query"))
+            self._after(self.tap.key, partial(self._catch_vision, "key"))
+
+    def _before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _after(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        self._handles.append(module.register_forward_hook(hook))
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        raise TokenPruneError(
+            "a wrapped model cannot be copied or pickled; tokenprune.unwrap(model) first and wrap the copy"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        self.__deepcopy__(None)
+
+    # -- a call's beginning and end -----------------------------------------------------------------------------
+
+    @property
+    def frame(self) -> Frame | None:
+        """The call under way in this thread."""
+        return getattr(self._local, "frame", None)
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
+        """Before the model, or before its inner multimodal model when that is called directly."""
+        frame = self.frame
+        if module is not self.model and frame is not None and frame.owner is self.model and not frame.base_entered:
+            frame.base_entered = True
+            return None
+        self._local.frame = None  # left behind by a call that was interrupted
+        inputs = dict(kwargs)
+        if args:
+            names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
+            inputs.update(zip(names, args, strict=False))
+        self._local.frame = frame = begin(self.model, self.family, self.config, module, inputs)
+        if frame is None or frame.pruning is None or module is not self.model:
+            return None
+        frame.labels = inputs.pop("labels", None)
+        if isinstance(inputs.get("logits_to_keep"), Tensor):
+            inputs["logits_to_keep"] = _after_last_image(frame.pruning, inputs["logits_to_keep"])
+        return (), inputs
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        frame = self.frame
+        if frame is None or module is not frame.owner:
+            return None
+        self._local.frame = None
+        if output is None:  # the call failed: nothing of it stays
+            return None
+        pruning = frame.pruning
+        if pruning is not None:
+            if frame.cache is not None:
+                cuts = [sum(cut.layer <= i for cut in self.config.cuts) for i in range(len(self.layers))]
+                new = [pruning.stages[c - 1] if c else None for c in cuts]
+                attach(frame.cache, extend(frame.record, frame.past, frame.batch, new, frame.length, frame.shift))
+            if frame.labels is not None:
+                output = self._with_loss(pruning.stages[-1], frame.labels, output)
+        if frame.rows is not None:
+            self.outcome = make_outcome(self.config, self.text_config, len(self.layers), frame)
+        return output
+
+    def _with_loss(self, columns: Columns, labels: Tensor, output: Any) -> Any:
+        """The model's own loss, on the labels of the columns that are left."""
+        index = columns.index.to(labels.device)
+        labels = labels.gather(1, index.clamp(min=0)).masked_fill(index < 0, -100)
+        model: Any = self.model
+        logits = output[0] if isinstance(output, tuple) else output.logits
+        loss = model.loss_function(logits=logits, labels=labels, vocab_size=self.text_config.vocab_size)
+        if isinstance(output, tuple):
+            return (loss, *output)
+        return type(output)(**{**dict(output), "loss": loss})
+
+    # -- the text model -----------------------------------------------------------------------------------------
+
+    def _enter_text_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
+        frame = self.frame
+        if frame is None:
+            return None
+        hidden = kwargs["inputs_embeds"]
+        frame.cache = kwargs.get("past_key_values", frame.cache)
+        record, pruning = frame.record, frame.pruning
+        if record is not None and record.before_llm:
+            kwargs = self._continue_short(frame, hidden, dict(kwargs))
+        if pruning is not None:
+            pruning.to(hidden.device)
+            if self.config.cuts[0].layer == 0:
+                self._select(frame, 0, hidden=hidden)
+                if self.config.positions == "compact":
+                    dropped = pruning.dropped(0, hidden.device).cumsum(1)
+                    given = kwargs.get("position_ids")
+                    if given is None:
+                        given = torch.arange(frame.length, device=hidden.device)[None]
+                    frame.shift = dropped[:, -1:]
+                    kwargs = {**kwargs, "position_ids": given - dropped}
+        return args, kwargs
+
+    def _continue_short(self, frame: Frame, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Decode after a cut before the LLM: even layer 0 holds fewer entries than the mask has columns."""
+        record = frame.record
+        assert record is not None
+        if kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = torch.arange(frame.past, frame.past + frame.length, device=hidden.device)[None]
+        if record.shift is not None:
+            kwargs["position_ids"] = kwargs["position_ids"] - record.shift.to(hidden.device)
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            kwargs["attention_mask"] = self._entries(frame, 0, hidden).to(mask.dtype)
+        elif isinstance(mask, dict):
+            kwargs["attention_mask"] = {k: self._rebuild(frame, 0, hidden, all_visible=False) for k in mask}
+        elif mask is not None or record.layers[0].visible is not None:  # type: ignore[union-attr]
+            kwargs["attention_mask"] = self._rebuild(frame, 0, hidden, all_visible=False)
+        return kwargs
+
+    # -- decoder layers -----------------------------------------------------------------------------------------
+
+    def _enter_layer(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
+        frame = self.frame
+        if frame is None:
+            return None
+        record, pruning = frame.record, frame.pruning
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if pruning is not None and frame.stage < len(self.config.cuts) and self.config.cuts[frame.stage].layer == i:
+            frame.cache = kwargs.get("past_key_values", frame.cache)
+            hidden = self._cut(frame, hidden, kwargs)
+        elif frame.stage == 0 and (record is None or record.layers[i] is record.layers[0]):
+            return None  # the model's own mask and positions are right
+        mask = self._mask(frame, i, hidden, kwargs.get("attention_mask"))
+        changed = {**kwargs, **frame.stage_inputs, "attention_mask": mask}
+        if args:
+            return (hidden, *args[1:]), changed
+        return (), {**changed, "hidden_states": hidden}
+
+    def _cut(self, frame: Frame, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        pruning, cut = frame.pruning, frame.stage
+        assert pruning is not None
+        self._select(frame, cut, hidden=hidden)
+        with frame.compacting.running(hidden.device):
+            hidden, slots = pruning.apply(cut, hidden)
+            cos, sin = frame.stage_inputs.get("position_embeddings", kwargs["position_embeddings"])
+            ids = frame.stage_inputs.get("position_ids", kwargs.get("position_ids"))
+            if ids is not None and "flash" in masks.attention_backend(self.text_config):
+                ids = None  # gaps in them would be read as packed sequences; cos and sin carry the positions
+            frame.stage_inputs = {
+                "position_embeddings": (pick(cos, slots), pick(sin, slots)),
+                "position_ids": ids if ids is None else pick(ids, slots),
+            }
+        return hidden
+
+    def _select(self, frame: Frame, cut: int, **states: Tensor) -> None:
+        """Fill in the cut's selections from states (B, L', ...) of the whole sequence, where they are missing."""
+        pruning, method = frame.pruning, self.config.method
+        assert pruning is not None
+        if self.config.keep_lists is not None:
+            pruning.force(cut)
+            return
+        wanted = pruning.wants(cut)
+        if not wanted:
+            return
+        needed = method.needs().states
+        with torch.no_grad(), frame.scoring.running(next(iter(states.values())).device):
+            for key in wanted:
+                own = {name: self._state(pruning, key, name, x) for name, x in states.items() if name in needed}
+                k = pruning.counts[cut][key]
+                selection = method.select(pruning.view(key, **own), k)
+                if selection.keep.shape != (k,):
+                    raise TokenPruneError(
+                        f"method {method.name!r} returned {tuple(selection.keep.shape)} indices where {k} were asked for"
+                    )
+                pruning.selections[cut][key] = selection
+
+    def _state(self, pruning: Pruning, key: Key, name: str, x: Tensor) -> Tensor:
+        """One image's states: (n, D) hidden, (n, heads, head_dim) otherwise, rotary applied."""
+        own = pruning.take(x, key)
+        if name == "hidden":
+            return own
+        own = own.reshape(own.shape[0], -1, self.head_dim)
+        if name == "value":
+            return own
+        cos, sin = self._local.rope
+        return self.family.rotary(own, pruning.take(cos, key), pruning.take(sin, key))
+
+    @property
+    def head_dim(self) -> int:
+        attention: Any = self.family.attention(self.layers[0])
+        return int(attention.head_dim)
+
+    # -- masks --------------------------------------------------------------------------------------------------
+
+    def _mask(self, frame: Frame, i: int, hidden: Tensor, stock: Any) -> Any:
+        """The mask of layer i, made once per call for all layers that share it."""
+        columns = None if frame.record is None else frame.record.layers[i]
+        key = (id(columns), frame.stage, id(stock))
+        if key not in frame.masks:
+            frame.masks[key] = self._make_mask(frame, i, hidden, stock)
+        return frame.masks[key]
+
+    def _make_mask(self, frame: Frame, i: int, hidden: Tensor, stock: Any) -> Any:
+        own = frame.pruning.stages[-1] if frame.pruning is not None and frame.stage else None
+        old = None if frame.record is None else frame.record.layers[i]
+        fillers = any(c is not None and c.visible is not None for c in (own, old))
+        if own is not None and frame.past == 0 and not is_static(frame.cache):
+            if stock is None:
+                return self._rebuild(frame, i, hidden, all_visible=True) if fillers else None
+            if isinstance(stock, Tensor):
+                return masks.gather(stock, own.index.clamp(min=0), own.visible)
+        if stock is None and not fillers and hidden.shape[1] == 1:
+            return None
+        return self._rebuild(frame, i, hidden, all_visible=stock is None)
+
+    def _rebuild(self, frame: Frame, i: int, hidden: Tensor, all_visible: bool) -> Any:
+        """Layer i's mask from scratch.
+
+        Args:
+            frame: the call.
+            i: decoder layer.
+            hidden: states entering it.
+            all_visible: whether the conversation is known to have no padding.
+        """
+        columns = None if frame.record is None else frame.record.layers[i]
+        own = frame.pruning.stages[-1] if frame.pruning is not None and frame.stage else None
+        open_everywhere = all_visible and not any(c is not None and c.visible is not None for c in (own, columns))
+        visible = None
+        if is_static(frame.cache) or not open_everywhere:
+            visible = self._entries(frame, i, hidden)
+        return masks.rebuild(self.text_config, hidden, visible, frame.cache, i)
+
+    def _entries(self, frame: Frame, i: int, hidden: Tensor) -> Tensor:
+        """(B, entries + q) bool: which of layer i's cached entries and of the q new ones are real tokens."""
+        old = None if frame.record is None else frame.record.layers[i]
+        own = frame.pruning.stages[-1] if frame.pruning is not None and frame.stage else None
+        given = frame.attention
+        if given is not None and given.shape[1] != frame.past + frame.length:
+            given = None
+        parts: list[Tensor | int] = []
+        start = 0
+        if old is not None and frame.record is not None:
+            parts.append(old.length if old.visible is None else old.visible)
+            start = frame.record.length
+        end = frame.past if own is not None else frame.past + frame.length
+        parts.append(max(0, end - start) if given is None else given[:, start:end] != 0)
+        if own is not None:
+            parts.append(own.length if own.visible is None else own.visible)
+        if is_static(frame.cache):
+            # Its masks span the whole allocation; what is not written yet, causality hides.
+            used = sum(p if isinstance(p, int) else p.shape[1] for p in parts)
+            parts.append(max(0, int(frame.cache.layers[i].get_max_length()) - used))
+        device = hidden.device
+        return torch.cat(
+            [
+                torch.ones(frame.batch, p, dtype=torch.bool, device=device) if isinstance(p, int) else p.to(device)
+                for p in parts
+            ],
+            dim=1,
+        )
+
+    # -- states for the methods ---------------------------------------------------------------------------------
+
+    def _catch_rope(self, cut: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._catching(cut):
+            self._local.rope = kwargs["position_embeddings"]
+            self._local.states = {}
+
+    def _catch_state(self, cut: int, state: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        """Score as soon as the last state a method needs is there; nothing but its selection is kept."""
+        if not self._catching(cut):
+            return
+        states = self._local.states
+        states[state] = output
+        if all(s in states for s in self.config.method.needs().states):
+            frame = self.frame
+            assert frame is not None
+            self._select(frame, cut, **states)
+            self._local.states = self._local.rope = None
+
+    def _catching(self, cut: int) -> bool:
+        frame = self.frame
+        return frame is not None and frame.pruning is not None and frame.stage == cut
+
+    def _catch_vision(self, which: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        frame = self.frame
+        if frame is None or frame.pruning is None:
+            return
+        caught = self._local.__dict__.setdefault("vision", {})
+        caught[which] = output
+        if len(caught) < 2:
+            return
+        self._local.vision = {}
+        query, key = (
+            caught[name].reshape(*caught[name].shape[:2], self.tap.heads, -1).transpose(1, 2) for name in ("query", "key")
+        )
+        reduce = self.config.method.needs().vision
+        assert reduce is not None
+        with torch.no_grad(), frame.scoring.running(output.device):
+            for i in range(query.shape[0]):
+                own = VisionAttention(query[i], key[i], self.tap.scale, self.tap.has_cls)
+                frame.pruning.vision["image", i] = reduce(own)
+
+
+def _after_last_image(pruning: Pruning, index: Tensor) -> Tensor:
+    """Columns counted from the left, as the caller sees them, in the shortened sequence."""
+    last = max(int(image.columns[-1]) for image in pruning.images.values())
+    if any(0 <= column <= last for column in index.tolist()):
+        raise UnsupportedModeError("logits_to_keep may only name columns after the last image of a pruned prompt")
+    return torch.where(index < 0, index, index - (pruning.length - pruning.lengths[-1]))

@@ -1,0 +1,96 @@
+"""The bare facts of one prompt, as the runtime leaves them for the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tokenprune.config import PruneConfig
+from tokenprune.models.base import Image
+from tokenprune.runtime.flops import decoder_flops
+from tokenprune.runtime.frame import Frame
+from tokenprune.runtime.pruning import Key
+from tokenprune.runtime.timing import Stopwatch
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Attributes:
+    config: the configuration that ran.
+    rows: images by row.
+    counts: per cut, tokens each (row, image) kept.
+    kept: per cut, raster indices each (row, image) kept (device tensors).
+    merged: per cut, (pairs, weights) by raster index where tokens were merged.
+    index: (B, L') columns left at the end, -1 filler; None when nothing was cut.
+    length: columns of the input.
+    lengths: columns entering each decoder layer.
+    kv_used, kv_allocated: bytes of each layer's keys and values, right after the prompt.
+    flops, flops_unpruned: of the decoder, summed over rows.
+    """
+
+    config: PruneConfig
+    rows: list[list[Image]]
+    counts: list[dict[Key, int]]
+    kept: list[dict[Key, Tensor]]
+    merged: list[dict[Key, tuple[Tensor, Tensor]]]
+    index: Tensor | None
+    length: int
+    lengths: list[int]
+    kv_used: list[int]
+    kv_allocated: list[int]
+    flops: int
+    flops_unpruned: int
+    scoring: Stopwatch
+    compacting: Stopwatch
+
+
+def make_outcome(config: PruneConfig, text_config: Any, num_layers: int, frame: Frame) -> Outcome:
+    pruning = frame.pruning
+    lengths = []
+    for i in range(num_layers):
+        stage = 0 if pruning is None else sum(cut.layer <= i for cut in config.cuts)
+        lengths.append(frame.length if pruning is None or not stage else pruning.lengths[stage - 1])
+    used, allocated = kv_bytes(frame.cache, [frame.past + n for n in lengths])
+    assert frame.rows is not None
+    return Outcome(
+        config=config,
+        rows=frame.rows,
+        counts=[] if pruning is None else pruning.counts,
+        kept=[] if pruning is None else pruning.kept,
+        merged=[] if pruning is None else pruning.merged,
+        index=None if pruning is None else pruning.stages[-1].index,
+        length=frame.length,
+        lengths=lengths,
+        kv_used=used,
+        kv_allocated=allocated,
+        flops=frame.batch * decoder_flops(text_config, lengths),
+        flops_unpruned=frame.batch * decoder_flops(text_config, [frame.length] * num_layers),
+        scoring=frame.scoring,
+        compacting=frame.compacting,
+    )
+
+
+def kv_bytes(cache: Any, static_lengths: list[int]) -> tuple[list[int], list[int]]:
+    """Used and allocated bytes of each layer of a cache, read off its own tensors.
+
+    Args:
+        cache: a transformers cache, or None.
+        static_lengths: used entries per layer, for layers whose tensors are allocated ahead.
+    """
+    used: list[int] = []
+    allocated: list[int] = []
+    for i, layer in enumerate(getattr(cache, "layers", None) or []):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is None or values is None or not keys.numel():
+            used.append(0)
+            allocated.append(0)
+            continue
+        total = keys.numel() * keys.element_size() + values.numel() * values.element_size()
+        if getattr(layer, "is_compileable", False):
+            total = total // keys.shape[-2] * min(static_lengths[i], keys.shape[-2])
+        used.append(total)
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (keys, values)}
+        allocated.append(sum(storages.values()))
+    return used, allocated

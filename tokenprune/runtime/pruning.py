@@ -1,0 +1,277 @@
+"""One forward's pruning: from the call's inputs to keep lists, and from keep lists to shorter tensors.
+
+Everything the host has to know (where the images are, how many tokens each keeps) is settled before layer 0 from
+one device-to-host copy; from then on only device tensors are touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokenprune.budget import plan_counts
+from tokenprune.config import KeepLists, PruneConfig
+from tokenprune.errors import ConfigError
+from tokenprune.hashing import digest, mix
+from tokenprune.methods.base import ImageTokens, Selection
+from tokenprune.models.base import Image, IntArray
+from tokenprune.runtime.record import Columns
+
+Key = tuple[int, int]  # (row, image)
+
+
+class Pruning:
+    """State of one forward that prunes.
+
+    Attributes:
+        rows: the images of each row.
+        counts: counts[cut][(row, image)], tokens kept after the cut.
+        length: columns of this forward's input.
+        stages: after each cut carried out so far, the columns the sequence still holds.
+        lengths: length of the sequence after each cut (host).
+    """
+
+    def __init__(
+        self, rows: list[list[Image]], config: PruneConfig, num_layers: int, ids: IntArray, mask: NDArray[np.bool_] | None
+    ) -> None:
+        """Plan a forward.
+
+        Args:
+            rows: images by row.
+            config: what to do.
+            num_layers: decoder layers.
+            ids: (B, L) input_ids on the host.
+            mask: (B, L) bool array, False at padding; None when there is none.
+        """
+        self.rows, self.config = rows, config
+        self.batch, self.length = ids.shape
+        self.images: dict[Key, Image] = {(r, i): image for r, row in enumerate(rows) for i, image in enumerate(row)}
+        self.counts = self._plan(num_layers)
+        self._mask = mask
+        self.prunes = any(c[key] < image.n for c in self.counts for key, image in self.images.items())
+        self._text = [self._text_columns(r) for r in range(self.batch)]
+        self.lengths = [
+            max(len(self._text[r]) + sum(c[r, i] for i in range(len(rows[r]))) for r in range(self.batch))
+            for c in self.counts
+        ]
+        self.stages: list[Columns] = []
+        self.selections: list[dict[Key, Selection]] = [{} for _ in config.cuts]
+        self.kept: list[dict[Key, Tensor]] = []  # raster indices after each cut
+        self.merged: list[dict[Key, tuple[Tensor, Tensor]]] = []
+        self.vision: dict[tuple[str, int], Tensor] = {}
+        self.digests: dict[Key, Tensor] = {}
+        self._columns: dict[Key, Tensor] = {}
+        self._slots: dict[Key, Tensor] = {}
+        self._text_device: list[Tensor] = []
+        self.padding: Tensor | None = None  # (B, L) bool on the device, False at padding; None where there is none
+        self.num_heads = 0
+
+    # -- host ---------------------------------------------------------------------------------------------------
+
+    def _plan(self, num_layers: int) -> list[dict[Key, int]]:
+        config = self.config
+        if config.keep_lists is not None:
+            return check_keep_lists(config.keep_lists, self.rows)
+        counts: list[dict[Key, int]] = [{} for _ in config.cuts]
+        for key, image in self.images.items():
+            for c, k in enumerate(plan_counts(image.n, num_layers, config.cuts, config.keep, config.budget)):
+                counts[c][key] = k
+        return counts
+
+    def _text_columns(self, row: int) -> IntArray:
+        """Columns of a row that are never pruned. Left padding goes: a shorter batch needs less of it."""
+        keep = np.ones(self.length, dtype=bool)
+        for image in self.rows[row]:
+            keep[image.columns] = False
+        if self._mask is not None and self._mask[row].any():
+            keep[: int(self._mask[row].argmax())] = False
+        return np.flatnonzero(keep).astype(np.int64)
+
+    # -- device -------------------------------------------------------------------------------------------------
+
+    def to(self, device: torch.device) -> None:
+        """Move the plan's constants to the device of the hidden states, in one copy."""
+        parts = [*self._text, *(image.columns for image in self.images.values())]
+        flat = torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
+        pieces = list(flat.split([len(p) for p in parts]))
+        self._text_device = pieces[: self.batch]
+        self._columns = dict(zip(self.images, pieces[self.batch :], strict=True))
+        self._slots = dict(self._columns)
+        if self.padding is not None:
+            self.padding = self.padding.to(device)
+        self.raster = {key: torch.arange(image.n, device=device) for key, image in self.images.items()}
+
+    def slots(self, key: Key) -> Tensor:
+        """(n,) places of an image's remaining tokens in the current sequence."""
+        return self._slots[key]
+
+    def take(self, states: Tensor, key: Key) -> Tensor:
+        """An image's remaining tokens out of a (B | 1, L', ...) tensor: (n, ...)."""
+        row = states[key[0] if states.shape[0] > 1 else 0]
+        image = self.images[key]
+        if not self.stages and image.columns[-1] - image.columns[0] + 1 == image.n:
+            return row.narrow(0, int(image.columns[0]), image.n)  # a view: nothing is copied
+        return row.index_select(0, self._slots[key].to(row.device))
+
+    def view(self, key: Key, **states: Any) -> ImageTokens:
+        """What the method sees of an image at this cut."""
+        image, raster = self.images[key], self.raster[key]
+        vision = self.vision.get((image.kind, image.order))
+        if vision is not None and len(raster) < image.n:
+            vision = vision.index_select(0, raster.to(vision.device))
+        return ImageTokens(
+            n=len(raster),
+            raster=raster,
+            num_heads=self.num_heads,
+            grid=image.grid,
+            vision=vision if vision is None else vision.to(raster.device),
+            digest=self.digests.get(key),
+            **states,
+        )
+
+    def wants(self, cut: int) -> list[Key]:
+        """Images that lose tokens at a cut and have no selection yet (all of those of a forced list are set)."""
+        before = self.counts[cut - 1] if cut else {key: image.n for key, image in self.images.items()}
+        return [k for k in self.images if self.counts[cut][k] < before[k] and k not in self.selections[cut]]
+
+    def force(self, cut: int) -> None:
+        """Turn the forced keep lists of a cut into selections."""
+        assert self.config.keep_lists is not None
+        lists = self.config.keep_lists[cut]
+        for key in self.wants(cut):
+            raster = self.raster[key]
+            forced = torch.as_tensor(lists[key[0]][key[1]], dtype=torch.long).to(raster.device)
+            self.selections[cut][key] = Selection(torch.searchsorted(raster, forced))
+
+    def apply(self, cut: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Carry out a cut.
+
+        Args:
+            cut: its number.
+            hidden: (B, L, D) states entering the cut's layer.
+
+        Returns:
+            The shortened states (B, L', D) and the slots (B, L') they were taken from (filler takes slot 0).
+        """
+        hidden = self._merge(cut, hidden)
+        merged: dict[Key, tuple[Tensor, Tensor]] = {}
+        for key in self.images:
+            selection = self.selections[cut].get(key)
+            if selection is None:
+                continue
+            if selection.merges is not None and selection.weights is not None:
+                merged[key] = (self.raster[key][selection.merges], selection.weights)
+            self.raster[key] = self.raster[key].index_select(0, selection.keep)
+        self.kept.append(dict(self.raster))
+        self.merged.append(merged)
+
+        rows = []
+        for r in range(self.batch):
+            visual = [self._columns[r, i].index_select(0, self.raster[r, i]) for i in range(len(self.rows[r]))]
+            rows.append(torch.cat([self._text_device[r], *visual]))
+        index = _right_align(rows, self.lengths[cut])
+        visible = None
+        if any(len(row) < self.lengths[cut] for row in rows) or self.padding is not None:
+            visible = index >= 0
+            if self.padding is not None:
+                visible &= self.padding.gather(1, index.clamp(min=0))
+        slots = index if not self.stages else torch.searchsorted(self.stages[-1].index, index)
+        slots = slots.clamp(0, hidden.shape[1] - 1)
+        self.stages.append(Columns(index, visible))
+        for key in self.images:
+            columns = self._columns[key].index_select(0, self.raster[key])
+            self._slots[key] = torch.searchsorted(index[key[0]], columns)
+        return pick(hidden, slots), slots
+
+    def dropped(self, cut: int, device: torch.device) -> Tensor:
+        """(B, L) long, 1 at visual columns that the selections of the first cut drop."""
+        marks = torch.zeros(self.batch, self.length, dtype=torch.long, device=device)
+        for key, selection in self.selections[cut].items():
+            gone = torch.ones(len(self.raster[key]), dtype=torch.long, device=device).index_fill_(0, selection.keep, 0)
+            marks[key[0]].index_copy_(0, self._slots[key], gone)
+        return marks
+
+    def _merge(self, cut: int, hidden: Tensor) -> Tensor:
+        """Replace each merge's slot by the weighted sum of its sources; the caller's tensor stays as it is."""
+        copied = False
+        for key, selection in self.selections[cut].items():
+            if selection.merges is None or selection.weights is None:
+                continue
+            if not copied:
+                hidden, copied = hidden.clone(), True
+            source, slot = selection.merges.to(hidden.device).unbind(1)
+            states = self.take(hidden, key)
+            weights = selection.weights.to(hidden.device, hidden.dtype)
+            total = torch.zeros_like(states).index_add_(0, slot, states[source] * weights[:, None])
+            replaced = torch.zeros(len(states), dtype=torch.bool, device=hidden.device).index_fill_(0, slot, True)
+            hidden[key[0]].index_copy_(0, self._slots[key], torch.where(replaced[:, None], total, states))
+        return hidden
+
+
+def pick(states: Tensor, slots: Tensor) -> Tensor:
+    """states (B | 1, L, ...) at slots (B, L') -> (B, L', ...); a batch of 1 is shared by all rows."""
+    slots = slots.to(states.device)
+    batch, short = slots.shape
+    rows, length = states.shape[:2]
+    if rows == 1 and batch == 1:
+        return states.index_select(1, slots[0])
+    offset = torch.arange(batch, device=slots.device)[:, None] * length if rows > 1 else 0
+    flat = states.reshape(rows * length, *states.shape[2:]).index_select(0, (slots + offset).reshape(-1))
+    return flat.view(batch, short, *states.shape[2:])
+
+
+def _right_align(rows: Sequence[Tensor], length: int) -> Tensor:
+    """Sort each row's columns and fill up with -1 on the left: (B, length)."""
+    padded = [torch.nn.functional.pad(row, (length - len(row), 0), value=-1) for row in rows]
+    return torch.stack(padded).sort(dim=1).values
+
+
+def check_keep_lists(keep_lists: KeepLists, rows: list[list[Image]]) -> list[dict[Key, int]]:
+    """Counts of forced keep lists, checked against the call's images.
+
+    Raises:
+        ConfigError: wrong shape, or indices that are not ascending, in range and a subset of the previous cut's.
+    """
+    counts: list[dict[Key, int]] = []
+    allowed: dict[Key, set[int]] = {
+        (r, i): set(range(image.n)) for r, row in enumerate(rows) for i, image in enumerate(row)
+    }
+    for c, cut in enumerate(keep_lists):
+        if len(cut) != len(rows) or any(len(a) != len(b) for a, b in zip(cut, rows, strict=False)):
+            raise ConfigError(
+                f"keep_lists[{c}] must hold one list per image for each of the {len(rows)} rows "
+                f"({', '.join(str(len(r)) for r in rows)} images)"
+            )
+        found: dict[Key, int] = {}
+        for key, before in allowed.items():
+            kept = [int(x) for x in cut[key[0]][key[1]]]
+            if not kept or any(b <= a for a, b in zip(kept, kept[1:], strict=False)) or not before.issuperset(kept):
+                raise ConfigError(
+                    f"keep_lists[{c}][{key[0]}][{key[1]}] must be ascending, non-empty and drawn from the "
+                    f"{len(before)} tokens left of that image"
+                )
+            allowed[key], found[key] = set(kept), len(kept)
+        counts.append(found)
+    return counts
+
+
+def prompt_digests(
+    ids: Tensor, mask: NDArray[np.bool_] | None, rows: list[list[Image]], pixels: Mapping[tuple[str, int], Tensor]
+) -> dict[Key, Tensor]:
+    """A seed per image: its pixels and its row's ids up to the row's last image, padding left out."""
+    seeds: dict[Key, Tensor] = {}
+    for r, row in enumerate(rows):
+        if not row:
+            continue
+        end = max(int(image.columns[-1]) for image in row) + 1
+        first = 0 if mask is None else int(mask[r].argmax())
+        prompt = digest(ids[r : r + 1, first:end])[0]
+        for i, image in enumerate(row):
+            own = pixels[image.kind, image.order]
+            seeds[r, i] = mix(own.to(prompt.device) + mix(prompt) + i)
+    return seeds

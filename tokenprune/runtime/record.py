@@ -1,0 +1,168 @@
+"""What a cache's layers hold after pruning. The record travels with the cache object, never with the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import UnsupportedModeError
+
+_ATTRIBUTE = "_tokenprune_record"
+
+
+@dataclass
+class Columns:
+    """The entries of one layer's cache.
+
+    Attributes:
+        index: (B, C) column of the unpruned conversation each entry came from, -1 for filler.
+        visible: (B, C) bool, False at filler and padding; None when every entry is visible.
+    """
+
+    index: Tensor
+    visible: Tensor | None
+
+    @property
+    def length(self) -> int:
+        return int(self.index.shape[1])
+
+
+@dataclass
+class Record:
+    """Which columns of a conversation each layer's cache still holds.
+
+    Attributes:
+        length: columns of the unpruned conversation that are described; later ones are all present.
+        layers: one entry per decoder layer; None means the layer holds every column.
+        shift: (B, 1) positions to take off after a cut with `positions="compact"`, or None.
+    """
+
+    length: int
+    layers: list[Columns | None]
+    shift: Tensor | None = None
+
+    def removed(self, layer: int) -> int:
+        columns = self.layers[layer]
+        return 0 if columns is None else self.length - columns.length
+
+    @property
+    def before_llm(self) -> bool:
+        return self.layers[0] is not None
+
+
+def is_static(cache: Any) -> bool:
+    return cache is not None and bool(getattr(cache, "is_compileable", False))
+
+
+def layer_length(cache: Any, layer: int) -> int:
+    """Entries of one layer, as an int (copies from the device for a static cache only)."""
+    if cache is None or layer >= len(cache.layers):
+        return 0
+    return int(cache.get_seq_length(layer))
+
+
+def attach(cache: Any, record: Record | None) -> None:
+    if record is None:
+        cache.__dict__.pop(_ATTRIBUTE, None)
+    else:
+        setattr(cache, _ATTRIBUTE, record)
+
+
+def read(cache: Any, num_layers: int, batch: int) -> Record | None:
+    """The record of a cache, checked against the cache's own tensors.
+
+    Raises:
+        UnsupportedModeError: the cache was pruned but its record is gone or no longer fits it.
+    """
+    if cache is None or not getattr(cache, "layers", None):
+        return None
+    record: Record | None = getattr(cache, _ATTRIBUTE, None)
+    if is_static(cache):
+        return record
+    first, last = layer_length(cache, 0), layer_length(cache, num_layers - 1)
+    if first == 0 and last == 0:  # a cache that was reset
+        attach(cache, None)
+        return None
+    if record is None:
+        if first != last:
+            raise UnsupportedModeError(
+                f"this cache holds {first} tokens in its first layer and {last} in its last but says nothing of what was "
+                f"pruned; pass on the cache object a pruned call returned (or a deep copy of it), not a rebuilt one"
+            )
+        return None
+    if first + record.removed(0) != last + record.removed(num_layers - 1) or first + record.removed(0) < record.length:
+        raise UnsupportedModeError(
+            "this cache was cropped into a pruned prompt, so its record no longer fits; start again from the prompt"
+        )
+    columns = record.layers[num_layers - 1]
+    if columns is not None and columns.index.shape[0] != batch:
+        if columns.index.shape[0] != 1:
+            raise UnsupportedModeError(
+                f"this cache was pruned with batch {columns.index.shape[0]} and is used with batch {batch}; expand the "
+                f"batch before the prompt is processed"
+            )
+        record = _expand(record, batch)
+    return record
+
+
+def _expand(record: Record, batch: int) -> Record:
+    seen: dict[int, Columns] = {}
+    layers: list[Columns | None] = []
+    for columns in record.layers:
+        if columns is not None and id(columns) not in seen:
+            visible = None if columns.visible is None else columns.visible.expand(batch, -1)
+            seen[id(columns)] = Columns(columns.index.expand(batch, -1), visible)
+        layers.append(None if columns is None else seen[id(columns)])
+    shift = None if record.shift is None else record.shift.expand(batch, -1)
+    return Record(record.length, layers, shift)
+
+
+def extend(
+    past: Record | None, past_length: int, batch: int, new: list[Columns | None], length: int, shift: Tensor | None
+) -> Record:
+    """The record after a forward that added `length` columns, of which layer i kept `new[i]`.
+
+    Args:
+        past: record before the forward; None when nothing had been pruned.
+        past_length: columns of the conversation before this forward.
+        batch: B.
+        new: per layer, the kept columns counted from this forward's first column; None for all of them.
+        length: columns of this forward.
+        shift: see `Record.shift`.
+    """
+    described = past.length if past is not None else 0
+    joined: dict[tuple[int, int], Columns | None] = {}
+    layers: list[Columns | None] = []
+    for i, own in enumerate(new):
+        old = past.layers[i] if past is not None else None
+        key = (id(old), id(own))
+        if key not in joined:
+            joined[key] = _join(old, described if old is not None else 0, past_length, own, length, batch)
+        layers.append(joined[key])
+    return Record(past_length + length, layers, shift)
+
+
+def _join(
+    old: Columns | None, described: int, past_length: int, own: Columns | None, length: int, batch: int
+) -> Columns | None:
+    """One layer's columns: those described before, the ones since then (all present), and this forward's."""
+    if own is None and old is None:
+        return None
+    device = (own or old).index.device  # type: ignore[union-attr]
+    if own is None:
+        own = Columns(torch.arange(length, device=device).expand(batch, -1), None)
+    parts = [
+        Columns(torch.arange(described, past_length, device=device).expand(batch, -1), None),
+        Columns(torch.where(own.index < 0, own.index, own.index + past_length), own.visible),
+    ]
+    if old is not None:
+        parts.insert(0, old)
+    visible = None
+    if any(p.visible is not None for p in parts):
+        visible = torch.cat(
+            [torch.ones_like(p.index, dtype=torch.bool) if p.visible is None else p.visible for p in parts], dim=1
+        )
+    return Columns(torch.cat([p.index for p in parts], dim=1), visible)
