@@ -111,31 +111,36 @@ class Family(ABC):
 
     # -- what a call brings -------------------------------------------------------------------------------------
 
-    def has_visual(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether the call brings images or videos (text-only calls and decode steps do not)."""
-        names = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
-        return any(inputs.get(name) is not None for name in names)
-
-    def host_tensors(self, inputs: Mapping[str, Any]) -> list[Tensor]:
-        """Small integer tensors `images` needs on the host; they join the call's one device-to-host copy."""
-        return []
+    @abstractmethod
+    def vision_tower(self, model: nn.Module) -> nn.Module:
+        """The module that is called once per kind of visual input, inside the forward or ahead of it by generate()."""
 
     @abstractmethod
-    def images(
-        self, model: nn.Module, ids: IntArray, inputs: Mapping[str, Any], host: list[IntArray]
-    ) -> list[list[Image]]:
-        """The images of each row, by column.
+    def tower_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Pixels and sizes (N, 3) of a call of the vision tower; what a size means is for `grid` to know."""
 
-        Args:
-            model: the unwrapped model.
-            ids: (B, L) input_ids.
-            inputs: the call's keyword arguments.
-            host: what `host_tensors` named, as arrays.
+    @abstractmethod
+    def sizes(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Sizes (N, 3) of the images ("image") and videos ("video") whose pixels a call of the model brings."""
+
+    @abstractmethod
+    def grid(self, model: nn.Module, size: IntArray) -> Grid:
+        """The visual tokens made of one image of that size, on the host."""
+
+    @abstractmethod
+    def digests(self, pixels: Tensor, sizes: Tensor) -> Tensor:
+        """(N,) int64: a hash of each image's pixels, computed on their device without copying anything off it."""
+
+    def token_id(self, model: nn.Module, kind: str) -> int:
+        """The placeholder's id in `input_ids`."""
+        return int(getattr(model.config, f"{kind}_token_id"))  # type: ignore[arg-type]
+
+    def check_call(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:  # noqa: B027  # optional
+        """Refuse a way of calling the model that the family cannot serve.
+
+        Raises:
+            UnsupportedModeError: says which.
         """
-
-    @abstractmethod
-    def pixel_digests(self, inputs: Mapping[str, Any], rows: list[list[Image]]) -> dict[tuple[str, int], Tensor]:
-        """One int64 scalar per (kind, order): a hash of the image's pixels, computed on its device."""
 
 
 def locate(ids: IntArray, token_id: int, grids: Sequence[Grid], kind: str = "image") -> list[list[Image]]:

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from tokenprune.config import PruneConfig
 from tokenprune.errors import NothingPrunedWarning, TokenPruneError, UnsupportedModeError
-from tokenprune.models.base import Family, Image
+from tokenprune.methods.base import Grid
+from tokenprune.models.base import Family, Image, IntArray, locate
 from tokenprune.runtime.pruning import Pruning, prompt_digests
 from tokenprune.runtime.record import Record, attach, is_static, layer_length, read
 from tokenprune.runtime.timing import Stopwatch
+from tokenprune.runtime.vision import VisionFacts, read_facts
 
 
 class Frame:
@@ -29,6 +31,7 @@ class Frame:
         attention: (B, past + length) 2D mask as given, or None.
         rows: images by row; empty rows for a text-only prompt; None when this call continues one.
         pruning: the plan, when this call prunes.
+        kinds, facts: the kinds of visual input it brings, and what the vision tower's hook noted of them.
     """
 
     def __init__(self, owner: nn.Module, batch: int, length: int, cache: Any) -> None:
@@ -39,6 +42,8 @@ class Frame:
         self.attention: Tensor | None = None
         self.rows: list[list[Image]] | None = None
         self.pruning: Pruning | None = None
+        self.kinds: tuple[str, ...] = ()
+        self.facts: dict[str, VisionFacts] = {}
         self.labels: Tensor | None = None
         self.shift: Tensor | None = None
         # Filled in by the layers' hooks.
@@ -71,7 +76,8 @@ def begin(
     if isinstance(mask, Tensor) and mask.ndim == 2:
         frame.attention = mask
     layers = len(family.layers(model))
-    visual = family.has_visual(inputs)
+    sizes, facts = visual_inputs(family, inputs)
+    visual = bool(sizes)
 
     frame.record = record = read(cache, layers, batch)
     if record is not None and is_static(cache) and length > 1 and layer_length(cache, 0) == 0:
@@ -87,7 +93,8 @@ def begin(
     if visual and ids is None:
         _nothing_pruned(config, "inputs_embeds came without input_ids, so the visual tokens cannot be located")
     elif visual:
-        _plan(frame, model, family, config, ids, inputs)
+        frame.kinds, frame.facts = tuple(sizes), facts
+        _plan(frame, model, family, config, ids, inputs, sizes)
     elif record is None:
         if frame.past or length == 1:
             return None
@@ -110,21 +117,29 @@ def _check_continuation(frame: Frame, family: Family, inputs: dict[str, Any], vi
 
 
 def _plan(
-    frame: Frame, model: nn.Module, family: Family, config: PruneConfig, ids: Tensor, inputs: dict[str, Any]
+    frame: Frame,
+    model: nn.Module,
+    family: Family,
+    config: PruneConfig,
+    ids: Tensor,
+    inputs: dict[str, Any],
+    sizes: dict[str, Tensor],
 ) -> None:
     """Settle spans and counts from the call's one device-to-host copy."""
     if model.training and torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False):
         raise UnsupportedModeError(
             "gradient checkpointing runs layers twice and cannot be combined with pruning; switch it off, or unwrap"
         )
+    family.check_call(model, inputs)
     visible = _visible(frame, inputs.get("attention_mask"))
-    host = _to_host([ids, *([] if visible is None else [visible]), *family.host_tensors(inputs)])
+    host = _to_host([ids, *([] if visible is None else [visible]), *sizes.values()])
     ids_host = host.pop(0)
     mask: NDArray[np.bool_] | None = None
     if visible is not None:
         mask = host.pop(0).astype(bool)
         mask = None if mask.all() else mask
-    frame.rows = rows = family.images(model, ids_host, inputs, host)
+    grids = {kind: [family.grid(model, size) for size in own] for kind, own in zip(sizes, host, strict=True)}
+    frame.rows = rows = _images(model, family, ids_host, grids, inputs)
     if not any(rows) or not config.cuts:
         return
     text: Any = family.text_model(model).config
@@ -137,8 +152,44 @@ def _plan(
     pruning.num_heads = text.num_attention_heads
     pruning.padding = visible if mask is not None else None
     if config.method.needs().digest and config.keep_lists is None:
-        pruning.digests = prompt_digests(ids, mask, rows, family.pixel_digests(inputs, rows))
+        pruning.prompts = prompt_digests(ids, mask, rows)
     frame.pruning = pruning
+
+
+def visual_inputs(family: Family, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, VisionFacts]]:
+    """Sizes of the call's images by kind, and what the vision tower's hook noted of those encoded ahead of the call.
+
+    Raises:
+        UnsupportedModeError: features that were made while the model was not wrapped.
+    """
+    sizes, facts = family.sizes(inputs), {}
+    for kind, output in (inputs.get("mm_encoder_outputs") or {}).items():
+        if output is None:
+            continue
+        noted = read_facts(output)
+        if noted is None:
+            raise UnsupportedModeError(
+                f"precomputed {kind} features do not say which grid they come from; compute them with "
+                f"get_{kind}_features while the model is wrapped, or pass the pixels"
+            )
+        sizes[kind], facts[kind] = noted.sizes, noted
+    return sizes, facts
+
+
+def _images(
+    model: nn.Module, family: Family, ids: IntArray, grids: dict[str, list[Grid]], inputs: dict[str, Any]
+) -> list[list[Image]]:
+    rows: list[list[Image]] = [[] for _ in ids]
+    for kind, own in grids.items():
+        times = 1
+        encoded = (inputs.get("mm_encoder_outputs") or {}).get(kind)
+        if encoded is not None:
+            # Beams: generate() encodes an image once and repeats each row's features; the facts are not repeated.
+            times = max(1, len(encoded.pooler_output) // max(1, len(own)))
+        found = locate(ids[::times], family.token_id(model, kind), own, kind)
+        for r, row in enumerate(rows):
+            row.extend(found[r // times])
+    return [sorted(row, key=lambda image: int(image.columns[0])) for row in rows]
 
 
 def _asked(config: PruneConfig, rows: list[list[Image]]) -> bool:
@@ -181,9 +232,10 @@ def _check_window(frame: Frame, text: Any) -> None:
         )
 
 
-def _to_host(tensors: list[Tensor]) -> list[NDArray[np.int64]]:
-    """Copy integer tensors to the host in one transfer."""
-    device = tensors[0].device
-    flat = torch.cat([t.reshape(-1).to(device, torch.int64) for t in tensors]).cpu().numpy()
-    ends = np.cumsum([t.numel() for t in tensors])
-    return [part.reshape(t.shape) for part, t in zip(np.split(flat, ends[:-1]), tensors, strict=True)]
+def _to_host(tensors: list[Tensor]) -> list[IntArray]:
+    """Copy integer tensors to the host, those on a device in one transfer."""
+    away = [t for t in tensors if t.device.type != "cpu"]
+    if away:
+        flat = torch.cat([t.reshape(-1).to(away[0].device, torch.int64) for t in away]).cpu()
+        copies = iter(flat.split([t.numel() for t in away]))
+    return [(t if t.device.type == "cpu" else next(copies).view(t.shape)).to(torch.int64).numpy() for t in tensors]

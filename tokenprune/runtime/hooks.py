@@ -25,6 +25,7 @@ from tokenprune.runtime.frame import Frame, begin
 from tokenprune.runtime.outcome import Outcome, make_outcome
 from tokenprune.runtime.pruning import Key, Pruning, pick
 from tokenprune.runtime.record import Columns, attach, extend, is_static
+from tokenprune.runtime.vision import VisionFacts, attach_facts
 
 Changed = tuple[tuple[Any, ...], dict[str, Any]] | None
 
@@ -69,19 +70,25 @@ class Runtime:
         self._before(family.text_model(model), self._enter_text_model)
         for i, layer in enumerate(self.layers):
             self._before(layer, partial(self._enter_layer, i))
+        if not self.config.cuts:
+            return
+        # The features' grid is noted even when nobody scores: generate() encodes images ahead of the forward.
+        tower = family.vision_tower(model)
+        self._before(tower, self._enter_tower)
+        self._handles.append(tower.register_forward_hook(self._leave_tower, with_kwargs=True))
         if self.config.keep_lists is not None:
             return
         needs = self.config.method.needs()
         projected = tuple(s for s in needs.states if s != "hidden")
+        if needs.vision is not None:
+            self.tap = family.vision_tap(model)
+            self._after(self.tap.query, partial(self._catch_vision, "query"))
+            self._after(self.tap.key, partial(self._catch_vision, "key"))
         for c, cut in enumerate(self.config.cuts if projected else ()):
             layer = self.layers[cut.layer - 1]
             self._before(family.attention(layer), partial(self._catch_rope, c))
             for state in projected:
                 self._after(family.state_module(layer, state), partial(self._catch_state, c, state))
-        if needs.vision is not None and self.config.cuts:
-            self.tap = family.vision_tap(model)
-            self._after(self.tap.query, partial(self._catch_vision, "query"))
-            self._after(self.tap.key, partial(self._catch_vision, "key"))
 
     def _before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -244,7 +251,8 @@ class Runtime:
             for key in wanted:
                 own = {name: self._state(pruning, key, name, x) for name, x in states.items() if name in needed}
                 k = pruning.counts[cut][key]
-                selection = method.select(pruning.view(key, **own), k)
+                facts = frame.facts.get(pruning.images[key].kind)
+                selection = method.select(pruning.view(key, facts, **own), k)
                 if selection.keep.shape != (k,):
                     raise TokenPruneError(
                         f"method {method.name!r} returned {tuple(selection.keep.shape)} indices where {k} were asked for"
@@ -359,24 +367,37 @@ class Runtime:
         frame = self.frame
         return frame is not None and frame.pruning is not None and frame.stage == cut
 
+    # -- the vision tower ---------------------------------------------------------------------------------------
+
+    def _enter_tower(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._local.caught, self._local.attention = {}, []
+
     def _catch_vision(self, which: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        frame = self.frame
-        if frame is None or frame.pruning is None:
-            return
-        caught = self._local.__dict__.setdefault("vision", {})
-        caught[which] = output
+        """Reduce each image's attention to the floats the method wants, as soon as queries and keys are there."""
+        caught = self._local.caught
+        caught[which] = output.unflatten(-1, (self.tap.heads, -1)).transpose(1, 2)
         if len(caught) < 2:
             return
-        self._local.vision = {}
-        query, key = (
-            caught[name].reshape(*caught[name].shape[:2], self.tap.heads, -1).transpose(1, 2) for name in ("query", "key")
-        )
         reduce = self.config.method.needs().vision
         assert reduce is not None
-        with torch.no_grad(), frame.scoring.running(output.device):
-            for i in range(query.shape[0]):
-                own = VisionAttention(query[i], key[i], self.tap.scale, self.tap.has_cls)
-                frame.pruning.vision["image", i] = reduce(own)
+        with torch.no_grad():
+            for query, key in zip(caught["query"], caught["key"], strict=True):
+                own = VisionAttention(query, key, self.tap.scale, self.tap.has_cls)
+                self._local.attention.append(reduce(own))
+        self._local.caught = {}
+
+    def _leave_tower(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        frame = self.frame
+        pixels, sizes = self.family.tower_input(args, kwargs)
+        facts = VisionFacts(sizes, attention=self._local.attention)
+        self._local.attention = []
+        if self.config.method.needs().digest and self.config.keep_lists is None:
+            facts.digests = self.family.digests(pixels, sizes)
+        if frame is None:
+            attach_facts(output, facts)
+        else:
+            kind = next(k for k in ("image", "video") if k in frame.kinds and k not in frame.facts)
+            frame.facts[kind] = facts
 
 
 def _after_last_image(pruning: Pruning, index: Tensor) -> Tensor:

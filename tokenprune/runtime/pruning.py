@@ -6,9 +6,7 @@ one device-to-host copy; from then on only device tensors are touched.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
+from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -21,6 +19,7 @@ from tokenprune.hashing import digest, mix
 from tokenprune.methods.base import ImageTokens, Selection
 from tokenprune.models.base import Image, IntArray
 from tokenprune.runtime.record import Columns
+from tokenprune.runtime.vision import VisionFacts
 
 Key = tuple[int, int]  # (row, image)
 
@@ -63,8 +62,7 @@ class Pruning:
         self.selections: list[dict[Key, Selection]] = [{} for _ in config.cuts]
         self.kept: list[dict[Key, Tensor]] = []  # raster indices after each cut
         self.merged: list[dict[Key, tuple[Tensor, Tensor]]] = []
-        self.vision: dict[tuple[str, int], Tensor] = {}
-        self.digests: dict[Key, Tensor] = {}
+        self.prompts: dict[Key, Tensor] = {}
         self._columns: dict[Key, Tensor] = {}
         self._slots: dict[Key, Tensor] = {}
         self._text_device: list[Tensor] = []
@@ -118,19 +116,28 @@ class Pruning:
             return row.narrow(0, int(image.columns[0]), image.n)  # a view: nothing is copied
         return row.index_select(0, self._slots[key].to(row.device))
 
-    def view(self, key: Key, **states: Any) -> ImageTokens:
-        """What the method sees of an image at this cut."""
+    def view(self, key: Key, facts: VisionFacts | None, **states: Tensor) -> ImageTokens:
+        """What the method sees of an image at this cut.
+
+        Args:
+            key: (row, image).
+            facts: what the vision tower's hook noted of images of this kind.
+            states: (n, ...) of its remaining tokens, by name.
+        """
         image, raster = self.images[key], self.raster[key]
-        vision = self.vision.get((image.kind, image.order))
-        if vision is not None and len(raster) < image.n:
-            vision = vision.index_select(0, raster.to(vision.device))
+        vision = digest = None
+        if facts is not None and facts.attention:
+            vision = facts.attention[image.order].to(raster.device)
+            vision = vision if len(raster) == image.n else vision.index_select(0, raster)
+        if facts is not None and facts.digests is not None:
+            digest = mix(facts.digests[image.order].to(raster.device) + self.prompts[key].to(raster.device))
         return ImageTokens(
             n=len(raster),
             raster=raster,
-            num_heads=self.num_heads,
             grid=image.grid,
-            vision=vision if vision is None else vision.to(raster.device),
-            digest=self.digests.get(key),
+            num_heads=self.num_heads,
+            vision=vision,
+            digest=digest,
             **states,
         )
 
@@ -260,18 +267,15 @@ def check_keep_lists(keep_lists: KeepLists, rows: list[list[Image]]) -> list[dic
     return counts
 
 
-def prompt_digests(
-    ids: Tensor, mask: NDArray[np.bool_] | None, rows: list[list[Image]], pixels: Mapping[tuple[str, int], Tensor]
-) -> dict[Key, Tensor]:
-    """A seed per image: its pixels and its row's ids up to the row's last image, padding left out."""
-    seeds: dict[Key, Tensor] = {}
+def prompt_digests(ids: Tensor, mask: NDArray[np.bool_] | None, rows: list[list[Image]]) -> dict[Key, Tensor]:
+    """A hash per image of its row's ids up to the row's last image (left padding left out) and its place in it."""
+    prompts: dict[Key, Tensor] = {}
     for r, row in enumerate(rows):
         if not row:
             continue
         end = max(int(image.columns[-1]) for image in row) + 1
         first = 0 if mask is None else int(mask[r].argmax())
-        prompt = digest(ids[r : r + 1, first:end])[0]
-        for i, image in enumerate(row):
-            own = pixels[image.kind, image.order]
-            seeds[r, i] = mix(own.to(prompt.device) + mix(prompt) + i)
-    return seeds
+        prompt = mix(digest(ids[r : r + 1, first:end])[0])
+        for i in range(len(row)):
+            prompts[r, i] = prompt + i
+    return prompts

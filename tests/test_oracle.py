@@ -1,0 +1,503 @@
+"""The oracle is judged here: against stock forwards, and against tokens that are physically gone.
+
+Nothing of the library under test is imported. `physical` below is the plainest pruning there is (one row, a
+loop over stock layers, index_select); it shares no code with the oracle.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import oracle
+import tiny
+
+ROWS = [["text:5", "image", "text:3", "image", "text:4"], ["text:3", "image", "text:6"], ["text:7"]]
+ONE = [["text:5", "image", "text:3", "image", "image", "text:4"]]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen2_5_vl"]
+TWO = ["llama", "qwen2_5_vl"]
+
+
+def build(family: str, **kwargs: Any) -> Any:
+    return tiny.qwen2_5_vl(**kwargs) if family == "qwen2_5_vl" else tiny.llava(family, **kwargs)
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    return (a - b).abs().max().item()
+
+
+def stock(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def generate(model: Any, inputs: dict[str, Any], **kwargs: Any) -> Any:
+    kwargs = {"max_new_tokens": 6, "do_sample": False, **kwargs}
+    return model.generate(**inputs, **kwargs, return_dict_in_generate=True, output_logits=True)
+
+
+# -- what physically dropped tokens give -----------------------------------------------------------
+
+
+def entering(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a stock forward hands to its text model: embeddings with the images in place, and position ids."""
+    seen: dict[str, Any] = {}
+    handle = model.model.language_model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+    try:
+        stock(model, inputs)
+    finally:
+        handle.remove()
+    embeds, positions = seen["inputs_embeds"], seen["position_ids"]
+    return embeds, torch.arange(embeds.shape[1])[None] if positions is None else positions
+
+
+def causal(length: int) -> torch.Tensor:
+    above = torch.ones(length, length, dtype=torch.bool).triu(1)
+    return torch.zeros(length, length).masked_fill(above, torch.finfo(torch.float32).min)[None, None]
+
+
+def physical(
+    model: Any,
+    inputs: dict[str, Any],
+    cuts: Any,
+    positions: Any,
+    merges: Any = None,
+    biases: Any = None,
+    generated: torch.Tensor | None = None,
+    shift: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One row, pruned for real, then decoded with a cache: logits, and the input columns they belong to.
+
+    `shift` is a fault to be found: it moves the position ids of what follows the last image.
+    """
+    text = model.model.language_model
+    states, position_ids = entering(model, inputs)
+    length = states.shape[1]
+    last_visual = int(positions[0][-1][-1])
+    position_ids = position_ids.clone()
+    position_ids[..., last_visual + 1 :] += shift
+    columns = torch.arange(length)
+    cos, sin = text.rotary_emb(states, position_ids)
+    added = torch.zeros(length)
+    by_layer = {layer: (number, keep[0]) for number, (layer, keep) in enumerate(cuts)}
+    cache = DynamicCache(config=text.config)
+    column_bias = []
+    for index, layer in enumerate(text.layers):
+        if index in by_layer:
+            number, keep = by_layer[index]
+            place = {int(column): i for i, column in enumerate(columns)}
+            old, added = states.clone(), added.clone()
+            gone: set[int] = set()
+            for image, kept in enumerate(keep):
+                where = positions[0][image]
+                gone |= {int(c) for c in where} - {int(where[k]) for k in kept}
+                if merges is not None:
+                    pairs, weights = merges[number][0][image]
+                    for slot in pairs[:, 1].unique():
+                        states[0, place[int(where[slot])]] = sum(
+                            w * old[0, place[int(where[source])]]
+                            for (source, to), w in zip(pairs, weights, strict=True)
+                            if to == slot
+                        )
+                if biases is not None:
+                    for raster, value in zip(*biases[number][0][image], strict=True):
+                        added[place[int(where[raster])]] = value
+            select = torch.tensor([i for i, column in enumerate(columns) if int(column) not in gone])
+            states, columns, added = states.index_select(1, select), columns[select], added[select]
+            cos, sin = cos.index_select(1, select), sin.index_select(1, select)
+        column_bias.append(added)
+        mask = causal(len(columns)) + added
+        states = layer(
+            states, attention_mask=mask, position_embeddings=(cos, sin), past_key_values=cache, use_cache=True
+        )
+    logits = [model.lm_head(text.norm(states))[0]]
+    new = generated[0] if generated is not None else torch.tensor([], dtype=torch.long)
+    for step, token in enumerate(new):
+        states = text.embed_tokens(token[None, None])
+        cos, sin = text.rotary_emb(states, position_ids[..., -1:] + 1 + step)
+        for added, layer in zip(column_bias, text.layers, strict=True):
+            mask = torch.cat([added, torch.zeros(step + 1)])[None, None, None]
+            states = layer(
+                states,
+                attention_mask=mask,
+                position_embeddings=(cos, sin),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        logits.append(model.lm_head(text.norm(states))[0])
+    return torch.cat(logits).detach(), torch.cat([columns, length + torch.arange(len(new))])
+
+
+def some_biases(cuts: Any) -> list:
+    """A size term for the first kept tokens of every image, another one at the next cut."""
+    return [
+        [
+            [(kept[: 1 + len(kept) // 2], 0.7 + number + torch.rand(1 + len(kept) // 2)) for kept in row]
+            for row in keep
+        ]
+        for number, (_, keep) in enumerate(cuts)
+    ]
+
+
+# -- without cuts it is the stock model ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("pad", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_cuts_equals_the_stock_forward(family: str, pad: str, attention: str) -> None:
+    model = build(family, attn_implementation=attention)
+    inputs = tiny.inputs(model, ROWS, pad=pad)
+    out = oracle.masked_forward(model, inputs, [], tiny.visual_positions(model, inputs), output_hidden=True)
+    real = inputs["attention_mask"].bool()
+    assert difference(out.logits[real], stock(model, inputs)[real]) <= 1e-5
+    assert torch.isfinite(out.logits).all()
+    assert len(out.hidden) == 7
+    assert out.alive.equal(real[None].expand(6, -1, -1))
+    explicit = oracle.masked_forward(
+        model, inputs, [], tiny.visual_positions(model, inputs), positions="generate"
+    )
+    assert difference(out.logits[real], explicit.logits[real]) <= 1e-5  # rotary: only distances count
+
+
+@pytest.mark.parametrize("rows", [ROWS, [["text:4"], ["text:6"]]], ids=["images", "text only"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generated_tokens_equal_greedy_search(family: str, attention: str, rows: list) -> None:
+    model = build(family, attn_implementation=attention)
+    inputs = tiny.inputs(model, rows)
+    found = generate(model, inputs)
+    new = found.sequences[:, inputs["input_ids"].shape[1] :]
+    out = oracle.masked_forward(model, inputs, [], tiny.visual_positions(model, inputs), generated=new)
+    assert difference(out.steps(), torch.stack(found.logits, 1)) <= 1e-4
+    allowed = out.steps().clone()
+    allowed[..., : tiny.FIRST_TEXT_ID] = -torch.inf
+    assert allowed.argmax(-1).equal(new)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_sliding_windows(family: str) -> None:
+    model = build(family, sliding_window=12)
+    inputs = tiny.inputs(model, ROWS)
+    found = generate(model, inputs)
+    new = found.sequences[:, inputs["input_ids"].shape[1] :]
+    out = oracle.masked_forward(model, inputs, [], tiny.visual_positions(model, inputs), generated=new)
+    assert difference(out.steps(), torch.stack(found.logits, 1)) <= 1e-4
+    wide = build(family)
+    assert difference(out.steps(), torch.stack(generate(wide, inputs).logits, 1)) > 1e-2
+
+
+def expandable(model: Any) -> list[list[str]]:
+    """Rows that stock expands rightly for beams: older releases repeat LLaVA's pixels image by image, so that
+    the two images of a row end up in different rows.
+    """
+    one_image_only = not hasattr(model, "_expand_multimodal_outputs") and model.config.model_type == "llava"
+    return [ROWS[1], *ROWS[1:]] if one_image_only else ROWS
+
+
+@pytest.mark.parametrize("family", TWO)
+def test_beams(family: str) -> None:
+    model = build(family)
+    inputs = tiny.inputs(model, expandable(model))
+    positions = tiny.visual_positions(model, inputs)
+    found = generate(model, inputs, num_beams=3, num_return_sequences=2, output_scores=True)
+    new = found.sequences[:, inputs["input_ids"].shape[1] :]
+    out = oracle.masked_forward(
+        model, oracle.expand(inputs, 2, positions), [], oracle.expand_rows(positions, 2), generated=new
+    )
+    chosen = out.steps().log_softmax(-1).gather(-1, new[..., None])[..., 0]
+    assert difference(chosen.mean(-1), found.sequences_scores) <= 1e-4
+
+
+@pytest.mark.parametrize("family", TWO)
+def test_returned_sequences(family: str) -> None:
+    model = build(family)
+    inputs = tiny.inputs(model, expandable(model))
+    positions = tiny.visual_positions(model, inputs)
+    torch.manual_seed(0)
+    found = generate(model, inputs, do_sample=True, num_return_sequences=3)
+    new = found.sequences[:, inputs["input_ids"].shape[1] :]
+    out = oracle.masked_forward(
+        model, oracle.expand(inputs, 3, positions), [], oracle.expand_rows(positions, 3), generated=new
+    )
+    assert difference(out.steps(), torch.stack(found.logits, 1)) <= 1e-4
+
+
+@pytest.mark.parametrize("family", TWO)
+def test_prompt_lookup(family: str) -> None:
+    model = build(family)
+    inputs = tiny.inputs(model, ONE)
+    inputs["input_ids"][0, -2:] = inputs["input_ids"][0, :2]  # a bigram to look up
+    found = generate(model, inputs, prompt_lookup_num_tokens=3)
+    new = found.sequences[:, inputs["input_ids"].shape[1] :]
+    out = oracle.masked_forward(model, inputs, [], tiny.visual_positions(model, inputs), generated=new)
+    assert difference(out.steps(), torch.stack(found.logits, 1)) <= 1e-4
+
+
+@pytest.mark.parametrize("second", [["text:6"], ["text:3", "image", "text:2"]], ids=["text", "image"])
+@pytest.mark.parametrize("family", TWO)
+def test_two_turns_with_a_cache(family: str, second: list[str]) -> None:
+    """The second turn of a chat, continued from the returned cache, is one long teacher-forced row."""
+    model = build(family)
+    first, turn = tiny.inputs(model, [ONE[0], ROWS[1]]), tiny.inputs(model, [second, second], seed=1)
+    before = generate(model, first)
+    answer = before.sequences[:, first["input_ids"].shape[1] :]
+    whole = join(first, answer, turn)
+    if family == "qwen2_5_vl" and "image" in second:
+        # Stock cannot go on from the cache: positions need the grids of all images, features of the new ones.
+        found = generate(model, whole)
+    else:
+        call = {k: v for k, v in whole.items() if k not in ("pixel_values", "image_grid_thw")}
+        call |= {k: turn[k] for k in ("pixel_values",) if k in turn}
+        found = generate(model, call | {"past_key_values": before.past_key_values})
+    new = found.sequences[:, whole["input_ids"].shape[1] :]
+    out = oracle.masked_forward(model, whole, [], tiny.visual_positions(model, whole), generated=new)
+    assert difference(out.steps(), torch.stack(found.logits, 1)) <= 1e-4
+
+
+def join(first: dict[str, Any], answer: torch.Tensor, turn: dict[str, Any]) -> dict[str, Any]:
+    """Turn 1, its answer and turn 2 as one prompt. Two rows: the images are put back into the rows' order."""
+    out: dict[str, Any] = {}
+    for name, middle in [
+        ("input_ids", answer),
+        ("attention_mask", torch.ones_like(answer)),
+        ("mm_token_type_ids", torch.zeros_like(answer)),
+    ]:
+        if name in first:
+            out[name] = torch.cat([first[name], middle.to(first[name].dtype), turn[name]], 1)
+    images = 3  # of the first row in turn 1; the second row has one, and each row at most one in turn 2
+    for name in ("pixel_values", "image_grid_thw"):
+        if name not in first:
+            continue
+        parts = [images_of(part, name) for part in (first, turn)]
+        out[name] = torch.cat(parts[0][:images] + parts[1][:1] + parts[0][images:] + parts[1][1:])
+    return out
+
+
+def images_of(inputs: dict[str, Any], name: str) -> list[torch.Tensor]:
+    if name not in inputs:
+        return []
+    if name == "pixel_values" and "image_grid_thw" in inputs:
+        return list(inputs[name].split(inputs["image_grid_thw"].prod(-1).tolist()))
+    return list(inputs[name].split(1))
+
+
+# -- with cuts it is the shortened model -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cut_before_the_llm_equals_a_shortened_stock_forward(family: str, attention: str) -> None:
+    model = build(family, attn_implementation=attention)
+    inputs = tiny.inputs(model, [["text:5", "image", "text:4"]])
+    positions = tiny.visual_positions(model, inputs)
+    cuts = tiny.random_cuts(positions, [0], [0.4])
+    out = oracle.masked_forward(model, inputs, cuts, positions)
+    kept = out.alive[-1][0].nonzero().flatten()
+    assert len(kept) == inputs["input_ids"].shape[1] - len(positions[0][0]) + len(cuts[0][1][0][0])
+
+    embeds, position_ids = entering(model, inputs)
+    # The 4D mask is needed: without a mask and a cache, gaps in the positions are read as packed sequences.
+    with torch.no_grad():
+        states = model.model.language_model(
+            inputs_embeds=embeds[:, kept],
+            position_ids=position_ids[..., kept],
+            attention_mask=causal(len(kept)),
+            use_cache=False,
+        ).last_hidden_state
+        short = model.lm_head(states)
+    assert difference(out.logits[:, kept], short) <= 1e-5
+    assert difference(out.logits[:, kept], stock(model, inputs)[:, kept]) > 1e-2
+
+
+@pytest.mark.parametrize("extras", ["", "merges", "biases", "merges biases"])
+@pytest.mark.parametrize("layers", [(0,), (3,), (5,), (1, 4), (0, 2, 3)], ids=str)
+@pytest.mark.parametrize("family", TWO)
+def test_cuts_equal_tokens_physically_gone(family: str, layers: tuple[int, ...], extras: str) -> None:
+    """Prefill and decode with a cache, against a plain loop over stock layers that selects and shortens."""
+    torch.manual_seed(0)
+    model = build(family)
+    inputs = tiny.inputs(model, ONE)
+    positions = tiny.visual_positions(model, inputs)
+    cuts = tiny.random_cuts(positions, layers, [0.6, 0.3, 0.1][: len(layers)])
+    more: dict[str, Any] = {}
+    if "merges" in extras:
+        more["merges"] = tiny.random_merges(positions, cuts)
+    if "biases" in extras:
+        more["biases"] = some_biases(cuts)
+    new = torch.randint(tiny.FIRST_TEXT_ID, tiny.VOCAB, (1, 4))
+    out = oracle.masked_forward(model, inputs, cuts, positions, generated=new, **more)
+    expected, columns = physical(model, inputs, cuts, positions, generated=new, **more)
+    assert out.alive[-1][0].nonzero().flatten().equal(columns)
+    assert difference(out.logits[0, columns], expected) <= 1e-5
+    for name in more:  # each of them is felt
+        rest = {k: v for k, v in more.items() if k != name}
+        without = oracle.masked_forward(model, inputs, cuts, positions, generated=new, **rest)
+        assert difference(out.logits[0, columns], without.logits[0, columns]) > 1e-2
+
+
+@pytest.mark.parametrize("pad", ["left", "right"])
+@pytest.mark.parametrize("family", TWO)
+def test_a_row_equals_its_own_batch_of_one(family: str, pad: str) -> None:
+    model = build(family)
+    inputs = tiny.inputs(model, ROWS, pad=pad)
+    positions = tiny.visual_positions(model, inputs)
+    cuts = tiny.random_cuts(positions, [1, 3], [0.5, 0.2])
+    merges = tiny.random_merges(positions, cuts)
+    out = oracle.masked_forward(model, inputs, cuts, positions, merges)
+    taken = 0
+    for row, images in enumerate(positions):
+        real = inputs["attention_mask"][row].bool()
+        single = {
+            k: v[row : row + 1, real]
+            for k, v in inputs.items()
+            if k not in ("pixel_values", "image_grid_thw")
+        }
+        for name in ("pixel_values", "image_grid_thw"):
+            if name in inputs and images:
+                single[name] = torch.cat(images_of(inputs, name)[taken : taken + len(images)])
+        taken += len(images)
+        alone = oracle.masked_forward(
+            model,
+            single,
+            [(layer, [keep[row]]) for layer, keep in cuts],
+            tiny.visual_positions(model, single),
+            [[per_cut[row]] for per_cut in merges],
+        )
+        kept = alone.alive[-1][0]
+        assert difference(out.logits[row, real][kept], alone.logits[0, kept]) <= 1e-5
+
+
+def test_sliding_window_counts_original_columns() -> None:
+    """All but one token between the text and the end is dropped: the gap stays wider than the window."""
+    model = build("mistral", sliding_window=12)
+    inputs = tiny.inputs(model, [["text:5", "image", "text:1"]])
+    positions = tiny.visual_positions(model, inputs)
+    changed = inputs | {"input_ids": inputs["input_ids"].clone()}
+    changed["input_ids"][0, 4] = 10 + changed["input_ids"][0, 4] % 100
+
+    def reaches_the_end(cuts: Any) -> bool:
+        a, b = (oracle.masked_forward(model, x, cuts, positions).logits[0, -1] for x in (inputs, changed))
+        return not a.equal(b)
+
+    assert reaches_the_end([])  # from window to window, layer by layer
+    assert not reaches_the_end([(0, [[[24]]])])
+
+
+# -- it can fail -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", TWO)
+def test_faults_are_seen(family: str) -> None:
+    torch.manual_seed(0)
+    model = build(family)
+    inputs = tiny.inputs(model, ONE)
+    positions = tiny.visual_positions(model, inputs)
+    cuts = tiny.random_cuts(positions, [2, 4], [0.5, 0.3])
+    merges = tiny.random_merges(positions, cuts)
+    new = torch.randint(tiny.FIRST_TEXT_ID, tiny.VOCAB, (1, 3))
+    out = oracle.masked_forward(model, inputs, cuts, positions, merges, new)
+
+    def error(cuts: Any = cuts, merges: Any = merges, **kwargs: Any) -> float:
+        logits, columns = physical(model, inputs, cuts, positions, merges, generated=new, **kwargs)
+        text = columns > int(positions[0][-1][-1])  # the columns every variant keeps
+        return difference(out.logits[0, columns[text]], logits[text])
+
+    assert error() <= 1e-5
+    wrong_token = copy.deepcopy(cuts)
+    kept = wrong_token[1][1][0][0]
+    instead = next(int(k) for k in cuts[0][1][0][0] if int(k) not in kept.tolist())
+    wrong_token[1][1][0][0] = torch.cat([kept[:-1], torch.tensor([instead])]).sort().values
+    faults = {
+        "another token": error(wrong_token, None),
+        "one layer late": error([(3, cuts[0][1]), cuts[1]]),
+        "shifted positions": error(shift=1),
+        "weights": error(merges=[[[(p, 0.9 * w) for p, w in row] for row in cut] for cut in merges]),
+        "no merges": error(merges=None),
+    }
+    assert min(faults.values()) > 1e-3, faults
+
+
+# -- its manners -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", TWO)
+def test_leaves_the_model_as_it_was(family: str) -> None:
+    model = build(family)
+    inputs, other = tiny.inputs(model, ROWS), tiny.inputs(model, ONE, seed=5)
+    positions = tiny.visual_positions(model, other)
+    cuts = tiny.random_cuts(positions, [2], [0.5])
+
+    def state() -> Any:
+        # (stock leaves hooks of its own in the vision tower, from the first forward on)
+        hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
+        deltas = getattr(model.model, "rope_deltas", None)
+        return hooks, model.config.to_dict(), None if deltas is None else deltas.tolist()
+
+    before = stock(model, inputs)
+    found = state()
+    oracle.masked_forward(model, other, cuts, positions, output_hidden=True)
+    assert state() == found
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.model.language_model.layers[3].mlp.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        oracle.masked_forward(model, other, cuts, positions)
+    handle.remove()
+    assert state() == found
+    assert stock(model, inputs).equal(before)
+
+
+def test_refuses_records_that_make_no_sense() -> None:
+    model = build("llama")
+    inputs = tiny.inputs(model, [["text:2", "image", "text:2"]])
+    positions = tiny.visual_positions(model, inputs)
+
+    def run(cuts: Any, *args: Any, **kwargs: Any) -> None:
+        oracle.masked_forward(model, inputs, cuts, positions, *args, **kwargs)
+
+    with pytest.raises(ValueError, match="never there"):
+        run([(2, [[[3, 25]]])])
+    with pytest.raises(ValueError, match="gone"):
+        run([(2, [[[3, 4]]]), (3, [[[4, 5]]])])
+    with pytest.raises(ValueError, match="ascend"):
+        run([(2, [[[4, 3]]])])
+    with pytest.raises(ValueError, match="ascending layers"):
+        run([(3, [[[3, 4]]]), (2, [[[3]]])])
+    with pytest.raises(ValueError, match="ascending layers"):
+        run([(6, [[[3, 4]]])])
+    with pytest.raises(ValueError, match="images"):
+        run([(2, [[[3], [4]]])])
+    with pytest.raises(ValueError, match="source or slot"):
+        run([(2, [[[3, 4]]])], [[[(torch.tensor([[3, 7]]), torch.ones(1))]]])
+    with pytest.raises(ValueError, match="source or slot"):
+        run([(2, [[[3, 4]]]), (3, [[[3]]])], [None, [[(torch.tensor([[9, 3]]), torch.ones(1))]]])
+    with pytest.raises(ValueError, match="placeholder"):
+        run([], generated=torch.tensor([[tiny.IMAGE]]))
+
+
+def test_none_means_as_before() -> None:
+    """Two images of two turns, pruned at different layers: the lists of one cut name None for the other."""
+    model = build("llama")
+    inputs = tiny.inputs(model, [["text:2", "image", "text:2", "image", "text:2"]])
+    positions = tiny.visual_positions(model, inputs)
+    everything = list(range(25))
+    a = oracle.masked_forward(model, inputs, [(1, [[[3], None]]), (3, [[None, [4]]])], positions)
+    b = oracle.masked_forward(model, inputs, [(1, [[[3], everything]]), (3, [[[3], [4]]])], positions)
+    assert a.logits.equal(b.logits)
+    assert a.alive.sum(-1).flatten().tolist() == [56, 32, 32, 8, 8, 8]
+
+
+def test_the_oracle_stands_alone() -> None:
+    for module in (oracle, tiny):
+        assert "tokenprune" not in Path(str(module.__file__)).read_text()
