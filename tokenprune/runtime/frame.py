@@ -15,7 +15,7 @@ from tokenprune.errors import NothingPrunedWarning, TokenPruneError, Unsupported
 from tokenprune.methods.base import Grid
 from tokenprune.models.base import Family, Image, IntArray, locate
 from tokenprune.runtime.pruning import Pruning, prompt_digests
-from tokenprune.runtime.record import Record, attach, is_static, layer_length, read
+from tokenprune.runtime.record import Record, attach, crop, is_static, layer_length, read
 from tokenprune.runtime.timing import Stopwatch
 from tokenprune.runtime.vision import VisionFacts, read_facts
 
@@ -103,17 +103,32 @@ def begin(
 
 
 def _check_continuation(frame: Frame, family: Family, inputs: dict[str, Any], visual: bool) -> None:
-    if frame.attention is not None and frame.attention.shape[1] != frame.past + frame.length:
-        raise UnsupportedModeError(
-            "a further turn after a cut before the LLM is not supported: the cache's length no longer tells which tokens "
-            "are new; cut at layer 1 or later, or pass the whole conversation without the cache"
-        )
+    """After a cut before the LLM no layer's cache length tells how long the conversation is: ask the inputs."""
+    record, position_ids = frame.record, inputs.get("position_ids")
+    assert record is not None
     if visual:
         raise UnsupportedModeError(
             "new images after a cut before the LLM are not supported; cut at layer 1 or later for several turns"
         )
-    if inputs.get("position_ids") is None and family.mrope:
+    if position_ids is None and family.mrope:
         raise UnsupportedModeError("after a cut before the LLM pass position_ids, as generate() does")
+    past = frame.past
+    if frame.attention is not None:
+        past = frame.attention.shape[1] - frame.length
+    elif position_ids is not None and not is_static(frame.cache) and (frame.length > 1 or record.verify):
+        # Without a mask there is no padding: the last position is the last column. (One copy from the device, for
+        # continuations of several tokens only, and the step after one.)
+        position = position_ids[0] if position_ids.ndim == 3 else position_ids
+        past = int(position[0, -1]) + 1 - frame.length
+    record.verify = frame.length > 1
+    if past < record.length or past > frame.past:
+        raise UnsupportedModeError(
+            "a further turn after a cut before the LLM is not supported: the cache's length no longer tells which tokens "
+            "are new; cut at layer 1 or later, or pass the whole conversation without the cache"
+        )
+    if past < frame.past:
+        crop(frame.cache, record, past)
+        frame.past = past
 
 
 def _plan(

@@ -43,6 +43,7 @@ class Record:
     length: int
     layers: list[Columns | None]
     shift: Tensor | None = None
+    verify: bool = False  # whether the last continuation may have been cropped since
 
     def removed(self, layer: int) -> int:
         columns = self.layers[layer]
@@ -93,7 +94,12 @@ def read(cache: Any, num_layers: int, batch: int) -> Record | None:
                 f"pruned; pass on the cache object a pruned call returned (or a deep copy of it), not a rebuilt one"
             )
         return None
-    if first + record.removed(0) != last + record.removed(num_layers - 1) or first + record.removed(0) < record.length:
+    past = first + record.removed(0)
+    if last + record.removed(num_layers - 1) > past:
+        # transformers before 5.23 crops to an absolute length, which leaves the shorter layers too long.
+        crop(cache, record, past)
+        last = layer_length(cache, num_layers - 1)
+    if past != last + record.removed(num_layers - 1) or past < record.length:
         raise UnsupportedModeError(
             "this cache was cropped into a pruned prompt, so its record no longer fits; start again from the prompt"
         )
@@ -106,6 +112,14 @@ def read(cache: Any, num_layers: int, batch: int) -> Record | None:
             )
         record = _expand(record, batch)
     return record
+
+
+def crop(cache: Any, record: Record, past: int) -> None:
+    """Take the last entries off each layer that holds more than belong to `past` columns."""
+    for i, layer in enumerate(cache.layers):
+        entries = past - record.removed(i)
+        if layer_length(cache, i) > entries:
+            layer.keys, layer.values = layer.keys[..., :entries, :], layer.values[..., :entries, :]
 
 
 def _expand(record: Record, batch: int) -> Record:
