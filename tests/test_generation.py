@@ -10,10 +10,13 @@ import oracle
 import pytest
 import tiny
 import torch
-from transformers import DynamicCache, StaticCache
+import transformers
+from packaging import version
+from transformers import DynamicCache, LlavaForConditionalGeneration, StaticCache
 
 import tokenprune
 
+OLD = version.parse(transformers.__version__) < version.parse("5.23")
 FAMILIES = {"llava": tiny.llava, "qwen2_5_vl": tiny.qwen2_5_vl}
 CUTS: dict[str, dict[str, Any]] = {
     "before": {"method": "random", "layer": 0, "keep": 0.4},
@@ -58,6 +61,10 @@ def test_greedy(model: Any, cut: dict[str, Any], rows: Any) -> None:
 )
 def test_modes(model: Any, cut: dict[str, Any], options: dict[str, Any], times: int) -> None:
     rows = judge.ROWS[:1] if "prompt_lookup_num_tokens" in options else judge.ROWS
+    expands = "num_beams" in options or "num_return_sequences" in options
+    if expands and isinstance(model, LlavaForConditionalGeneration) and OLD:
+        # Stock generate() of these versions mixes up a row's images when it expands the batch.
+        rows = [[piece for i, piece in enumerate(row) if piece != "image" or "image" not in row[:i]] for row in rows]
     inputs = tiny.inputs(model, rows, pad="left")
     torch.manual_seed(0)
     if options.get("num_beams", 1) > 1:

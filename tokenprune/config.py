@@ -10,7 +10,7 @@ from torch import nn
 
 from tokenprune.budget import BudgetMeaning, Cut, Keep, average_floor, check_keep
 from tokenprune.errors import BudgetError, ConfigError
-from tokenprune.methods import Method, NoPruning, make_method
+from tokenprune.methods import DecoderShape, Method, NoPruning, make_method
 from tokenprune.models.base import Family
 
 Positions = Literal["keep", "compact"]
@@ -64,6 +64,7 @@ def make_config(
     """
     num_layers = len(family.layers(model))
     made = make_method(method, parameters)
+    made.check(decoder_shape(model, family))
     if budget not in ("average", "after_cut"):
         raise ConfigError(f"budget must be 'average' or 'after_cut', not {budget!r}")
     if positions not in ("keep", "compact"):
@@ -100,6 +101,19 @@ def make_config(
             f"here the cuts are at {', '.join(str(c.layer) for c in checked)} of a {family.name} model: use 'keep'"
         )
     return PruneConfig(made, checked, keep, budget, positions, strict, keep_lists, reason)
+
+
+def decoder_shape(model: nn.Module, family: Family) -> DecoderShape:
+    text: Any = family.text_model(model).config
+    heads = text.num_attention_heads
+    attention: Any = family.attention(family.layers(model)[0])
+    return DecoderShape(
+        num_layers=len(family.layers(model)),
+        num_heads=heads,
+        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=int(attention.head_dim),
+        hidden_size=text.hidden_size,
+    )
 
 
 def _check_cuts(cuts: Sequence[Cut | tuple[int, Keep | None]]) -> tuple[Cut, ...]:

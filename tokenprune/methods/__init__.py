@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from tokenprune.errors import ConfigError
-from tokenprune.methods.base import Grid, ImageTokens, Method, Needs, ScoreMethod, Selection, VisionAttention
+from tokenprune.methods.base import DecoderShape, Grid, ImageTokens, Method, Needs, ScoreMethod, Selection, VisionAttention
 from tokenprune.methods.entropyprune import EntropyPrune
 from tokenprune.methods.none import NoPruning
 from tokenprune.methods.random import Random
@@ -38,6 +38,7 @@ def make_method(method: str | Method, parameters: dict[str, Any]) -> Method:
 
 __all__ = [
     "METHODS",
+    "DecoderShape",
     "EntropyPrune",
     "Grid",
     "ImageTokens",

@@ -33,6 +33,17 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class DecoderShape:
+    """The decoder a method is about to be used with, for `Method.check`."""
+
+    num_layers: int
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_size: int
+
+
+@dataclass(frozen=True)
 class VisionAttention:
     """Queries and keys of the vision layer whose output becomes the image's features, for one image.
 
@@ -155,6 +166,13 @@ class Method(ABC):
     @abstractmethod
     def needs(self) -> Needs:
         """What `select` will find in its `ImageTokens`."""
+
+    def check(self, shape: DecoderShape) -> None:  # noqa: B027  # most methods fit every decoder
+        """Refuse a decoder the method cannot work with; called by `wrap`, before anything changes.
+
+        Raises:
+            ConfigError: says which parameter to change.
+        """
 
     @abstractmethod
     def select(self, image: ImageTokens, k: int) -> Selection:

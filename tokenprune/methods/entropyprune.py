@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from tokenprune_kernels.dual_gram_entropy import dual_gram_entropy, reference
 
 from tokenprune.errors import ConfigError
-from tokenprune.methods.base import Choice, ImageTokens, Needs, ScoreMethod
+from tokenprune.methods.base import Choice, DecoderShape, ImageTokens, Needs, ScoreMethod
 
 SOURCE = Choice(("query", "key", "value", "hidden"))
 NORMALIZATION = Choice(("none", "trace"))
@@ -53,26 +52,29 @@ class EntropyPrune(ScoreMethod):
     def needs(self) -> Needs:
         return Needs(states=(self.source,))  # type: ignore[arg-type]  # checked in __post_init__
 
-    def score(self, image: ImageTokens) -> Tensor:
-        x = self._heads(image)
-        if x.shape[-2] < 2:
+    def check(self, shape: DecoderShape) -> None:
+        heads = shape.num_key_value_heads if self.source in ("key", "value") else shape.num_heads
+        width = shape.head_dim
+        if self.source == "hidden":
+            if shape.hidden_size % heads:
+                raise ConfigError(
+                    f"source='hidden' needs a hidden size divisible by the {heads} heads, not {shape.hidden_size}; "
+                    f"use source='query'"
+                )
+            width = shape.hidden_size // heads
+        if heads < 2:
             raise ConfigError(
-                f"source={self.source!r} has a single head here and its entropy is undefined (log 1 = 0); "
+                f"source={self.source!r} has a single head in this model and its entropy is undefined (log 1 = 0); "
                 f"use source='query'"
             )
+        if self.column_groups and width % 128:
+            raise ConfigError(f"column_groups=True needs a head_dim that is a multiple of 128, not {width}; leave it out")
+
+    def score(self, image: ImageTokens) -> Tensor:
+        x = getattr(image, self.source)
+        if self.source == "hidden":
+            x = x.unflatten(1, (image.num_heads, -1))
         options = {"normalization": self.normalization, "column_groups": self.column_groups}
         if self.gram == "primal":
-            return reference.matrix_entropy(x, gram="primal", **options)  # type: ignore[arg-type]
-        return dual_gram_entropy(x, **options)  # type: ignore[arg-type]
-
-    def _heads(self, image: ImageTokens) -> Tensor:
-        x: Tensor | None = getattr(image, self.source)
-        assert x is not None
-        if self.source != "hidden":
-            return x
-        n, width = x.shape
-        if width % image.num_heads:
-            raise ConfigError(
-                f"source='hidden' needs a hidden size divisible by the {image.num_heads} heads, not {width}"
-            )
-        return torch.unflatten(x, 1, (image.num_heads, width // image.num_heads))
+            return reference.matrix_entropy(x, gram="primal", **options)
+        return dual_gram_entropy(x, **options)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tokenprune.config import PruneConfig
+from tokenprune.config import PruneConfig, decoder_shape
 from tokenprune.errors import TokenPruneError, UnsupportedModeError
 from tokenprune.methods.base import VisionAttention
 from tokenprune.models.base import Family
@@ -43,6 +43,7 @@ class Runtime:
         self.model, self.family, self.config = model, family, config
         self.layers = list(family.layers(model))
         self.text_config: Any = family.text_model(model).config
+        self.shape = decoder_shape(model, family)
         self.outcome: Outcome | None = None
         self._local = threading.local()
         self._handles: list[RemovableHandle] = []
@@ -264,16 +265,11 @@ class Runtime:
         own = pruning.take(x, key)
         if name == "hidden":
             return own
-        own = own.reshape(own.shape[0], -1, self.head_dim)
+        own = own.reshape(own.shape[0], -1, self.shape.head_dim)
         if name == "value":
             return own
         cos, sin = self._local.rope
         return self.family.rotary(own, pruning.take(cos, key), pruning.take(sin, key))
-
-    @property
-    def head_dim(self) -> int:
-        attention: Any = self.family.attention(self.layers[0])
-        return int(attention.head_dim)
 
     # -- masks --------------------------------------------------------------------------------------------------
 

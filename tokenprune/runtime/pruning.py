@@ -116,7 +116,7 @@ class Pruning:
             return row.narrow(0, int(image.columns[0]), image.n)  # a view: nothing is copied
         return row.index_select(0, self._slots[key].to(row.device))
 
-    def view(self, key: Key, facts: VisionFacts | None, **states: Tensor) -> ImageTokens:
+    def view(self, key: Key, facts: VisionFacts | None, /, **states: Tensor) -> ImageTokens:
         """What the method sees of an image at this cut.
 
         Args:

@@ -1,0 +1,215 @@
+"""Pictures of what was kept: dropped tokens fade, kept ones stay as they are. Pillow only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
+
+from tokenprune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tokenprune.methods.base import Grid
+    from tokenprune.report import Report
+
+Picture: TypeAlias = Image.Image
+# (height, width), (frames, height, width), or tokenprune's own Grid
+GridLike: TypeAlias = "tuple[int, int] | tuple[int, int, int] | Grid"
+
+SIDE = 384  # small images are blown up to about this many pixels ...
+MOST = 1024  # ... and large ones shrunk to this
+OUTLINE = (255, 255, 255)
+MERGED = (255, 176, 32)
+INK, PAPER = (24, 24, 27), (255, 255, 255)
+GAP = 8
+_FADED = 0.26  # how much of a dropped token's brightness stays
+
+
+def draw_kept(
+    image: Picture | Sequence[Picture],
+    grid: GridLike,
+    kept: Iterable[Any],
+    merged: Iterable[Any] | None = None,
+    caption: str | None = None,
+    scale: int | None = None,
+) -> Picture:
+    """Draw which visual tokens of an image were kept.
+
+    Dropped tokens turn dark and grey; kept ones keep every pixel, and a thin white line around them runs on the
+    dropped side. Tokens merged into others are tinted amber, and what they were merged into has an amber frame.
+
+    Args:
+        image: the image, or the frames of a video (one per step of the grid, or a multiple of that).
+        grid: layout of its tokens: (height, width) or (frames, height, width).
+        kept: raster indices of the tokens kept.
+        merged: (source, slot) pairs of raster indices, as in `Report.merges`.
+        caption: a line of text below.
+        scale: blow up by this factor (default: to about 384 pixels; images beyond 1024 are shrunk).
+
+    Returns:
+        A new RGB image; the frames of a video are side by side.
+
+    Raises:
+        ConfigError: indices outside the grid, or fewer frames than it has.
+    """
+    frames, height, width = _grid(grid)
+    per_frame = height * width
+    keep, pairs = set(_integers(kept)), [(int(source), int(slot)) for source, slot in _integers(merged or ())]
+    sources = {source for source, _ in pairs} - keep
+    slots = {slot for _, slot in pairs} & keep
+    for index in keep | sources:
+        if not 0 <= index < frames * per_frame:
+            raise ConfigError(
+                f"token {index} is outside the {frames} x {height} x {width} grid; pass raster indices from 0 to "
+                f"{frames * per_frame - 1}"
+            )
+    panels = []
+    for t, frame in enumerate(_frames(image, frames)):
+        low = t * per_frame
+        own = [{i - low for i in group if low <= i < low + per_frame} for group in (keep, sources, slots)]
+        panels.append(_draw_frame(_resize(frame, scale), (width, height), *own))
+    picture = panels[0] if frames == 1 else tile(panels, columns=frames)
+    return picture if caption is None else add_caption(picture, caption)
+
+
+def draw_report(
+    report: Report,
+    images: Sequence[Picture | Sequence[Picture]],
+    row: int = 0,
+    captions: Sequence[str] | None = None,
+    scale: int | None = None,
+) -> list[Picture]:
+    """Draw every image of a row as it was after the last cut.
+
+    Args:
+        report: from `tokenprune.report(model)`.
+        images: the row's images in the order of the prompt; for a video, its frames.
+        row: row of the batch.
+        captions: one per image (default: how many tokens were kept).
+        scale: as for `draw_kept`.
+
+    Raises:
+        ConfigError: the number of images is not the row's.
+    """
+    own = [image for image in report.images if image.row == row]
+    if len(own) != len(images):
+        raise ConfigError(f"row {row} of the report has {len(own)} images, but {len(images)} were given to draw")
+    lists = report.keep_lists
+    pictures = []
+    for i, (facts, image) in enumerate(zip(own, images, strict=True)):
+        kept = lists[-1][row][i] if lists else range(facts.tokens)
+        pairs = [pair for cut in report.merges if (row, i) in cut for pair in _integers(cut[row, i][0])]
+        caption = f"{report.method}: {len(kept)} of {facts.tokens} tokens" if captions is None else captions[i]
+        pictures.append(draw_kept(image, facts.grid, kept, pairs, caption, scale))
+    return pictures
+
+
+def tile(pictures: Sequence[Picture], columns: int, title: str | None = None, gap: int = GAP) -> Picture:
+    """Put pictures side by side, `columns` in a row, with a title above."""
+    rows = [list(pictures[i : i + columns]) for i in range(0, len(pictures), columns)]
+    heights = [max(p.height for p in row) for row in rows]
+    widths = [max(row[i].width for row in rows if i < len(row)) for i in range(len(rows[0]))]
+    sheet = Image.new("RGB", (sum(widths) + gap * (len(widths) - 1), sum(heights) + gap * (len(rows) - 1)), PAPER)
+    y = 0
+    for row, tall in zip(rows, heights, strict=True):
+        x = 0
+        for picture, wide in zip(row, widths, strict=False):
+            sheet.paste(picture, (x, y))
+            x += wide + gap
+        y += tall + gap
+    return sheet if title is None else add_caption(sheet, title, above=True, size=18)
+
+
+def add_caption(picture: Picture, text: str, *, above: bool = False, size: int | None = None) -> Picture:
+    """Add a strip with `text`, wrapped to the picture's width, below (or above) it."""
+    font = ImageFont.load_default(size or max(12, min(16, picture.width // 18)))
+    pen = ImageDraw.Draw(picture)
+    lines = _wrap(text, lambda line: pen.textlength(line, font=font), picture.width - 8)
+    left, top, _, bottom = pen.multiline_textbbox((0, 0), "\n".join([*lines, "Ag"]), font=font)
+    one = pen.textbbox((0, 0), "Ag", font=font)
+    # The extra "Ag" makes strips of one line equally high whatever its letters; its own height goes off again.
+    strip = round(bottom - top if len(lines) > 1 else one[3] - one[1]) + 10
+    sheet = Image.new("RGB", (picture.width, picture.height + strip), PAPER)
+    sheet.paste(picture, (0, strip if above else 0))
+    y = 0 if above else picture.height
+    ImageDraw.Draw(sheet).multiline_text((4 - left, y + 4 - one[1]), "\n".join(lines), fill=INK, font=font)
+    return sheet
+
+
+def _draw_frame(picture: Picture, grid: tuple[int, int], keep: set[int], sources: set[int], slots: set[int]) -> Picture:
+    """One frame at its final size; the groups are raster indices within it."""
+    bright, tinted, framed = (_mask(group, grid, picture.size) for group in (keep, sources, slots))
+    grey = ImageOps.grayscale(picture).point(lambda v: round(v * _FADED)).convert("RGB")
+    faded = Image.composite(Image.blend(grey, Image.new("RGB", picture.size, MERGED), 0.35), grey, tinted)
+    faded.paste(OUTLINE, mask=ImageChops.subtract(_grow(bright, _line(picture, grid)), bright))
+    result = Image.composite(picture, faded, bright)
+    inside = ImageChops.subtract(framed, _shrink(framed, grid, slots, _line(picture, grid)))
+    result.paste(MERGED, mask=inside)
+    return result
+
+
+def _mask(group: set[int], grid: tuple[int, int], size: tuple[int, int]) -> Picture:
+    """255 at the pixels of these tokens. Pillow's nearest neighbour says which pixel is which token's."""
+    cells = Image.new("L", grid)
+    cells.putdata([255 if i in group else 0 for i in range(grid[0] * grid[1])])
+    return cells.resize(size, Image.Resampling.NEAREST)
+
+
+def _line(picture: Picture, grid: tuple[int, int]) -> int:
+    """Width of an outline: a sixteenth of a token."""
+    return max(1, round(min(picture.width / grid[0], picture.height / grid[1]) / 16))
+
+
+def _grow(mask: Picture, by: int) -> Picture:
+    return mask.filter(ImageFilter.MaxFilter(2 * by + 1))
+
+
+def _shrink(mask: Picture, grid: tuple[int, int], group: set[int], by: int) -> Picture:
+    """Every token of `group` without its border, also where two of them touch."""
+    inner = Image.new("L", mask.size)
+    for index in group:
+        alone = _mask({index}, grid, mask.size)
+        inner = ImageChops.lighter(inner, alone.filter(ImageFilter.MinFilter(2 * by + 1)))
+    return inner
+
+
+def _frames(image: Picture | Sequence[Picture], frames: int) -> list[Picture]:
+    """One picture per step of the grid: of a video given in full, the middle one of those merged in a step."""
+    given = [image] if isinstance(image, Image.Image) else list(image)
+    if len(given) < frames:
+        raise ConfigError(f"the grid has {frames} frames, but {len(given)} were given; pass all frames of the video")
+    return [given[(2 * t + 1) * len(given) // (2 * frames)] for t in range(frames)]
+
+
+def _resize(image: Picture, scale: int | None) -> Picture:
+    image = image.convert("RGB")
+    largest = max(image.size)
+    if scale is None and largest > MOST:
+        size = (max(1, image.width * MOST // largest), max(1, image.height * MOST // largest))
+        return image.resize(size, Image.Resampling.LANCZOS)
+    factor = max(1, SIDE // largest) if scale is None else scale
+    # Nearest: an image of 96 pixels shows what the model saw, pixel by pixel.
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def _grid(grid: GridLike) -> tuple[int, int, int]:
+    if isinstance(grid, tuple):
+        return grid if len(grid) == 3 else (1, *grid)
+    return grid.frames, grid.height, grid.width
+
+
+def _integers(values: Any) -> list[Any]:
+    """Lists as they are; tensors and arrays as lists."""
+    return list(values.tolist() if hasattr(values, "tolist") else values)
+
+
+def _wrap(text: str, width_of: Any, limit: int) -> list[str]:
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and width_of(longer) <= limit:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines or [""]
