@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import oracle
-import tiny
 import torch
 
+import oracle
+import tiny
 import tokenprune
 
 TOLERANCE = 1e-4  # contract 7, fp32
@@ -25,7 +25,8 @@ def cuts_of(report: tokenprune.Report) -> list[tuple[int, Any]]:
 
 def merges_of(report: tokenprune.Report, positions: oracle.Positions) -> Any:
     return [
-        [[cut.get((r, i)) for i in range(len(row))] for r, row in enumerate(positions)] for cut in report.merges
+        [[cut.get((r, i)) for i in range(len(row))] for r, row in enumerate(positions)]
+        for cut in report.merges
     ]
 
 
@@ -35,7 +36,9 @@ def prefill_difference(model: Any, inputs: dict[str, Any], **arguments: Any) -> 
         logits = model(**inputs).logits
         report = tokenprune.report(model)
     positions = tiny.visual_positions(model, inputs)
-    wanted = oracle.masked_forward(model, inputs, cuts_of(report), positions, merges_of(report, positions)).logits
+    wanted = oracle.masked_forward(
+        model, inputs, cuts_of(report), positions, merges_of(report, positions)
+    ).logits
     assert report.index is not None
     return difference_at(report.index, logits, wanted, inputs.get("attention_mask"))
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import judge
-import oracle
 import pytest
-import tiny
 import torch
 import transformers
 from packaging import version
 from transformers import DynamicCache, LlavaForConditionalGeneration, StaticCache
 
+import judge
+import oracle
+import tiny
 import tokenprune
 
 OLD = version.parse(transformers.__version__) < version.parse("5.23")
@@ -43,7 +43,9 @@ def cut(request: pytest.FixtureRequest) -> dict[str, Any]:
 @pytest.mark.parametrize("rows", [judge.ROWS[:1], judge.ROWS], ids=["batch1", "ragged4"])
 def test_greedy(model: Any, cut: dict[str, Any], rows: Any) -> None:
     inputs = tiny.inputs(model, rows, pad="left")
-    difference, _, _ = judge.generate_difference(model, inputs, {"do_sample": False, "max_new_tokens": 5}, **cut)
+    difference, _, _ = judge.generate_difference(
+        model, inputs, {"do_sample": False, "max_new_tokens": 5}, **cut
+    )
     assert difference <= judge.TOLERANCE
 
 
@@ -64,7 +66,10 @@ def test_modes(model: Any, cut: dict[str, Any], options: dict[str, Any], times: 
     expands = "num_beams" in options or "num_return_sequences" in options
     if expands and isinstance(model, LlavaForConditionalGeneration) and OLD:
         # Stock generate() of these versions mixes up a row's images when it expands the batch.
-        rows = [[piece for i, piece in enumerate(row) if piece != "image" or "image" not in row[:i]] for row in rows]
+        rows = [
+            [piece for i, piece in enumerate(row) if piece != "image" or "image" not in row[:i]]
+            for row in rows
+        ]
     inputs = tiny.inputs(model, rows, pad="left")
     torch.manual_seed(0)
     if options.get("num_beams", 1) > 1:
@@ -74,10 +79,14 @@ def test_modes(model: Any, cut: dict[str, Any], options: dict[str, Any], times: 
             report = tokenprune.report(model)
         positions = tiny.visual_positions(model, inputs)
         # All beams of a row hold the same keep lists; take each row's first.
-        cuts = [(layer, [lists[r * expanded] for r in range(len(rows))]) for layer, lists in judge.cuts_of(report)]
+        cuts = [
+            (layer, [lists[r * expanded] for r in range(len(rows))]) for layer, lists in judge.cuts_of(report)
+        ]
         for layer_lists in judge.cuts_of(report):
             for r in range(len(rows)):
-                assert all(layer_lists[1][r * expanded + b] == layer_lists[1][r * expanded] for b in range(expanded))
+                assert all(
+                    layer_lists[1][r * expanded + b] == layer_lists[1][r * expanded] for b in range(expanded)
+                )
         if times > 1:
             cuts = oracle.expand_cuts(cuts, times)
             inputs = oracle.expand(inputs, times, positions)
@@ -107,7 +116,9 @@ def test_logits_to_keep(model: Any, cut: dict[str, Any], logits_to_keep: Any) ->
 def _turns(model: Any, rows: Any, seed: int) -> tuple[dict[str, Any], torch.Tensor]:
     inputs = tiny.inputs(model, rows, pad="left", seed=seed)
     batch = inputs["input_ids"].shape[0]
-    question = torch.randint(tiny.FIRST_TEXT_ID, tiny.VOCAB, (batch, 4), generator=torch.Generator().manual_seed(seed))
+    question = torch.randint(
+        tiny.FIRST_TEXT_ID, tiny.VOCAB, (batch, 4), generator=torch.Generator().manual_seed(seed)
+    )
     return inputs, question
 
 
@@ -123,7 +134,12 @@ def _second_turn(
     if "mm_token_type_ids" in inputs:
         history["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, extra))
         call["mm_token_type_ids"] = history["mm_token_type_ids"]
-    options = {"do_sample": False, "max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
+    options = {
+        "do_sample": False,
+        "max_new_tokens": 3,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
     return model.generate(**call, past_key_values=cache, **options), history
 
 
@@ -149,7 +165,12 @@ def test_interleaved_conversations(model: Any, family: str, rows: Any) -> None:
         positions = tiny.visual_positions(model, history)
         prompt = history["input_ids"].shape[1]
         judged = oracle.masked_forward(
-            model, history, judge.cuts_of(report), positions, generated=again.sequences[:, prompt:], positions="generate"
+            model,
+            history,
+            judge.cuts_of(report),
+            positions,
+            generated=again.sequences[:, prompt:],
+            positions="generate",
         ).steps()
         difference = float((torch.stack(again.logits, 1) - judged).abs().max())
         assert difference <= judge.TOLERANCE
@@ -167,7 +188,9 @@ def test_second_image_in_second_turn() -> None:
         mask = torch.cat([one["attention_mask"], two["attention_mask"]], dim=1)
         length = one["input_ids"].shape[1]
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, length:]
-        logits = model(**{**two, "attention_mask": mask}, past_key_values=cache, position_ids=position_ids).logits
+        logits = model(
+            **{**two, "attention_mask": mask}, past_key_values=cache, position_ids=position_ids
+        ).logits
         second = tokenprune.report(model)
     history = {
         "input_ids": torch.cat([one["input_ids"], two["input_ids"]], dim=1),
@@ -176,7 +199,10 @@ def test_second_image_in_second_turn() -> None:
         "pixel_values": torch.stack([one["pixel_values"], two["pixel_values"]], 1).flatten(0, 1),
         "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
     }
-    kept = [[[*a, *b] for a, b in zip(x, y, strict=True)] for x, y in zip(first.keep_lists, second.keep_lists, strict=True)]
+    kept = [
+        [[*a, *b] for a, b in zip(x, y, strict=True)]
+        for x, y in zip(first.keep_lists, second.keep_lists, strict=True)
+    ]
     # position_ids of turn 1 were left to the model (arange); both rows of turn 1 are padded alike here
     one_positions = torch.arange(length).expand(2, -1)
     history["position_ids"] = torch.cat([one_positions, position_ids], dim=1)
@@ -262,4 +288,8 @@ def test_static_cache_reports_used_and_allocated(family: str) -> None:
     for i, layer in enumerate(cache.layers):
         per_token = 2 * layer.keys.numel() * 4 // (length + 8)
         assert report.layers[i].kv_allocated == per_token * (length + 8)
-        assert report.layers[i].kv_used == per_token * report.layers[i].length == per_token * int(layer.get_seq_length())
+        assert (
+            report.layers[i].kv_used
+            == per_token * report.layers[i].length
+            == per_token * int(layer.get_seq_length())
+        )

@@ -6,11 +6,11 @@ import math
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+import tiny
 import tokenprune
 from tokenprune.methods import EntropyPrune, Grid, ImageTokens, Random, Uniform
 
@@ -72,9 +72,12 @@ def test_entropyprune_scores_the_states_it_says(build: Any, source: str, normali
     """Recompute layer K - 1's states (or layer K's input) from a plain forward, and the kept tokens from float64."""
     model, layer = build(), 3
     inputs = tiny.inputs(model, ROWS, pad="left")
-    with tokenprune.pruned(
-        model, "entropyprune", source=source, normalization=normalization, layer=layer, keep=0.6
-    ), torch.no_grad():
+    with (
+        tokenprune.pruned(
+            model, "entropyprune", source=source, normalization=normalization, layer=layer, keep=0.6
+        ),
+        torch.no_grad(),
+    ):
         model(**inputs)
         report = tokenprune.report(model)
     states = _states(model, inputs, layer, source)
@@ -93,10 +96,14 @@ def _states(model: Any, inputs: dict[str, Tensor], layer: int, source: str) -> T
     before, at = model.model.language_model.layers[layer - 1], model.model.language_model.layers[layer]
     attention = before.self_attn
     handles = [
-        attention.register_forward_pre_hook(lambda m, a, k: caught.update(rope=k["position_embeddings"]), with_kwargs=True),
+        attention.register_forward_pre_hook(
+            lambda m, a, k: caught.update(rope=k["position_embeddings"]), with_kwargs=True
+        ),
         at.register_forward_pre_hook(lambda m, a, k: caught.update(hidden=a[0]), with_kwargs=True),
         *(
-            getattr(attention, f"{n[0]}_proj").register_forward_hook(lambda m, a, o, n=n: caught.update({n: o}))
+            getattr(attention, f"{n[0]}_proj").register_forward_hook(
+                lambda m, a, o, n=n: caught.update({n: o})
+            )
             for n in ("query", "key", "value")
         ),
     ]
@@ -145,13 +152,15 @@ def test_random_is_uniform() -> None:
     assert (counts - 400).abs().max() < 5 * 18
 
 
-@pytest.mark.parametrize("grid", [Grid(1, 12, 12), Grid(1, 5, 9), Grid(3, 4, 4), Grid(1, 1, 7), Grid(1, 24, 24)])
+@pytest.mark.parametrize(
+    "grid", [Grid(1, 12, 12), Grid(1, 5, 9), Grid(3, 4, 4), Grid(1, 1, 7), Grid(1, 24, 24)]
+)
 def test_uniform_covers_the_grid(grid: Grid) -> None:
     for k in range(1, grid.tokens):
         keep = Uniform().select(image(grid.tokens, grid), k).keep
         assert keep.unique().numel() == k
         assert keep.tolist() == sorted(keep.tolist())
-        assert 0 <= keep.min()
+        assert keep.min() >= 0
         assert keep.max() < grid.tokens
 
 

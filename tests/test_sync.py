@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import judge
 import pytest
-import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import judge
+import tiny
 import tokenprune
 from tokenprune.runtime.hooks import Runtime
 
@@ -58,7 +58,9 @@ CUTS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("cut", CUTS, ids=["query", "hidden", "random2", "uniform"])
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("build", [tiny.llava, tiny.qwen2_5_vl], ids=["llava", "qwen2_5_vl"])
-def test_no_copy_in_layers(build: Any, attn: str, cut: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_copy_in_layers(
+    build: Any, attn: str, cut: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = build(attn_implementation=attn)
     inputs = tiny.inputs(model, judge.ROWS, pad="left")
     with refusing(monkeypatch, *LAYERS) as ran, tokenprune.pruned(model, **cut):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import judge
 import pytest
-import tiny
 import torch
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
+import judge
+import tiny
 import tokenprune
 from tokenprune.methods import ImageTokens, Needs, ScoreMethod, VisionAttention
 
@@ -49,7 +49,10 @@ def eager_attention(model: Any, pixels: Tensor) -> Tensor:
 def test_rows_equal_eager(cls: bool, layer: int, how: str) -> None:
     model = tiny.llava()
     inputs = tiny.inputs(model, ROWS, pad="left")
-    with tokenprune.pruned(model, Attention(cls=cls), layer=layer, keep=7, budget="after_cut"), torch.no_grad():
+    with (
+        tokenprune.pruned(model, Attention(cls=cls), layer=layer, keep=7, budget="after_cut"),
+        torch.no_grad(),
+    ):
         if how == "forward":
             model(**inputs)
         else:
@@ -75,10 +78,18 @@ def test_tower_without_cls() -> None:
     """SigLIP: every patch is a token, and there is no CLS row to read."""
     text = tiny.llava().config.text_config
     vision = SiglipVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=20, patch_size=4
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=20,
+        patch_size=4,
     )
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=tiny.IMAGE, vision_feature_select_strategy="full"
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tiny.IMAGE,
+        vision_feature_select_strategy="full",
     )
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config).eval()
@@ -115,4 +126,7 @@ def test_pruning_by_vision_matches_the_oracle() -> None:
     model = tiny.llava()
     for layer in (0, 2):
         inputs = tiny.inputs(model, ROWS, pad="right")
-        assert judge.prefill_difference(model, inputs, method=Attention(), layer=layer, keep=0.5) <= judge.TOLERANCE
+        assert (
+            judge.prefill_difference(model, inputs, method=Attention(), layer=layer, keep=0.5)
+            <= judge.TOLERANCE
+        )

@@ -1,4 +1,4 @@
-"""tokenprune: one call on a stock Hugging Face multimodal model, and it answers with a fraction of the visual tokens."""
+"""tokenprune: one call, and a stock multimodal model answers with a fraction of its visual tokens."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from tokenprune.errors import (
     ConfigError,
     NothingPrunedWarning,
     TokenPruneError,
-    UnsupportedModelError,
     UnsupportedModeError,
+    UnsupportedModelError,
 )
 from tokenprune.report import Report
 

@@ -72,7 +72,9 @@ def wrap(
     Example:
         >>> model = tokenprune.wrap(model, "entropyprune", keep=0.25)  # doctest: +SKIP
     """
-    version = tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in transformers.__version__.split(".")[:2])
+    version = tuple(
+        int("".join(c for c in part if c.isdigit()) or 0) for part in transformers.__version__.split(".")[:2]
+    )
     if version < _OLDEST:
         raise UnsupportedModelError(
             f"transformers {transformers.__version__} is too old: install transformers >= {'.'.join(map(str, _OLDEST))}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from torch import nn
@@ -88,7 +89,9 @@ def make_config(
         _check_layer(cut.layer, num_layers, made)
     if keep_lists is not None:
         if len(keep_lists) != len(checked):
-            raise ConfigError(f"keep_lists has {len(keep_lists)} cuts, but the model is cut {len(checked)} times")
+            raise ConfigError(
+                f"keep_lists has {len(keep_lists)} cuts, but the model is cut {len(checked)} times"
+            )
     elif checked[-1].keep is None:
         if keep is None:
             raise ConfigError("say how much to keep, for example keep=0.25 (a fraction) or keep=144 (tokens)")
@@ -122,11 +125,13 @@ def _check_cuts(cuts: Sequence[Cut | tuple[int, Keep | None]]) -> tuple[Cut, ...
         raise ConfigError("cuts is empty; give at least one (layer, keep)")
     for cut in checked[:-1]:
         if cut.keep is None:
-            raise ConfigError(f"the cut at layer {cut.layer} needs a keep; only the last cut is solved from the budget")
+            raise ConfigError(
+                f"the cut at layer {cut.layer} needs a keep; only the last cut is solved from the budget"
+            )
     for cut in checked:
         if cut.keep is not None:
             check_keep(cut.keep, f"keep of the cut at layer {cut.layer}")
-    if any(b.layer <= a.layer for a, b in zip(checked, checked[1:], strict=False)):
+    if any(b.layer <= a.layer for a, b in pairwise(checked)):
         raise ConfigError("cuts must be in ascending order of layer, one per layer")
     return checked
 
@@ -137,7 +142,8 @@ def _check_layer(layer: object, num_layers: int, method: Method) -> None:
     if not method.min_layer <= layer < num_layers:
         why = ": it scores states of the layer before the cut" if layer == 0 else ""
         raise ConfigError(
-            f"method {method.name!r} can cut this model at layers {method.min_layer} to {num_layers - 1}, not {layer}{why}"
+            f"method {method.name!r} can cut this model at layers {method.min_layer} to "
+            f"{num_layers - 1}, not {layer}{why}"
         )
 
 
@@ -156,6 +162,7 @@ def _check_average(keep: Keep, cuts: tuple[Cut, ...], num_layers: int, budget: B
     if layer and keep <= layer / num_layers:
         low = average_floor(layer, num_layers, 10**9)
         raise BudgetError(
-            f"an average of {keep:.1%} cannot be reached by a cut at layer {layer} of {num_layers}: the reachable range "
+            f"an average of {keep:.1%} cannot be reached by a cut at layer {layer} of {num_layers}: "
+            "the reachable range "
             f"starts above {low:.1%}; cut earlier, keep more, or use budget='after_cut'"
         )

@@ -126,7 +126,11 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the tensors, ready for JSON."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("_outcome", "index")}
+        fields = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name not in ("_outcome", "index")
+        }
         fields["images"] = [dataclasses.asdict(i) for i in self.images]
         fields["layers"] = [dataclasses.asdict(layer) for layer in self.layers]
         fields["retention_average"] = self.retention_average
@@ -139,7 +143,9 @@ class Report:
     def __str__(self) -> str:
         if not self.images:
             return "tokenprune: the last prompt had no visual tokens; nothing to prune"
-        where = ", ".join(f"before layer {k}" if k else "before the LLM" for k in self.layers_cut) or "nowhere"
+        where = (
+            ", ".join(f"before layer {k}" if k else "before the LLM" for k in self.layers_cut) or "nowhere"
+        )
         lines = [
             f"tokenprune: {self.method}, cut {where} ({self.layer_reason})",
             f"  {'row':>3} {'image':>5} {'grid':>9} {'tokens':>7} {'kept':>12} {'merged':>7} {'average':>8}",
@@ -152,11 +158,13 @@ class Report:
                 f"{image.average:>8.1f}"
             )
         lines.append(
-            f"  visual tokens {self.retention_average:.1%} on average over layers, {self.retention_after_cut:.1%} after "
+            f"  visual tokens {self.retention_average:.1%} on average over layers, "
+            f"{self.retention_after_cut:.1%} after "
             f"the last cut" + ("" if self.pruned else " (NOTHING WAS PRUNED)")
         )
         lines.append(
-            f"  sequence {self.length} -> {self.layers[-1].length if self.layers else self.length}, KV {self.kv_used:,} "
+            f"  sequence {self.length} -> {self.layers[-1].length if self.layers else self.length}, "
+            f"KV {self.kv_used:,} "
             f"bytes used ({self.kv_allocated:,} allocated), prefill FLOPs x {self.flops / self.flops_unpruned:.3f}"
         )
         lines.append(

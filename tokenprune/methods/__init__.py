@@ -6,7 +6,16 @@ import dataclasses
 from typing import Any
 
 from tokenprune.errors import ConfigError
-from tokenprune.methods.base import DecoderShape, Grid, ImageTokens, Method, Needs, ScoreMethod, Selection, VisionAttention
+from tokenprune.methods.base import (
+    DecoderShape,
+    Grid,
+    ImageTokens,
+    Method,
+    Needs,
+    ScoreMethod,
+    Selection,
+    VisionAttention,
+)
 from tokenprune.methods.entropyprune import EntropyPrune
 from tokenprune.methods.none import NoPruning
 from tokenprune.methods.random import Random
@@ -26,7 +35,9 @@ def make_method(method: str | Method, parameters: dict[str, Any]) -> Method:
             raise ConfigError(f"{', '.join(parameters)}: set on the method instance you pass, not beside it")
         return method
     if not isinstance(method, str) or method not in METHODS:
-        raise ConfigError(f"unknown method {method!r}; choose one of {', '.join(sorted(METHODS))}, or pass a Method")
+        raise ConfigError(
+            f"unknown method {method!r}; choose one of {', '.join(sorted(METHODS))}, or pass a Method"
+        )
     cls = METHODS[method]
     known = [f.name for f in dataclasses.fields(cls)]
     unknown = [name for name in parameters if name not in known]

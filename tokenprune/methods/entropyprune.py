@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
-from tokenprune_kernels.dual_gram_entropy import dual_gram_entropy, reference
 
 from tokenprune.errors import ConfigError
 from tokenprune.methods.base import Choice, DecoderShape, ImageTokens, Needs, ScoreMethod
+from tokenprune_kernels.dual_gram_entropy import dual_gram_entropy, reference
 
 SOURCE = Choice(("query", "key", "value", "hidden"))
 NORMALIZATION = Choice(("none", "trace"))
@@ -68,13 +68,15 @@ class EntropyPrune(ScoreMethod):
                 f"use source='query'"
             )
         if self.column_groups and width % 128:
-            raise ConfigError(f"column_groups=True needs a head_dim that is a multiple of 128, not {width}; leave it out")
+            raise ConfigError(
+                f"column_groups=True needs a head_dim that is a multiple of 128, not {width}; leave it out"
+            )
 
     def score(self, image: ImageTokens) -> Tensor:
         x = getattr(image, self.source)
         if self.source == "hidden":
             x = x.unflatten(1, (image.num_heads, -1))
-        options = {"normalization": self.normalization, "column_groups": self.column_groups}
+        options: dict[str, Any] = {"normalization": self.normalization, "column_groups": self.column_groups}
         if self.gram == "primal":
             return reference.matrix_entropy(x, gram="primal", **options)
         return dual_gram_entropy(x, **options)

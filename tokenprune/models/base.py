@@ -90,7 +90,7 @@ class Family(ABC):
 
     def state_module(self, layer: nn.Module, state: str) -> nn.Module:
         """The module whose output is a layer's "query", "key" or "value" states before rotary embedding."""
-        return getattr(self.attention(layer), f"{state[0]}_proj")  # type: ignore[no-any-return]
+        return getattr(self.attention(layer), f"{state[0]}_proj")
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Apply rotary embeddings to x (n, heads, d) with cos, sin (n, d'), d' <= d."""
@@ -133,7 +133,7 @@ class Family(ABC):
 
     def token_id(self, model: nn.Module, kind: str) -> int:
         """The placeholder's id in `input_ids`."""
-        return int(getattr(model.config, f"{kind}_token_id"))  # type: ignore[arg-type]
+        return int(getattr(model.config, f"{kind}_token_id"))
 
     def check_call(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:  # noqa: B027  # optional
         """Refuse a way of calling the model that the family cannot serve.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.errors import UnsupportedModelError, UnsupportedModeError
+from tokenprune.errors import UnsupportedModeError, UnsupportedModelError
 from tokenprune.hashing import digest
 from tokenprune.methods.base import Grid
 from tokenprune.models.base import Family, IntArray, VisionTap
@@ -44,10 +44,14 @@ class Llava(Family):
     def check_call(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         config: Any = model.config
         if inputs.get("image_sizes") is not None:
-            raise UnsupportedModeError("llava models are pruned with one fixed-size crop per image; leave image_sizes out")
+            raise UnsupportedModeError(
+                "llava models are pruned with one fixed-size crop per image; leave image_sizes out"
+            )
         strategy = inputs.get("vision_feature_select_strategy") or config.vision_feature_select_strategy
         if strategy == "full" and _has_cls(self.vision_tower(model)):
-            raise UnsupportedModeError("vision_feature_select_strategy='full' keeps the CLS token; use 'default'")
+            raise UnsupportedModeError(
+                "vision_feature_select_strategy='full' keeps the CLS token; use 'default'"
+            )
 
     def vision_tap(self, model: nn.Module) -> VisionTap:
         config: Any = model.config
@@ -58,9 +62,13 @@ class Llava(Family):
         # hidden_states[i] is the output of layer i - 1; entry 0 is the embedding.
         layer = (feature if feature >= 0 else len(layers) + 1 + feature) - 1
         if layer < 0:
-            raise UnsupportedModelError("vision_feature_layer=0 reads the embeddings: there is no attention to use")
+            raise UnsupportedModelError(
+                "vision_feature_layer=0 reads the embeddings: there is no attention to use"
+            )
         attention = layers[layer].self_attn
-        return VisionTap(attention.q_proj, attention.k_proj, attention.num_heads, attention.scale, _has_cls(tower))
+        return VisionTap(
+            attention.q_proj, attention.k_proj, attention.num_heads, attention.scale, _has_cls(tower)
+        )
 
 
 def _has_cls(tower: nn.Module) -> bool:

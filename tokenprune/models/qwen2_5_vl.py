@@ -37,7 +37,9 @@ class Qwen25VL(Family):
             if inputs.get(pixels) is None:
                 continue
             if inputs.get(grid) is None:
-                raise ConfigError(f"{kind}s were given without {grid}; make the inputs with the model's own processor")
+                raise ConfigError(
+                    f"{kind}s were given without {grid}; make the inputs with the model's own processor"
+                )
             found[kind] = inputs[grid]
         return found
 

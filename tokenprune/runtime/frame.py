@@ -90,11 +90,15 @@ def begin(
     elif length > 1 or not is_static(cache):
         frame.past = layer_length(cache, 0)
 
+    if frame.record is not None:
+        _check_window(frame, family.text_model(model).config)
     if visual and ids is None:
-        _nothing_pruned(config, "inputs_embeds came without input_ids, so the visual tokens cannot be located")
+        _nothing_pruned(
+            config, "inputs_embeds came without input_ids, so the visual tokens cannot be located"
+        )
     elif visual:
         frame.kinds, frame.facts = tuple(sizes), facts
-        _plan(frame, model, family, config, ids, inputs, sizes)
+        _plan(frame, model, family, config, reference, inputs, sizes)
     elif record is None:
         if frame.past or length == 1:
             return None
@@ -123,7 +127,8 @@ def _check_continuation(frame: Frame, family: Family, inputs: dict[str, Any], vi
     record.verify = frame.length > 1
     if past < record.length or past > frame.past:
         raise UnsupportedModeError(
-            "a further turn after a cut before the LLM is not supported: the cache's length no longer tells which tokens "
+            "a further turn after a cut before the LLM is not supported: the cache's length no "
+            "longer tells which tokens "
             "are new; cut at layer 1 or later, or pass the whole conversation without the cache"
         )
     if past < frame.past:
@@ -237,13 +242,16 @@ def _visible(frame: Frame, mask: Any) -> Tensor | None:
 
 
 def _check_window(frame: Frame, text: Any) -> None:
-    window = getattr(text, "sliding_window", None)
+    window: int | None = getattr(text, "sliding_window", None)
     types = getattr(text, "layer_types", None)
-    slides = window is not None and (types is None or "sliding_attention" in types)
-    if slides and frame.past + frame.length > window:
+    if window is None or (types is not None and "sliding_attention" not in types):
+        return
+    length = frame.past + frame.length
+    if length > window:
         raise UnsupportedModeError(
-            f"the prompt ({frame.past + frame.length} tokens) is longer than the model's sliding window ({window}); "
-            f"pruning is exact only within it"
+            f"the conversation ({length} tokens) is longer than the model's sliding window "
+            f"({window}), within which alone "
+            f"pruning is exact; shorten it or unwrap"
         )
 
 
@@ -253,4 +261,6 @@ def _to_host(tensors: list[Tensor]) -> list[IntArray]:
     if away:
         flat = torch.cat([t.reshape(-1).to(away[0].device, torch.int64) for t in away]).cpu()
         copies = iter(flat.split([t.numel() for t in away]))
-    return [(t if t.device.type == "cpu" else next(copies).view(t.shape)).to(torch.int64).numpy() for t in tensors]
+    return [
+        (t if t.device.type == "cpu" else next(copies).view(t.shape)).to(torch.int64).numpy() for t in tensors
+    ]

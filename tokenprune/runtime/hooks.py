@@ -67,7 +67,9 @@ class Runtime:
         model, family = self.model, self.family
         for module in (model, family.base(model)):
             self._before(module, self._enter)
-            self._handles.append(module.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
+            self._handles.append(
+                module.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
+            )
         self._before(family.text_model(model), self._enter_text_model)
         for i, layer in enumerate(self.layers):
             self._before(layer, partial(self._enter_layer, i))
@@ -115,7 +117,12 @@ class Runtime:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
         """Before the model, or before its inner multimodal model when that is called directly."""
         frame = self.frame
-        if module is not self.model and frame is not None and frame.owner is self.model and not frame.base_entered:
+        if (
+            module is not self.model
+            and frame is not None
+            and frame.owner is self.model
+            and not frame.base_entered
+        ):
             frame.base_entered = True
             return None
         self._local.frame = None  # left behind by a call that was interrupted
@@ -143,7 +150,9 @@ class Runtime:
             if frame.cache is not None:
                 cuts = [sum(cut.layer <= i for cut in self.config.cuts) for i in range(len(self.layers))]
                 new = [pruning.stages[c - 1] if c else None for c in cuts]
-                attach(frame.cache, extend(frame.record, frame.past, frame.batch, new, frame.length, frame.shift))
+                attach(
+                    frame.cache, extend(frame.record, frame.past, frame.batch, new, frame.length, frame.shift)
+                )
             if frame.labels is not None:
                 output = self._with_loss(pruning.stages[-1], frame.labels, output)
         if frame.rows is not None:
@@ -190,7 +199,9 @@ class Runtime:
         record = frame.record
         assert record is not None
         if kwargs.get("position_ids") is None:
-            kwargs["position_ids"] = torch.arange(frame.past, frame.past + frame.length, device=hidden.device)[None]
+            kwargs["position_ids"] = torch.arange(
+                frame.past, frame.past + frame.length, device=hidden.device
+            )[None]
         if record.shift is not None:
             kwargs["position_ids"] = kwargs["position_ids"] - record.shift.to(hidden.device)
         mask = kwargs.get("attention_mask")
@@ -204,13 +215,19 @@ class Runtime:
 
     # -- decoder layers -----------------------------------------------------------------------------------------
 
-    def _enter_layer(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
+    def _enter_layer(
+        self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Changed:
         frame = self.frame
         if frame is None:
             return None
         record, pruning = frame.record, frame.pruning
         hidden = args[0] if args else kwargs["hidden_states"]
-        if pruning is not None and frame.stage < len(self.config.cuts) and self.config.cuts[frame.stage].layer == i:
+        if (
+            pruning is not None
+            and frame.stage < len(self.config.cuts)
+            and self.config.cuts[frame.stage].layer == i
+        ):
             frame.cache = kwargs.get("past_key_values", frame.cache)
             hidden = self._cut(frame, hidden, kwargs)
         elif frame.stage == 0 and (record is None or record.layers[i] is record.layers[0]):
@@ -250,13 +267,16 @@ class Runtime:
         needed = method.needs().states
         with torch.no_grad(), frame.scoring.running(next(iter(states.values())).device):
             for key in wanted:
-                own = {name: self._state(pruning, key, name, x) for name, x in states.items() if name in needed}
+                own = {
+                    name: self._state(pruning, key, name, x) for name, x in states.items() if name in needed
+                }
                 k = pruning.counts[cut][key]
                 facts = frame.facts.get(pruning.images[key].kind)
                 selection = method.select(pruning.view(key, facts, **own), k)
                 if selection.keep.shape != (k,):
                     raise TokenPruneError(
-                        f"method {method.name!r} returned {tuple(selection.keep.shape)} indices where {k} were asked for"
+                        f"method {method.name!r} returned {tuple(selection.keep.shape)} indices where "
+                        f"{k} were asked for"
                     )
                 pruning.selections[cut][key] = selection
 
@@ -305,7 +325,9 @@ class Runtime:
         """
         columns = None if frame.record is None else frame.record.layers[i]
         own = frame.pruning.stages[-1] if frame.pruning is not None and frame.stage else None
-        open_everywhere = all_visible and not any(c is not None and c.visible is not None for c in (own, columns))
+        open_everywhere = all_visible and not any(
+            c is not None and c.visible is not None for c in (own, columns)
+        )
         visible = None
         if is_static(frame.cache) or not open_everywhere:
             visible = self._entries(frame, i, hidden)
@@ -334,7 +356,9 @@ class Runtime:
         device = hidden.device
         return torch.cat(
             [
-                torch.ones(frame.batch, p, dtype=torch.bool, device=device) if isinstance(p, int) else p.to(device)
+                torch.ones(frame.batch, p, dtype=torch.bool, device=device)
+                if isinstance(p, int)
+                else p.to(device)
                 for p in parts
             ],
             dim=1,
@@ -400,5 +424,7 @@ def _after_last_image(pruning: Pruning, index: Tensor) -> Tensor:
     """Columns counted from the left, as the caller sees them, in the shortened sequence."""
     last = max(int(image.columns[-1]) for image in pruning.images.values())
     if any(0 <= column <= last for column in index.tolist()):
-        raise UnsupportedModeError("logits_to_keep may only name columns after the last image of a pruned prompt")
+        raise UnsupportedModeError(
+            "logits_to_keep may only name columns after the last image of a pruned prompt"
+        )
     return torch.where(index < 0, index, index - (pruning.length - pruning.lengths[-1]))

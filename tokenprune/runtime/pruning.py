@@ -7,6 +7,8 @@ one device-to-host copy; from then on only device tensors are touched.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -36,7 +38,12 @@ class Pruning:
     """
 
     def __init__(
-        self, rows: list[list[Image]], config: PruneConfig, num_layers: int, ids: IntArray, mask: NDArray[np.bool_] | None
+        self,
+        rows: list[list[Image]],
+        config: PruneConfig,
+        num_layers: int,
+        ids: IntArray,
+        mask: NDArray[np.bool_] | None,
     ) -> None:
         """Plan a forward.
 
@@ -49,7 +56,9 @@ class Pruning:
         """
         self.rows, self.config = rows, config
         self.batch, self.length = ids.shape
-        self.images: dict[Key, Image] = {(r, i): image for r, row in enumerate(rows) for i, image in enumerate(row)}
+        self.images: dict[Key, Image] = {
+            (r, i): image for r, row in enumerate(rows) for i, image in enumerate(row)
+        }
         self.counts = self._plan(num_layers)
         self._mask = mask
         self.prunes = any(c[key] < image.n for c in self.counts for key, image in self.images.items())
@@ -66,7 +75,9 @@ class Pruning:
         self._columns: dict[Key, Tensor] = {}
         self._slots: dict[Key, Tensor] = {}
         self._text_device: list[Tensor] = []
-        self.padding: Tensor | None = None  # (B, L) bool on the device, False at padding; None where there is none
+        self.padding: Tensor | None = (
+            None  # (B, L) bool on the device, False at padding; None where there is none
+        )
         self.num_heads = 0
 
     # -- host ---------------------------------------------------------------------------------------------------
@@ -179,7 +190,9 @@ class Pruning:
 
         rows = []
         for r in range(self.batch):
-            visual = [self._columns[r, i].index_select(0, self.raster[r, i]) for i in range(len(self.rows[r]))]
+            visual = [
+                self._columns[r, i].index_select(0, self.raster[r, i]) for i in range(len(self.rows[r]))
+            ]
             rows.append(torch.cat([self._text_device[r], *visual]))
         index = _right_align(rows, self.lengths[cut])
         visible = None
@@ -199,7 +212,9 @@ class Pruning:
         """(B, L) long, 1 at visual columns that the selections of the first cut drop."""
         marks = torch.zeros(self.batch, self.length, dtype=torch.long, device=device)
         for key, selection in self.selections[cut].items():
-            gone = torch.ones(len(self.raster[key]), dtype=torch.long, device=device).index_fill_(0, selection.keep, 0)
+            gone = torch.ones(len(self.raster[key]), dtype=torch.long, device=device).index_fill_(
+                0, selection.keep, 0
+            )
             marks[key[0]].index_copy_(0, self._slots[key], gone)
         return marks
 
@@ -215,7 +230,9 @@ class Pruning:
             states = self.take(hidden, key)
             weights = selection.weights.to(hidden.device, hidden.dtype)
             total = torch.zeros_like(states).index_add_(0, slot, states[source] * weights[:, None])
-            replaced = torch.zeros(len(states), dtype=torch.bool, device=hidden.device).index_fill_(0, slot, True)
+            replaced = torch.zeros(len(states), dtype=torch.bool, device=hidden.device).index_fill_(
+                0, slot, True
+            )
             hidden[key[0]].index_copy_(0, self._slots[key], torch.where(replaced[:, None], total, states))
         return hidden
 
@@ -257,7 +274,7 @@ def check_keep_lists(keep_lists: KeepLists, rows: list[list[Image]]) -> list[dic
         found: dict[Key, int] = {}
         for key, before in allowed.items():
             kept = [int(x) for x in cut[key[0]][key[1]]]
-            if not kept or any(b <= a for a, b in zip(kept, kept[1:], strict=False)) or not before.issuperset(kept):
+            if not kept or any(b <= a for a, b in pairwise(kept)) or not before.issuperset(kept):
                 raise ConfigError(
                     f"keep_lists[{c}][{key[0]}][{key[1]}] must be ascending, non-empty and drawn from the "
                     f"{len(before)} tokens left of that image"

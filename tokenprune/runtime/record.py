@@ -90,7 +90,8 @@ def read(cache: Any, num_layers: int, batch: int) -> Record | None:
     if record is None:
         if first != last:
             raise UnsupportedModeError(
-                f"this cache holds {first} tokens in its first layer and {last} in its last but says nothing of what was "
+                f"this cache holds {first} tokens in its first layer and {last} in its last but says "
+                "nothing of what was "
                 f"pruned; pass on the cache object a pruned call returned (or a deep copy of it), not a rebuilt one"
             )
         return None
@@ -135,7 +136,12 @@ def _expand(record: Record, batch: int) -> Record:
 
 
 def extend(
-    past: Record | None, past_length: int, batch: int, new: list[Columns | None], length: int, shift: Tensor | None
+    past: Record | None,
+    past_length: int,
+    batch: int,
+    new: list[Columns | None],
+    length: int,
+    shift: Tensor | None,
 ) -> Record:
     """The record after a forward that added `length` columns, of which layer i kept `new[i]`.
 
@@ -177,6 +183,7 @@ def _join(
     visible = None
     if any(p.visible is not None for p in parts):
         visible = torch.cat(
-            [torch.ones_like(p.index, dtype=torch.bool) if p.visible is None else p.visible for p in parts], dim=1
+            [torch.ones_like(p.index, dtype=torch.bool) if p.visible is None else p.visible for p in parts],
+            dim=1,
         )
     return Columns(torch.cat([p.index for p in parts], dim=1), visible)

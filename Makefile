@@ -1,0 +1,70 @@
+# Every target makes its virtual environment first: a bare clone needs Python >= 3.10 with venv and pip, and GNU make.
+#
+#   make test PYTHON=python3.12            another interpreter
+#   make test PYTEST_ARGS="-k oracle -x"   more arguments for pytest
+#   make demo DEMO_ARGS=--quick            arguments for `tokenprune demo`
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+TABLE_ARGS ?=
+FUZZ_OUT ?= eval/results/fuzz.txt
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+
+# Nothing here needs a download at run time: the model and its data are in the package.
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format bench table fuzz clean
+
+help: ## Show this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# The constraints hold torch at the version they name; without them pip may choose a CUDA build of several GB.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: $(PYTHON) is missing or older than 3.10; name another with PYTHON=..." >&2; exit 1; }
+	@echo "Making $(VENV) (once; a few minutes)"
+	@$(PYTHON) -m venv "$(VENV)" || \
+		{ echo "error: cannot make $(VENV) with $(PYTHON) -m venv (on Debian: apt install python3-venv)" >&2; exit 1; }
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev,plot]"
+	@touch $@
+
+demo: $(STAMP) ## Prune the bundled model on a few scenes and show what it costs (DEMO_ARGS=--quick)
+	$(BIN)/tokenprune demo $(DEMO_ARGS)
+
+test: $(STAMP) ## Run the tests, 200 examples per property (PYTEST_ARGS=...)
+	HYPOTHESIS_PROFILE=ci $(PYTEST) $(PYTEST_ARGS)
+
+check: $(STAMP) ## Lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## Fix formatting and what lint can fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP) ## Time pruned against ideal prefill on this machine (BENCH_ARGS=...)
+	$(BIN)/python -m tokenprune_eval.bench $(BENCH_ARGS)
+
+table: $(STAMP) ## Make the table method x retention x accuracy (TABLE_ARGS=...)
+	$(BIN)/python -m tokenprune_eval.table $(TABLE_ARGS)
+
+# A pipe hides pytest's exit status from sh, hence the status file.
+fuzz: $(STAMP) ## Run every property with 10,000 examples; hours; summary in eval/results/fuzz.txt
+	@mkdir -p $(dir $(FUZZ_OUT))
+	@{ HYPOTHESIS_PROFILE=fuzz $(PYTEST) -m property --timeout=0 --hypothesis-show-statistics $(PYTEST_ARGS); \
+		echo $$? > $(VENV)/.fuzz-status; } 2>&1 | tee $(FUZZ_OUT)
+	@exit $$(cat $(VENV)/.fuzz-status)
+
+clean: ## Remove the environment, caches and build products
+	rm -rf .venv build dist *.egg-info kernels/*.egg-info eval/*.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,57 @@
+"""Token-wise matrix entropy through the dual Gram matrix (EntropyPrune, arXiv 2602.17196)."""
+
+from torch import Tensor
+
+from .arguments import Normalization, check_arguments
+from .cpu import dual_gram_entropy_cpu
+
+__all__ = ["Normalization", "dual_gram_entropy"]
+
+
+def dual_gram_entropy(
+    x: Tensor, *, normalization: Normalization = "none", column_groups: bool = False
+) -> Tensor:
+    """Matrix entropy of each token, from the ``h x h`` Gram matrix of its heads.
+
+    ``H = -sum_i lambda_i log(lambda_i) / log(h)``, where ``lambda`` are the eigenvalues, clamped below at 1e-10,
+    of ``A = X X^T / h`` and ``X`` is the token's ``h x d`` matrix centred over its heads. EntropyPrune
+    (arXiv 2602.17196) keeps the tokens with the largest ``H``.
+
+    Shapes are checked; values never are. Nothing here branches on tensor contents.
+
+    Parameters
+    ----------
+    x : Tensor, shape (..., h, d)
+        One matrix per token: heads as rows, head channels as columns. Any real floating dtype.
+    normalization : {"none", "trace"}, default="none"
+        ``"none"`` is the released code: ``H`` depends on the token's scale and is negative for large ones.
+        ``"trace"`` divides ``A`` by its trace first (the von Neumann entropy, in [0, 1]); a token whose heads are
+        all equal has no trace and gets ``H = 0``.
+    column_groups : bool, default=False
+        Average groups of ``d / 128`` neighbouring columns first, as the released code does. ``d`` must then be a
+        multiple of 128.
+
+    Returns
+    -------
+    Tensor, shape (...,), float32, on the device of ``x``, without a gradient
+        Within ``1e-3 * sum_i |lambda_i log(lambda_i)| / log(h)`` of the float64 reference. NaN for a token that
+        holds a NaN or an infinity; its neighbours are unaffected. ``torch.topk`` ranks NaN first.
+
+    Raises
+    ------
+    TypeError
+        ``x`` is not a tensor of real floating numbers.
+    ValueError
+        ``x`` has fewer than two dimensions, ``h < 2`` (log 1 = 0), ``d < 1``, ``column_groups`` with a ``d`` that
+        is not a multiple of 128, or an unknown ``normalization``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from tokenprune_kernels.dual_gram_entropy import dual_gram_entropy
+    >>> queries = torch.eye(4).expand(576, 4, 4)
+    >>> dual_gram_entropy(queries, normalization="trace").shape
+    torch.Size([576])
+    """
+    check_arguments(x, normalization=normalization, column_groups=column_groups)
+    return dual_gram_entropy_cpu(x, normalization=normalization, column_groups=column_groups)
