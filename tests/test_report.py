@@ -1,0 +1,97 @@
+"""Contract 17: what the report says, against the tensors it speaks of."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import judge
+import pytest
+import tiny
+import torch
+
+import tokenprune
+from tokenprune.runtime.flops import decoder_flops
+
+
+def test_flops_by_hand() -> None:
+    """n = 3, d = 8, 2 heads of 4, 1 KV head (d_kv = 4), m = 16:
+    4*3*8*(8+4) + 4*9*8 + 6*3*8*16 = 1152 + 288 + 2304 = 3744 per layer."""
+    config = tiny.llava(layers=2, d=64, heads=4, kv_heads=2).config.text_config
+    config.hidden_size, config.intermediate_size = 8, 16
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 2, 1, 4
+    assert decoder_flops(config, [3]) == 3744
+    assert decoder_flops(config, [3, 3, 3]) == 3 * 3744
+
+
+def test_report_of_a_ragged_batch() -> None:
+    model = tiny.llava()
+    inputs = tiny.inputs(model, judge.ROWS, pad="left")
+    with tokenprune.pruned(model, "entropyprune", cuts=[(1, 0.6), (3, 0.2)]), torch.no_grad():
+        cache = model(**inputs).past_key_values
+        report = tokenprune.report(model)
+    assert [(i.row, i.image) for i in report.images] == [(0, 0), (0, 1), (2, 0), (2, 1), (3, 0)]
+    for image in report.images:
+        assert image.grid == (1, 5, 5)
+        assert (image.tokens, image.kept) == (25, (15, 5))
+        assert image.average == (25 + 2 * 15 + 3 * 5) / 6
+    assert report.tokens == 125
+    assert report.kept == 25
+    assert report.retention_average == pytest.approx(70 / 6 / 25)
+    assert report.retention_after_cut == 0.2
+    # The longest kept row: 12 text tokens and two images.
+    assert [layer.length for layer in report.layers] == [62, 12 + 30, 42, 12 + 10, 22, 22]
+    assert report.kv_used == sum(2 * layer.keys.numel() * 4 for layer in cache.layers)
+    assert report.index is not None
+    assert report.index.shape == (4, 22)
+    assert report.flops < report.flops_unpruned
+    assert report.seconds_scoring > 0
+    assert report.seconds_compacting > 0
+    for row, lists in zip(tiny.visual_positions(model, inputs), report.keep_lists[-1], strict=True):
+        assert len(row) == len(lists)
+        for kept in lists:
+            assert kept == sorted(set(kept))
+            assert len(kept) == 5
+
+
+def test_json_and_text() -> None:
+    model = tiny.qwen2_5_vl()
+    with tokenprune.pruned(model, "entropyprune", layer=2, keep=0.5, normalization="trace"), torch.no_grad():
+        model(**tiny.inputs(model, judge.ROWS, pad="right"))
+        report = tokenprune.report(model)
+    told = json.loads(report.to_json())
+    assert told["method"] == "entropyprune"
+    assert told["parameters"]["normalization"] == "trace"
+    assert told["layers_cut"] == [2]
+    assert sum(i["kept"][-1] for i in told["images"]) == report.kept
+    assert math.isclose(told["retention_average"], report.retention_average)
+    text = str(report)
+    assert "before layer 2 (given)" in text
+    assert f"{report.retention_average:.1%}" in text
+    assert "NOTHING" not in text
+
+
+def test_text_only_prompt() -> None:
+    model = tiny.llava()
+    with tokenprune.pruned(model, "random", layer=2, keep=0.5), torch.no_grad():
+        model(**tiny.inputs(model, (["text:5"], ["text:3"])))
+        report = tokenprune.report(model)
+    assert not report.pruned
+    assert report.images == ()
+    assert report.retention_average == 1.0
+    assert "no visual tokens" in str(report)
+
+
+def test_nothing_pruned_is_said() -> None:
+    model = tiny.llava()
+    inputs = tiny.inputs(model, judge.ROWS[:1])
+    with tokenprune.pruned(model, "none"), torch.no_grad():
+        model(**inputs)
+        assert "NOTHING WAS PRUNED" in str(tokenprune.report(model))
+
+
+def test_decode_steps_do_not_overwrite_the_prompts_report() -> None:
+    model = tiny.llava()
+    with tokenprune.pruned(model, "random", layer=2, keep=0.5):
+        model.generate(**tiny.inputs(model, judge.ROWS, pad="left"), max_new_tokens=4, do_sample=False)
+        assert tokenprune.report(model).tokens == 125
