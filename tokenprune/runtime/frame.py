@@ -45,6 +45,7 @@ class Frame:
         self.kinds: tuple[str, ...] = ()
         self.facts: dict[str, VisionFacts] = {}
         self.labels: Tensor | None = None
+        self.loss_options: dict[str, Any] = {}
         self.shift: Tensor | None = None
         # Filled in by the layers' hooks.
         self.stage_inputs: dict[str, Any] = {}
@@ -100,7 +101,7 @@ def begin(
         frame.kinds, frame.facts = tuple(sizes), facts
         _plan(frame, model, family, config, reference, inputs, sizes)
     elif record is None:
-        if frame.past or length == 1:
+        if frame.past or (length == 1 and is_static(cache)):  # a decoding step
             return None
         frame.rows = [[] for _ in range(batch)]
     return frame

@@ -47,6 +47,7 @@ class Runtime:
         self.outcome: Outcome | None = None
         self._local = threading.local()
         self._handles: list[RemovableHandle] = []
+        self._names: dict[nn.Module, list[str]] = {}  # forward parameters of the modules a call may begin with
 
     # -- life cycle ---------------------------------------------------------------------------------------------
 
@@ -66,6 +67,8 @@ class Runtime:
     def _install(self) -> None:
         model, family = self.model, self.family
         for module in (model, family.base(model)):
+            parameters = inspect.signature(type(module).forward).parameters
+            self._names[module] = [name for name in parameters if name != "self"]
             self._before(module, self._enter)
             self._handles.append(
                 module.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
@@ -126,14 +129,14 @@ class Runtime:
             frame.base_entered = True
             return None
         self._local.frame = None  # left behind by a call that was interrupted
-        inputs = dict(kwargs)
-        if args:
-            names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
-            inputs.update(zip(names, args, strict=False))
+        names = self._names[module]
+        inputs = {**kwargs, **dict(zip(names, args, strict=False))}
         self._local.frame = frame = begin(self.model, self.family, self.config, module, inputs)
         if frame is None or frame.pruning is None or module is not self.model:
             return None
         frame.labels = inputs.pop("labels", None)
+        # What the stock forward would pass on to the loss (the Trainer's num_items_in_batch, for example).
+        frame.loss_options = {name: value for name, value in inputs.items() if name not in names}
         if isinstance(inputs.get("logits_to_keep"), Tensor):
             inputs["logits_to_keep"] = _after_last_image(frame.pruning, inputs["logits_to_keep"])
         return (), inputs
@@ -154,18 +157,20 @@ class Runtime:
                     frame.cache, extend(frame.record, frame.past, frame.batch, new, frame.length, frame.shift)
                 )
             if frame.labels is not None:
-                output = self._with_loss(pruning.stages[-1], frame.labels, output)
+                output = self._with_loss(frame, pruning.stages[-1], frame.labels, output)
         if frame.rows is not None:
             self.outcome = make_outcome(self.config, self.text_config, len(self.layers), frame)
         return output
 
-    def _with_loss(self, columns: Columns, labels: Tensor, output: Any) -> Any:
+    def _with_loss(self, frame: Frame, columns: Columns, labels: Tensor, output: Any) -> Any:
         """The model's own loss, on the labels of the columns that are left."""
         index = columns.index.to(labels.device)
         labels = labels.gather(1, index.clamp(min=0)).masked_fill(index < 0, -100)
         model: Any = self.model
         logits = output[0] if isinstance(output, tuple) else output.logits
-        loss = model.loss_function(logits=logits, labels=labels, vocab_size=self.text_config.vocab_size)
+        loss = model.loss_function(
+            logits=logits, labels=labels, vocab_size=self.text_config.vocab_size, **frame.loss_options
+        )
         if isinstance(output, tuple):
             return (loss, *output)
         return type(output)(**{**dict(output), "loss": loss})
@@ -221,6 +226,7 @@ class Runtime:
         frame = self.frame
         if frame is None:
             return None
+        frame.cache = kwargs.get("past_key_values", frame.cache)  # the text model may just have made it
         record, pruning = frame.record, frame.pruning
         hidden = args[0] if args else kwargs["hidden_states"]
         if (
@@ -228,7 +234,6 @@ class Runtime:
             and frame.stage < len(self.config.cuts)
             and self.config.cuts[frame.stage].layer == i
         ):
-            frame.cache = kwargs.get("past_key_values", frame.cache)
             hidden = self._cut(frame, hidden, kwargs)
         elif frame.stage == 0 and (record is None or record.layers[i] is record.layers[0]):
             return None  # the model's own mask and positions are right
