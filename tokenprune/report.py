@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from tokenprune.budget import average_kept
+from tokenprune.runtime.flops import decoder_flops
 from tokenprune.runtime.outcome import Outcome
 
 
@@ -62,6 +63,7 @@ class Report:
         seconds_scoring, seconds_compacting: spent by the method and by shortening tensors.
         pruned: whether any token was dropped.
         index: (B, L') input column of each position of the output, -1 for filler; None when nothing was cut.
+        reason: why nothing was pruned although the budget asked for it, or None.
     """
 
     method: str
@@ -79,6 +81,7 @@ class Report:
     seconds_compacting: float
     pruned: bool
     index: Tensor | None
+    reason: str | None
     _outcome: Outcome = dataclasses.field(repr=False, compare=False)
 
     @property
@@ -141,6 +144,8 @@ class Report:
         return json.dumps(self.to_dict(), **options)
 
     def __str__(self) -> str:
+        if not self.images and self.reason is not None:
+            return f"tokenprune: NOTHING WAS PRUNED: {self.reason}"
         if not self.images:
             return "tokenprune: the last prompt had no visual tokens; nothing to prune"
         where = (
@@ -157,10 +162,12 @@ class Report:
                 f"  {image.row:>3} {image.image:>5} {grid:>9} {image.tokens:>7} {kept:>12} {sum(image.merged):>7} "
                 f"{image.average:>8.1f}"
             )
+        nothing = "" if self.pruned else " (NOTHING WAS PRUNED)"
+        if self.reason is not None:
+            nothing = f" (NOTHING WAS PRUNED: {self.reason})"
         lines.append(
             f"  visual tokens {self.retention_average:.1%} on average over layers, "
-            f"{self.retention_after_cut:.1%} after "
-            f"the last cut" + ("" if self.pruned else " (NOTHING WAS PRUNED)")
+            f"{self.retention_after_cut:.1%} after the last cut{nothing}"
         )
         lines.append(
             f"  sequence {self.length} -> {self.layers[-1].length if self.layers else self.length}, "
@@ -197,11 +204,12 @@ def make_report(outcome: Outcome) -> Report:
         images=tuple(images),
         layers=tuple(map(LayerReport, outcome.lengths, used, allocated)),
         length=outcome.length,
-        flops=outcome.flops,
-        flops_unpruned=outcome.flops_unpruned,
+        flops=outcome.batch * decoder_flops(outcome.text_config, outcome.lengths),
+        flops_unpruned=outcome.batch * decoder_flops(outcome.text_config, [outcome.length] * num_layers),
         seconds_scoring=outcome.scoring.seconds,
         seconds_compacting=outcome.compacting.seconds,
         pruned=outcome.index is not None,
         index=outcome.index,
+        reason=outcome.reason,
         _outcome=outcome,
     )

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tokenprune.config import PruneConfig
 from tokenprune.models.base import Image
-from tokenprune.runtime.flops import decoder_flops
 from tokenprune.runtime.frame import Frame
 from tokenprune.runtime.pruning import Key
 from tokenprune.runtime.timing import Stopwatch
@@ -27,7 +26,9 @@ class Outcome:
     length: columns of the input.
     lengths: columns entering each decoder layer.
     kv_used, kv_allocated: bytes of each layer's keys and values, right after the prompt.
-    flops, flops_unpruned: of the decoder, summed over rows.
+    batch: rows.
+    text_config: of the decoder, for the FLOPs formula.
+    reason: why nothing was pruned although the budget asked for it.
     """
 
     config: PruneConfig
@@ -40,10 +41,11 @@ class Outcome:
     lengths: list[int]
     kv_used: list[int]
     kv_allocated: list[int]
-    flops: int
-    flops_unpruned: int
+    batch: int
+    text_config: Any
     scoring: Stopwatch
     compacting: Stopwatch
+    reason: str | None = None
 
 
 def make_outcome(config: PruneConfig, text_config: Any, num_layers: int, frame: Frame) -> Outcome:
@@ -65,10 +67,11 @@ def make_outcome(config: PruneConfig, text_config: Any, num_layers: int, frame: 
         lengths=lengths,
         kv_used=used,
         kv_allocated=allocated,
-        flops=frame.batch * decoder_flops(text_config, lengths),
-        flops_unpruned=frame.batch * decoder_flops(text_config, [frame.length] * num_layers),
+        batch=frame.batch,
+        text_config=text_config,
         scoring=frame.scoring,
         compacting=frame.compacting,
+        reason=frame.reason,
     )
 
 
@@ -87,7 +90,7 @@ def kv_bytes(cache: Any, static_lengths: list[int]) -> tuple[list[int], list[int
             used.append(0)
             allocated.append(0)
             continue
-        total = keys.numel() * keys.element_size() + values.numel() * values.element_size()
+        total = keys.nbytes + values.nbytes
         if getattr(layer, "is_compileable", False):
             total = total // keys.shape[-2] * min(static_lengths[i], keys.shape[-2])
         used.append(total)

@@ -1,0 +1,1 @@
+"""Evaluation of token pruning: accuracy tables, benchmarks and the bridge to lmms-eval."""

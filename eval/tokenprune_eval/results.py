@@ -1,0 +1,106 @@
+"""Results on disk: one CSV of rows and one of per-question outcomes, written row by row, readable after a kill."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+class Results:
+    """Rows by key.
+
+    A row's outcomes are written before the row itself, so that a row that is there is complete. A line that a
+    kill cut short is dropped when the file is read.
+
+    Args:
+        path: of the table; the outcomes lie beside it as NAME_correct.csv.
+        columns: of the table.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.path, self.columns = path, list(columns)
+        self.correct_path = path.with_name(f"{path.stem}_correct{path.suffix}")
+        self.rows: dict[str, dict[str, str]] = {}
+        self.bits: dict[str, str] = {}
+
+    def load(self) -> None:
+        """Read both files; missing ones are empty.
+
+        Raises:
+            SystemExit: the table has other columns.
+        """
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                header = next(csv.reader(file), None)
+            if header is not None and header != self.columns:
+                raise SystemExit(
+                    f"{self.path} has other columns; move it away, or name another file with --csv"
+                )
+        self.bits = {row["key"]: row["correct"] for row in _complete(self.correct_path)}
+        self.rows = {row["key"]: row for row in _complete(self.path)}
+
+    def add(self, row: dict[str, str], correct: Sequence[bool] | None = None) -> None:
+        """Append a row, and its outcomes where it has any."""
+        if correct is not None:
+            self.bits[row["key"]] = pack(correct)
+            _append(self.correct_path, ["key", "correct"], {"key": row["key"], "correct": pack(correct)})
+        self.rows[row["key"]] = row
+        _append(self.path, self.columns, row)
+
+    def write(self, order: Iterable[str] = ()) -> None:
+        """Write both files anew, rows named in `order` first; a kill leaves the old ones or the new ones."""
+        keys = [key for key in dict.fromkeys([*order, *self.rows]) if key in self.rows]
+        self.rows = {key: self.rows[key] for key in keys}
+        bits = ({"key": key, "correct": self.bits[key]} for key in keys if key in self.bits)
+        _replace(self.correct_path, ["key", "correct"], bits)
+        _replace(self.path, self.columns, (self.rows[key] for key in keys))
+
+    def correct(self, key: str) -> BoolArray:
+        """Per-question outcomes of a row."""
+        return unpack(self.bits[key], int(self.rows[key]["questions"]))
+
+
+def pack(correct: Sequence[bool]) -> str:
+    """Outcomes as a hexadecimal bit mask, the first question in the highest bit."""
+    return np.packbits(np.asarray(correct, dtype=bool)).tobytes().hex()
+
+
+def unpack(text: str, n: int) -> BoolArray:
+    """The n outcomes `pack` was given."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8))[:n].astype(bool)
+
+
+def _complete(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        text = file.read()
+    lines = text[: text.rfind("\n") + 1].splitlines()  # what follows the last newline was cut short
+    return [row for row in csv.DictReader(lines) if None not in row and None not in row.values()]
+
+
+def _append(path: Path, columns: Sequence[str], row: dict[str, str]) -> None:
+    fresh = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def _replace(path: Path, columns: Sequence[str], rows: Iterable[dict[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.tmp")
+    with scratch.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(scratch, path)

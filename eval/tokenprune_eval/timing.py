@@ -1,0 +1,96 @@
+"""Paired timing: arms run in turn, round after round, so that a change of the machine's load falls on all of them."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One thing to time.
+
+    Attributes:
+        run: what is timed; it gets what `setup` returned.
+        setup: runs before the clock starts, every time.
+        context: entered around both, outside the clock (wrapping the model, say).
+    """
+
+    run: Callable[[Any], object]
+    setup: Callable[[], Any] = field(default=lambda: None)
+    context: Callable[[], AbstractContextManager[Any]] = field(default=nullcontext)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median and quintiles of the per-round ratios of two arms."""
+
+    median: float
+    p20: float
+    p80: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} [{self.p20:.3f}, {self.p80:.3f}]"
+
+
+def interleave(
+    arms: dict[str, Arm], rounds: int, *, warmup: int = 2, clock: str = "wall", device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds of each arm, round by round.
+
+    Every second round runs the arms backwards, so that none always follows the same neighbour. The garbage
+    collector is off while a clock runs.
+
+    Args:
+        arms: by name.
+        rounds: measured rounds.
+        warmup: rounds before them.
+        clock: "wall", or "cpu": processor time of this process, which other processes on the machine do not add to.
+        device: "cuda" is waited for on both sides of the clock.
+    """
+    now = CLOCKS[clock]
+    wait: Callable[[], None] = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    names = list(arms)
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        for i in range(-warmup, rounds):
+            for name in names if i % 2 == 0 else reversed(names):
+                arm = arms[name]
+                with arm.context(), torch.inference_mode():
+                    state = arm.setup()
+                    wait()
+                    start = now()
+                    result = arm.run(state)
+                    wait()
+                    taken = now() - start
+                del state, result
+                if i >= 0:
+                    seconds[name].append(taken)
+            gc.collect()
+    finally:
+        if was_enabled:
+            gc.enable()
+    return seconds
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
+    """Per-round ratios, summarised."""
+    values = [a / b for a, b in zip(numerator, denominator, strict=True)]
+    p20, p80 = np.percentile(values, [20, 80])
+    return Ratio(statistics.median(values), float(p20), float(p80))
+
+
+def milliseconds(seconds: Sequence[float]) -> float:
+    return 1e3 * statistics.median(seconds)

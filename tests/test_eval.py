@@ -1,0 +1,313 @@
+"""The benchmark's ideal computes what the library computes; tables resume; formulas and labels are right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tokenprune
+from tokenprune.runtime.flops import decoder_flops
+from tokenprune.testbed import evaluate, evaluation_set
+from tokenprune.testbed.evaluate import wilson_interval
+from tokenprune.testbed.modeling import build_model, build_processor
+from tokenprune_eval import table
+from tokenprune_eval.bench import Bench, append, parse_batch, verdict
+from tokenprune_eval.cached import CachedProcessor, cached_features
+from tokenprune_eval.cells import Cell, grid
+from tokenprune_eval.geometry import GEOMETRIES, build, fix_features, prompts
+from tokenprune_eval.ideal import prepare
+from tokenprune_eval.memory import peak_bytes
+from tokenprune_eval.paired import difference
+from tokenprune_eval.results import Results, pack, unpack
+from tokenprune_eval.timing import Arm, interleave, ratio
+
+TINY = GEOMETRIES["tiny"]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return build(TINY)
+
+
+# -- the benchmark -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("batch", "ragged"), [(1, False), (3, False), (3, True)])
+def test_contract_23_ideal_equals_ours(batch: int, ragged: bool, attention: str) -> None:
+    model = build(TINY, attention=attention)
+    inputs = prompts(TINY, batch, ragged)
+    features = fix_features(model, batch, TINY)
+    given = torch.randint(0, 2, (batch, TINY.visual), generator=torch.Generator().manual_seed(3)).bool()
+    keep_lists = [[row.nonzero().flatten().tolist()] for row in given]
+    ideal = prepare(model, inputs, features, TINY.layer, keep_lists)
+    with torch.inference_mode():
+        logits, cache = ideal()
+        unpruned = model(**inputs).logits[:, -1]
+        with tokenprune.pruned(model, layer=TINY.layer, keep_lists=[keep_lists]):
+            output = model(**inputs, use_cache=True, logits_to_keep=1)
+    assert (logits - output.logits[:, -1]).abs().max() <= 1e-4
+    assert (logits - unpruned).abs().max() > 1e-2, (
+        "pruning changes nothing here, so the comparison sees nothing"
+    )
+    assert [layer.keys.shape for layer in cache.layers] == [
+        layer.keys.shape for layer in output.past_key_values.layers
+    ]
+
+
+@pytest.mark.parametrize("method", ["entropyprune", "uniform"])
+def test_bench_checks_what_it_times(model: Any, method: str) -> None:
+    bench = Bench(model, TINY, 2, True, method, {})
+    bench.check()
+    assert bench.report.kept == 2 * TINY.keep
+    bench.error = 1.0
+    with pytest.raises(SystemExit, match="nothing was timed"):
+        bench.check()
+    bench.error, bench.effect = 0.0, 0.0
+    with pytest.raises(SystemExit, match="blind"):
+        bench.check()
+
+
+def test_contract_23_a_wrong_index_is_seen(model: Any) -> None:
+    bench = Bench(model, TINY, 1, False, "entropyprune", {})
+    lists = [
+        [sorted(set(range(TINY.visual)) - set(image)) for image in row] for row in bench.report.keep_lists[0]
+    ]
+    wrong = prepare(model, bench.inputs, bench.features, TINY.layer, lists)
+    with torch.inference_mode():
+        assert (wrong()[0] - bench.ideal()[0]).abs().max() > 1e-2
+
+
+def test_contract_23_launch_bound() -> None:
+    assert verdict(1.19, 2.0) == "launch-bound"
+    assert verdict(1.2, 0.95) == "pass"
+    assert verdict(3.0, 0.949) == "fail"
+
+
+def test_contract_20_peak_memory_is_not_above(model: Any) -> None:
+    unpruned, ours = Bench(model, TINY, 1, False, "entropyprune", {}).peaks()
+    assert 0 < ours <= unpruned
+
+
+def test_peak_bytes_counts_what_is_live_at_once() -> None:
+    def run() -> torch.Tensor:
+        total = torch.zeros(250_000)
+        for _ in range(3):
+            total = total + 1  # two at a time, never four
+        return total
+
+    assert 2_000_000 <= peak_bytes(run) < 2_100_000
+
+
+def test_parse_batch() -> None:
+    assert parse_batch("8") == (8, False)
+    assert parse_batch("8r") == (8, True)
+    with pytest.raises(ValueError, match="0"):
+        parse_batch("0")
+
+
+def test_append_refuses_other_columns(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "bench.csv"
+    append(path, {"a": "1", "b": "x, y"})
+    append(path, {"a": "2", "b": ""})
+    assert path.read_text() == 'a,b\n1,"x, y"\n2,\n'
+    with pytest.raises(SystemExit, match="other columns"):
+        append(path, {"a": "1"})
+
+
+def test_interleave_pairs_rounds_and_leaves_setup_out() -> None:
+    ran: list[str] = []
+    arms = {
+        "a": Arm(lambda state: ran.append(f"a{state}"), setup=lambda: 1),
+        "b": Arm(lambda state: ran.append("b")),
+    }
+    seconds = interleave(arms, 2, warmup=1)
+    assert ran == ["b", "a1", "a1", "b", "b", "a1"], "every second round runs backwards"
+    assert [len(values) for values in seconds.values()] == [2, 2]
+
+
+def test_ratio_is_of_pairs() -> None:
+    found = ratio([1.0, 20.0, 3.0], [1.0, 10.0, 6.0])
+    assert (found.median, found.p20, found.p80) == pytest.approx((1.0, 0.7, 1.6))
+
+
+# -- formulas ------------------------------------------------------------------------------------------------------
+
+
+def test_contract_17_flops_of_llama_7b() -> None:
+    """8 n d^2 + 4 n^2 d + 6 n d m with n = 640, d = 4096, m = 11008: 85.9 + 6.7 + 173.1 GFLOPs per layer."""
+    llama = SimpleNamespace(hidden_size=4096, intermediate_size=11008, num_attention_heads=32)
+    per_layer = 85_899_345_920 + 6_710_886_400 + 173_140_869_120
+    assert decoder_flops(llama, [640]) == per_layer
+    assert decoder_flops(llama, [640] * 32) == 32 * per_layer
+    # Two layers at 640 tokens, thirty at 320: every linear term halves, the quadratic one falls to a quarter.
+    assert decoder_flops(llama, [640] * 2 + [320] * 30) == 2 * per_layer + 30 * (
+        42_949_672_960 + 1_677_721_600 + 86_570_434_560
+    )
+
+
+def test_contract_17_flops_count_grouped_queries() -> None:
+    grouped = SimpleNamespace(
+        hidden_size=8, intermediate_size=16, num_attention_heads=4, num_key_value_heads=1
+    )
+    # 4 n d (d_q + d_kv) = 4*3*8*(8+2), 4 n^2 d_q = 4*9*8, 6 n d m = 6*3*8*16
+    assert decoder_flops(grouped, [3]) == 960 + 288 + 2304
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    [(0, 10, 0.0, 0.27753), (10, 10, 0.72247, 1.0), (50, 100, 0.40383, 0.59617), (95, 100, 0.88825, 0.97846)],
+)
+def test_wilson_interval(correct: int, total: int, low: float, high: float) -> None:
+    assert wilson_interval(correct, total) == pytest.approx((low, high), abs=2e-5)
+
+
+def test_difference_of_identical_answers_is_zero() -> None:
+    same = np.array([True, False, True, True])
+    found = difference(same, same, [0, 0, 1, 1])
+    assert (found.points, found.low, found.high, found.word) == (0, 0, 0, "is level with")
+
+
+def test_difference_resamples_clusters() -> None:
+    """100 questions about one scene are worth one, not a hundred."""
+    rng = np.random.default_rng(0)
+    theirs = np.zeros(400)
+    ours = np.repeat(rng.random(100) < 0.3, 4)
+    alone = difference(ours, theirs, range(400))
+    together = difference(ours, theirs, [i // 4 for i in range(400)])
+    assert alone.points == together.points == pytest.approx(100 * ours.mean())
+    assert together.high - together.low > 1.6 * (alone.high - alone.low)
+    assert alone.word == "beats"
+    assert difference(theirs, ours, range(400)).word == "loses to"
+
+
+# -- the table -----------------------------------------------------------------------------------------------------
+
+
+def test_grid() -> None:
+    cells = grid([0.5, 0.11], [1, 2], seeds=5)
+    assert len(cells) == len({cell.key for cell in cells}) == 1 + 2 * 2 * (5 + 1 + 8)
+    assert cells[0].arguments() == {"method": "none"}
+    last = cells[-1]
+    assert last.key == "entropyprune source=hidden normalization=trace layer=2 keep=0.11"
+    assert last.label == "entropyprune (hidden, trace)"
+    assert cells[1].label == cells[2].label == "random"
+
+
+@pytest.mark.parametrize("n", [1, 8, 2002])
+def test_pack_and_unpack(n: int) -> None:
+    correct = (np.random.default_rng(n).random(n) < 0.5).tolist()
+    assert unpack(pack(correct), n).tolist() == correct
+
+
+def _row(key: str, **values: str) -> dict[str, str]:
+    return {**dict.fromkeys(table.COLUMNS, ""), "key": key, "status": "ok", "questions": "7", **values}
+
+
+def test_results_survive_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    results = Results(path, table.COLUMNS)
+    correct = [True, False, True, True, False, False, True]
+    results.add(_row("a"), correct)
+    results.add(_row("b"), correct)
+    whole = path.read_text()
+    for cut in (1, 5, len("b,") + 3):
+        path.write_text(whole[:-cut])  # the kill came while b was written
+        again = Results(path, table.COLUMNS)
+        again.load()
+        assert list(again.rows) == ["a"]
+        assert again.correct("a").tolist() == correct
+    again.write()
+    again.add(_row("c", status="unreachable"))
+    final = Results(path, table.COLUMNS)
+    final.load()
+    assert list(final.rows) == ["a", "c"]
+    final.write(["c", "a"])
+    assert [line.split(",")[0] for line in path.read_text().splitlines()] == ["key", "c", "a"]
+    with pytest.raises(SystemExit, match="other columns"):
+        Results(path, ["key"]).load()
+
+
+class _FakeTestbed:
+    def __init__(self, name: str, questions: int, batch_size: int) -> None:
+        self.digest, self.samples = name, evaluation_set(questions)
+
+
+def _fake_row(cell: Cell, model: str) -> tuple[dict[str, str], list[bool]]:
+    shares = [name for name in table.COLUMNS if name.split()[-1] in ("accuracy", "low", "high")]
+    values = {
+        **dict.fromkeys(shares, "0.5"),
+        "method": cell.method,
+        "parameters": " ".join(f"{name}={value}" for name, value in cell.parameters),
+        "layer": str(cell.layer or ""),
+        "keep": str(cell.keep or ""),
+        "model": model,
+        "question_seed": "0",
+        "kv_bytes_per_prompt": "2048",
+    }
+    return _row(cell.key, **values), [cell.method == "entropyprune"] * 7
+
+
+def test_table_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    def rows(cells: Sequence[Cell], model: str, *rest: Any) -> Iterator[tuple[dict[str, str], list[bool]]]:
+        for done, cell in enumerate(cells):
+            if done == limit:
+                raise KeyboardInterrupt
+            asked.append(cell.key)
+            yield _fake_row(cell, model)
+
+    monkeypatch.setattr(table, "rows", rows)
+    monkeypatch.setattr(table, "Testbed", _FakeTestbed)
+    path = str(tmp_path / "table.csv")
+    options = [
+        "--csv",
+        path,
+        *"--questions 7 --budgets 0.5 --layers 1 --seeds 2 --rounds 0 --model m".split(),
+    ]
+    limit = 3
+    with pytest.raises(KeyboardInterrupt):
+        table.main(options)
+    assert len(asked) == 3
+    limit = 100
+    table.main([*options, "--resume"])
+    assert asked == [cell.key for cell in grid([0.5], [1], 2)], "each cell once"
+    made = capsys.readouterr().out
+    assert "EntropyPrune (query, none) against random: better at 50 % (+100.0 [+100.0, +100.0])." in made
+    table.main(["--csv", path, "--summary", "--layers", "1"])
+    assert capsys.readouterr().out in made, "--summary prints what the run printed"
+    with pytest.raises(SystemExit, match="holds rows with model m, not other"):
+        table.main([*options, "--resume", "--model", "other"])
+
+
+@pytest.mark.parametrize("method", ["random", "entropyprune"])
+def test_cached_features_change_no_answer(method: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(4).eval()
+    processor = CachedProcessor(build_processor())
+    samples = evaluation_set(14)
+    answers = []
+    with tokenprune.pruned(model, method, keep=0.5, layer=1):
+        for enabled in (False, True, True):
+            with cached_features(model, processor, enabled=enabled):
+                answers.append(evaluate(model, processor, samples, batch_size=7).answers)
+    assert answers[0] == answers[1] == answers[2]
+    assert len(processor.features) >= 2
+    assert "forward" not in vars(model.model.vision_tower)
+
+
+def test_unreachable_budget_is_a_row() -> None:
+    testbed = table.Testbed("random", 7, 7)
+    row, correct = testbed.evaluate(Cell("uniform", (), 2, 0.11))
+    assert correct is None
+    assert row["status"] == "unreachable"
+    assert float(row["floor"]) == pytest.approx((2 * 144 + 14) / (16 * 144), abs=1e-4)
