@@ -12,6 +12,7 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 TABLE_ARGS ?=
 FUZZ_OUT ?= eval/results/fuzz.txt
+FUZZ_SEED ?= 0
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -57,11 +58,12 @@ bench: $(STAMP) ## Time pruned against ideal prefill on this machine (BENCH_ARGS
 table: $(STAMP) ## Make the table method x retention x accuracy (TABLE_ARGS=...)
 	$(BIN)/python -m tokenprune_eval.table $(TABLE_ARGS)
 
-# A pipe hides pytest's exit status from sh, hence the status file.
+# A pipe hides pytest's exit status from sh, hence the status file. The seed makes a run repeatable.
 fuzz: $(STAMP) ## Run every property with 10,000 examples; hours; summary in eval/results/fuzz.txt
 	@mkdir -p $(dir $(FUZZ_OUT))
-	@{ HYPOTHESIS_PROFILE=fuzz $(PYTEST) -m property --timeout=0 --hypothesis-show-statistics $(PYTEST_ARGS); \
-		echo $$? > $(VENV)/.fuzz-status; } 2>&1 | tee $(FUZZ_OUT)
+	@{ HYPOTHESIS_PROFILE=fuzz $(PYTEST) -m property --timeout=0 -p no:randomly --tb=short \
+		--hypothesis-seed=$(FUZZ_SEED) --hypothesis-show-statistics $(PYTEST_ARGS); \
+		echo $$? > $(VENV)/.fuzz-status; } 2>&1 | grep --line-buffered -v '^rootdir: ' | tee $(FUZZ_OUT)
 	@exit $$(cat $(VENV)/.fuzz-status)
 
 clean: ## Remove the environment, caches and build products

@@ -7,10 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import judge
-import oracle
 import pytest
-import tiny
 import torch
 import transformers
 from PIL import Image
@@ -26,6 +23,9 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.masking_utils import AttentionMaskInterface
 
+import judge
+import oracle
+import tiny
 import tokenprune
 
 peft = pytest.importorskip("peft")
@@ -120,7 +120,11 @@ def test_same_object_before_during_and_after(model: Any) -> None:
 
 
 def test_unwrap_and_report_want_a_wrapped_model(model: Any) -> None:
-    for call in (tokenprune.unwrap, tokenprune.report, lambda m: tokenprune.override(m, keep=0.5).__enter__()):
+    for call in (
+        tokenprune.unwrap,
+        tokenprune.report,
+        lambda m: tokenprune.override(m, keep=0.5).__enter__(),
+    ):
         with pytest.raises(tokenprune.TokenPruneError, match=r"not wrapped; call tokenprune\.wrap"):
             call(model)
     assert not tokenprune.is_wrapped("a string")
@@ -239,7 +243,7 @@ def test_the_default_layer_is_named() -> None:
 
 
 def last_call(model: Any) -> tokenprune.Report:
-    forward(model, tiny.inputs(model, judge.ROWS[:1]))
+    forward(model, tiny.inputs(model, [["text:4", "image", "text:5"]]))
     return tokenprune.report(model)
 
 

@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import transformers
-from torch import nn
 
 from tokenprune.budget import BudgetMeaning, Cut, Keep
-from tokenprune.config import KeepLists, Positions, PruneConfig, make_config
+from tokenprune.config import KeepLists, Positions, PruneConfig, check_cuts, make_config
 from tokenprune.errors import ConfigError, TokenPruneError, UnsupportedModelError
 from tokenprune.methods import Method
 from tokenprune.models import find_family, stock_model
@@ -129,6 +128,7 @@ def override(model: ModelT, **changes: Any) -> Iterator[ModelT]:
     """Change arguments of `wrap` for the calls inside the block: `with override(model, keep=0.1): ...`.
 
     A new `method` starts from its own default parameters; a new `layer` replaces `cuts` and the other way round.
+    Method "none", and cuts that all say their own keep, need no `keep=None` beside them.
 
     Raises:
         ConfigError: a wrong argument; the model is left as it was.
@@ -142,6 +142,10 @@ def override(model: ModelT, **changes: Any) -> Iterator[ModelT]:
         arguments["cuts"] = None
     if "cuts" in changes:
         arguments["layer"] = None
+        if changes["cuts"] is not None and check_cuts(changes["cuts"])[-1].keep is not None:
+            arguments["keep"] = None
+    if changes.get("method") == "none":
+        arguments.update(keep=None, layer=None, cuts=None, keep_lists=None)
     if {"layer", "cuts", "keep"} & changes.keys():
         arguments["keep_lists"] = None
     before, saved = runtime.config, wrapped.arguments
@@ -185,7 +189,10 @@ def report(model: object) -> Report:
 
 def is_wrapped(model: object) -> bool:
     """Whether `model` is wrapped at the moment."""
-    return isinstance(model, nn.Module) and _ATTRIBUTE in stock_model(model).__dict__
+    try:
+        return _ATTRIBUTE in stock_model(model).__dict__
+    except UnsupportedModelError:
+        return False
 
 
 def _wrapped(model: object) -> _Wrapped:

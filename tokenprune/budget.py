@@ -112,8 +112,6 @@ def plan_counts(
 def _solve(
     n: int, num_layers: int, layer: int, target: float, spent: float, previous: int, budget: BudgetMeaning
 ) -> int:
-    if target >= n:
-        return previous
     if budget == "after_cut":
         return max(1, _floor(target))
     rest = num_layers - layer

@@ -81,13 +81,17 @@ def make_config(
     if cuts is not None:
         if layer is not None:
             raise ConfigError("pass layer or cuts, not both")
-        checked, reason = _check_cuts(cuts), "given"
+        checked, reason = check_cuts(cuts), "given"
     else:
         layer, reason = _default_layer(family, num_layers, made) if layer is None else (layer, "given")
         checked = (Cut(layer),)
     for cut in checked:
         _check_layer(cut.layer, num_layers, made)
     if keep_lists is not None:
+        if not hasattr(keep_lists, "__len__"):
+            raise ConfigError(
+                f"keep_lists must be keep_lists[cut][row][image] = kept raster indices, not {keep_lists!r}"
+            )
         if len(keep_lists) != len(checked):
             raise ConfigError(
                 f"keep_lists has {len(keep_lists)} cuts, but the model is cut {len(checked)} times"
@@ -119,8 +123,16 @@ def decoder_shape(model: nn.Module, family: Family) -> DecoderShape:
     )
 
 
-def _check_cuts(cuts: Sequence[Cut | tuple[int, Keep | None]]) -> tuple[Cut, ...]:
-    checked = tuple(c if isinstance(c, Cut) else Cut(*c) for c in cuts)
+def check_cuts(cuts: Sequence[Cut | tuple[int, Keep | None]]) -> tuple[Cut, ...]:
+    """The cuts as `Cut`s, in order and each with a keep (but for the last, which may have none).
+
+    Raises:
+        ConfigError: says what they must look like.
+    """
+    try:
+        checked = tuple(c if isinstance(c, Cut) else Cut(*c) for c in cuts)
+    except TypeError:
+        raise ConfigError(f"cuts must be a list of (layer, keep) pairs, not {cuts!r}") from None
     if not checked:
         raise ConfigError("cuts is empty; give at least one (layer, keep)")
     for cut in checked[:-1]:
@@ -131,8 +143,18 @@ def _check_cuts(cuts: Sequence[Cut | tuple[int, Keep | None]]) -> tuple[Cut, ...
     for cut in checked:
         if cut.keep is not None:
             check_keep(cut.keep, f"keep of the cut at layer {cut.layer}")
+    for cut in checked:
+        if isinstance(cut.layer, bool) or not isinstance(cut.layer, int):
+            raise ConfigError(f"the layer of a cut must be an int, not {cut.layer!r}")
     if any(b.layer <= a.layer for a, b in pairwise(checked)):
         raise ConfigError("cuts must be in ascending order of layer, one per layer")
+    for a, b in pairwise(checked):
+        # A fraction and a count can be compared only once the image is known.
+        if a.keep is not None and b.keep is not None and type(a.keep) is type(b.keep) and b.keep > a.keep:
+            raise ConfigError(
+                f"the cut at layer {b.layer} keeps {b.keep}, more than the {a.keep} left by the cut before it; "
+                f"both are shares of the original tokens: make the schedule non-increasing"
+            )
     return checked
 
 

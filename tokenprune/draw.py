@@ -23,7 +23,9 @@ OUTLINE = (255, 255, 255)
 MERGED = (255, 176, 32)
 INK, PAPER = (24, 24, 27), (255, 255, 255)
 GAP = 8
-_FADED = 0.26  # how much of a dropped token's brightness stays
+# Dropped tokens fade into slate, not black: in a dark photograph black would look like more photograph.
+_SLATE, _SLATE_SHARE = (52, 56, 66), 0.72
+_AMBER_SHARE = 0.4
 
 
 def draw_kept(
@@ -36,7 +38,7 @@ def draw_kept(
 ) -> Picture:
     """Draw which visual tokens of an image were kept.
 
-    Dropped tokens turn dark and grey; kept ones keep every pixel, and a thin white line around them runs on the
+    Dropped tokens fade to a dark grey; kept ones keep every pixel, and a thin white line around them runs on the
     dropped side. Tokens merged into others are tinted amber, and what they were merged into has an amber frame.
 
     Args:
@@ -55,7 +57,8 @@ def draw_kept(
     """
     frames, height, width = _grid(grid)
     per_frame = height * width
-    keep, pairs = set(_integers(kept)), [(int(source), int(slot)) for source, slot in _integers(merged or ())]
+    keep = {int(index) for index in _integers(kept)}
+    pairs = [(int(source), int(slot)) for source, slot in _integers(() if merged is None else merged)]
     sources = {source for source, _ in pairs} - keep
     slots = {slot for _, slot in pairs} & keep
     for index in keep | sources:
@@ -94,13 +97,17 @@ def draw_report(
     """
     own = [image for image in report.images if image.row == row]
     if len(own) != len(images):
-        raise ConfigError(f"row {row} of the report has {len(own)} images, but {len(images)} were given to draw")
+        raise ConfigError(
+            f"row {row} of the report has {len(own)} images, but {len(images)} were given to draw"
+        )
     lists = report.keep_lists
     pictures = []
     for i, (facts, image) in enumerate(zip(own, images, strict=True)):
         kept = lists[-1][row][i] if lists else range(facts.tokens)
         pairs = [pair for cut in report.merges if (row, i) in cut for pair in _integers(cut[row, i][0])]
-        caption = f"{report.method}: {len(kept)} of {facts.tokens} tokens" if captions is None else captions[i]
+        caption = (
+            f"{report.method}: {len(kept)} of {facts.tokens} tokens" if captions is None else captions[i]
+        )
         pictures.append(draw_kept(image, facts.grid, kept, pairs, caption, scale))
     return pictures
 
@@ -110,7 +117,9 @@ def tile(pictures: Sequence[Picture], columns: int, title: str | None = None, ga
     rows = [list(pictures[i : i + columns]) for i in range(0, len(pictures), columns)]
     heights = [max(p.height for p in row) for row in rows]
     widths = [max(row[i].width for row in rows if i < len(row)) for i in range(len(rows[0]))]
-    sheet = Image.new("RGB", (sum(widths) + gap * (len(widths) - 1), sum(heights) + gap * (len(rows) - 1)), PAPER)
+    sheet = Image.new(
+        "RGB", (sum(widths) + gap * (len(widths) - 1), sum(heights) + gap * (len(rows) - 1)), PAPER
+    )
     y = 0
     for row, tall in zip(rows, heights, strict=True):
         x = 0
@@ -121,32 +130,39 @@ def tile(pictures: Sequence[Picture], columns: int, title: str | None = None, ga
     return sheet if title is None else add_caption(sheet, title, above=True, size=18)
 
 
-def add_caption(picture: Picture, text: str, *, above: bool = False, size: int | None = None) -> Picture:
-    """Add a strip with `text`, wrapped to the picture's width, below (or above) it."""
+def add_caption(
+    picture: Picture, text: str, *, above: bool = False, size: int | None = None, lines: int = 1
+) -> Picture:
+    """Add a strip of text, wrapped to the picture's width and at least `lines` high, below (or above) it."""
     font = ImageFont.load_default(size or max(12, min(16, picture.width // 18)))
-    pen = ImageDraw.Draw(picture)
-    lines = _wrap(text, lambda line: pen.textlength(line, font=font), picture.width - 8)
-    left, top, _, bottom = pen.multiline_textbbox((0, 0), "\n".join([*lines, "Ag"]), font=font)
-    one = pen.textbbox((0, 0), "Ag", font=font)
-    # The extra "Ag" makes strips of one line equally high whatever its letters; its own height goes off again.
-    strip = round(bottom - top if len(lines) > 1 else one[3] - one[1]) + 10
+    wrapped = _wrap(text, lambda line: font.getlength(line), picture.width - 8)
+    _, top, _, bottom = font.getbbox("Ag")
+    pitch = round(bottom - top) + 5
+    strip = pitch * max(lines, len(wrapped)) + 6
     sheet = Image.new("RGB", (picture.width, picture.height + strip), PAPER)
     sheet.paste(picture, (0, strip if above else 0))
-    y = 0 if above else picture.height
-    ImageDraw.Draw(sheet).multiline_text((4 - left, y + 4 - one[1]), "\n".join(lines), fill=INK, font=font)
+    pen, y = ImageDraw.Draw(sheet), 4 - top + (0 if above else picture.height)
+    for i, line in enumerate(wrapped):
+        pen.text((4, y + i * pitch), line, fill=INK, font=font)
     return sheet
 
 
-def _draw_frame(picture: Picture, grid: tuple[int, int], keep: set[int], sources: set[int], slots: set[int]) -> Picture:
+def _draw_frame(
+    picture: Picture, grid: tuple[int, int], keep: set[int], sources: set[int], slots: set[int]
+) -> Picture:
     """One frame at its final size; the groups are raster indices within it."""
     bright, tinted, framed = (_mask(group, grid, picture.size) for group in (keep, sources, slots))
-    grey = ImageOps.grayscale(picture).point(lambda v: round(v * _FADED)).convert("RGB")
-    faded = Image.composite(Image.blend(grey, Image.new("RGB", picture.size, MERGED), 0.35), grey, tinted)
+    grey = _blend(ImageOps.grayscale(picture).convert("RGB"), _SLATE, _SLATE_SHARE)
+    faded = Image.composite(_blend(grey, MERGED, _AMBER_SHARE), grey, tinted)
     faded.paste(OUTLINE, mask=ImageChops.subtract(_grow(bright, _line(picture, grid)), bright))
     result = Image.composite(picture, faded, bright)
     inside = ImageChops.subtract(framed, _shrink(framed, grid, slots, _line(picture, grid)))
     result.paste(MERGED, mask=inside)
     return result
+
+
+def _blend(picture: Picture, color: tuple[int, int, int], share: float) -> Picture:
+    return Image.blend(picture, Image.new("RGB", picture.size, color), share)
 
 
 def _mask(group: set[int], grid: tuple[int, int], size: tuple[int, int]) -> Picture:
@@ -178,7 +194,9 @@ def _frames(image: Picture | Sequence[Picture], frames: int) -> list[Picture]:
     """One picture per step of the grid: of a video given in full, the middle one of those merged in a step."""
     given = [image] if isinstance(image, Image.Image) else list(image)
     if len(given) < frames:
-        raise ConfigError(f"the grid has {frames} frames, but {len(given)} were given; pass all frames of the video")
+        raise ConfigError(
+            f"the grid has {frames} frames, but {len(given)} were given; pass all frames of the video"
+        )
     return [given[(2 * t + 1) * len(given) // (2 * frames)] for t in range(frames)]
 
 

@@ -28,7 +28,9 @@ def test_same_seed_same_scene():
     assert not np.array_equal(first.image, make_scene(np.random.default_rng(4), row_length=3).image)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_objects": 14}, {"row_length": 4}, {"num_objects": 5, "add_digit": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_objects": 14}, {"row_length": 4}, {"num_objects": 5, "add_digit": True}]
+)
 def test_objects_fit_and_do_not_overlap(options):
     for scene in _scenes(40, **options):
         assert scene.image.shape == (IMAGE_SIZE, IMAGE_SIZE, 3)

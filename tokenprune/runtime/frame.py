@@ -29,17 +29,20 @@ class Frame:
         past: unpruned columns of the conversation before it.
         record: what the cache's layers held before it, or None when nothing had been pruned.
         attention: (B, past + length) 2D mask as given, or None.
+        visible: (B, past + length) bool, False at padding; None where there is none. Known when the call prunes.
         rows: images by row; empty rows for a text-only prompt; None when this call continues one.
         pruning: the plan, when this call prunes.
+        reason: why nothing is pruned although the budget asks for it.
         kinds, facts: the kinds of visual input it brings, and what the vision tower's hook noted of them.
     """
 
     def __init__(self, owner: nn.Module, batch: int, length: int, cache: Any) -> None:
         self.owner, self.batch, self.length, self.cache = owner, batch, length, cache
-        self.base_entered = False
+        self.base_entered = self.text_entered = False
         self.past = 0
         self.record: Record | None = None
         self.attention: Tensor | None = None
+        self.visible: Tensor | None = None
         self.rows: list[list[Image]] | None = None
         self.pruning: Pruning | None = None
         self.kinds: tuple[str, ...] = ()
@@ -47,6 +50,7 @@ class Frame:
         self.labels: Tensor | None = None
         self.loss_options: dict[str, Any] = {}
         self.shift: Tensor | None = None
+        self.reason: str | None = None
         # Filled in by the layers' hooks.
         self.stage_inputs: dict[str, Any] = {}
         self.masks: dict[tuple[int, int, int], Any] = {}
@@ -95,8 +99,9 @@ def begin(
         _check_window(frame, family.text_model(model).config)
     if visual and ids is None:
         _nothing_pruned(
-            config, "inputs_embeds came without input_ids, so the visual tokens cannot be located"
+            frame, config, "inputs_embeds came without input_ids, so the visual tokens cannot be located"
         )
+        frame.rows = [[] for _ in range(batch)]
     elif visual:
         frame.kinds, frame.facts = tuple(sizes), facts
         _plan(frame, model, family, config, reference, inputs, sizes)
@@ -147,18 +152,16 @@ def _plan(
     sizes: dict[str, Tensor],
 ) -> None:
     """Settle spans and counts from the call's one device-to-host copy."""
-    if model.training and torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False):
-        raise UnsupportedModeError(
-            "gradient checkpointing runs layers twice and cannot be combined with pruning; switch it off, or unwrap"
-        )
     family.check_call(model, inputs)
     visible = _visible(frame, inputs.get("attention_mask"))
     host = _to_host([ids, *([] if visible is None else [visible]), *sizes.values()])
     ids_host = host.pop(0)
     mask: NDArray[np.bool_] | None = None
     if visible is not None:
-        mask = host.pop(0).astype(bool)
-        mask = None if mask.all() else mask
+        whole = host.pop(0).astype(bool)
+        mask = None if whole[:, frame.past :].all() else whole[:, frame.past :]
+        frame.visible = None if whole.all() else visible
+        visible = visible[:, frame.past :]
     grids = {kind: [family.grid(model, size) for size in own] for kind, own in zip(sizes, host, strict=True)}
     frame.rows = rows = _images(model, family, ids_host, grids, inputs)
     if not any(rows) or not config.cuts:
@@ -167,8 +170,12 @@ def _plan(
     pruning = Pruning(rows, config, len(family.layers(model)), ids_host, mask)
     if not pruning.prunes:
         if _asked(config, rows):
-            _nothing_pruned(config, "the budget rounds to all tokens of every image")
+            _nothing_pruned(frame, config, "the budget rounds to all tokens of every image")
         return
+    if model.training and torch.is_grad_enabled() and _checkpoints(model):
+        raise UnsupportedModeError(
+            "gradient checkpointing runs layers twice and cannot be combined with pruning; switch it off, or unwrap"
+        )
     _check_window(frame, text)
     pruning.num_heads = text.num_attention_heads
     pruning.padding = visible if mask is not None else None
@@ -220,23 +227,30 @@ def _asked(config: PruneConfig, rows: list[list[Image]]) -> bool:
     return any(keep < 1 if isinstance(keep, float) else keep < image.n for row in rows for image in row)
 
 
-def _nothing_pruned(config: PruneConfig, reason: str) -> None:
+def _checkpoints(model: nn.Module) -> bool:
+    # The models' own property for it has two names, one of them deprecated.
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def _nothing_pruned(frame: Frame, config: PruneConfig, reason: str) -> None:
     if not config.cuts:
         return
+    frame.reason = reason
     if config.strict:
         raise TokenPruneError(f"nothing would be pruned: {reason}")
     warnings.warn(f"nothing was pruned: {reason}", NothingPrunedWarning, stacklevel=2)
 
 
 def _visible(frame: Frame, mask: Any) -> Tensor | None:
-    """(B, L) True at real tokens of this call's input; None where no padding mask is known."""
+    """(B, past + L) True at real tokens; None where no padding mask is known."""
     if frame.attention is not None:
-        return frame.attention[:, -frame.length :] != 0
+        known = frame.attention[:, -(frame.past + frame.length) :] != 0
+        return torch.nn.functional.pad(known, (frame.past + frame.length - known.shape[1], 0), value=True)
     if isinstance(mask, dict):
         mask = next(iter(mask.values()))
     if isinstance(mask, Tensor) and mask.ndim == 4 and is_static(frame.cache):
         # generate() prepares 4D masks for static caches; the last row of a causal mask is the padding.
-        last = mask[:, 0, -1, frame.past : frame.past + frame.length]
+        last = mask[:, 0, -1, : frame.past + frame.length]
         last = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
         return last.expand(frame.batch, -1)
     return None

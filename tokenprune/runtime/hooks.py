@@ -47,7 +47,10 @@ class Runtime:
         self.outcome: Outcome | None = None
         self._local = threading.local()
         self._handles: list[RemovableHandle] = []
-        self._names: dict[nn.Module, list[str]] = {}  # forward parameters of the modules a call may begin with
+        self._sources: list[nn.Module] = []
+        self._names: dict[
+            nn.Module, list[str]
+        ] = {}  # forward parameters of the modules a call may begin with
 
     # -- life cycle ---------------------------------------------------------------------------------------------
 
@@ -63,6 +66,7 @@ class Runtime:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._sources = []
 
     def _install(self) -> None:
         model, family = self.model, self.family
@@ -76,25 +80,36 @@ class Runtime:
         self._before(family.text_model(model), self._enter_text_model)
         for i, layer in enumerate(self.layers):
             self._before(layer, partial(self._enter_layer, i))
-        if not self.config.cuts:
-            return
         # The features' grid is noted even when nobody scores: generate() encodes images ahead of the forward.
         tower = family.vision_tower(model)
         self._before(tower, self._enter_tower)
         self._handles.append(tower.register_forward_hook(self._leave_tower, with_kwargs=True))
-        if self.config.keep_lists is not None:
+        if self.config.keep_lists is not None or not self.config.cuts:
             return
         needs = self.config.method.needs()
-        projected = tuple(s for s in needs.states if s != "hidden")
         if needs.vision is not None:
             self.tap = family.vision_tap(model)
             self._after(self.tap.query, partial(self._catch_vision, "query"))
             self._after(self.tap.key, partial(self._catch_vision, "key"))
+        projected = tuple(s for s in needs.states if s != "hidden")
         for c, cut in enumerate(self.config.cuts if projected else ()):
             layer = self.layers[cut.layer - 1]
             self._before(family.attention(layer), partial(self._catch_rope, c))
             for state in projected:
                 self._after(family.state_module(layer, state), partial(self._catch_state, c, state))
+        self._sources = self._scored()
+
+    def _scored(self) -> list[nn.Module]:
+        """The modules whose outputs the method scores."""
+        model, family, needs = self.model, self.family, self.config.method.needs()
+        found = []
+        if needs.vision is not None:
+            tap = family.vision_tap(model)
+            found += [tap.query, tap.key]
+        for cut in self.config.cuts:
+            layer = self.layers[cut.layer - 1]
+            found += [family.state_module(layer, s) for s in needs.states if s != "hidden"]
+        return found
 
     def _before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -131,7 +146,10 @@ class Runtime:
         self._local.frame = None  # left behind by a call that was interrupted
         names = self._names[module]
         inputs = {**kwargs, **dict(zip(names, args, strict=False))}
-        self._local.frame = frame = begin(self.model, self.family, self.config, module, inputs)
+        frame = begin(self.model, self.family, self.config, module, inputs)
+        if frame is not None and frame.pruning is not None and self._sources:
+            self._check_sources()
+        self._local.frame = frame
         if frame is None or frame.pruning is None or module is not self.model:
             return None
         frame.labels = inputs.pop("labels", None)
@@ -140,6 +158,14 @@ class Runtime:
         if isinstance(inputs.get("logits_to_keep"), Tensor):
             inputs["logits_to_keep"] = _after_last_image(frame.pruning, inputs["logits_to_keep"])
         return (), inputs
+
+    def _check_sources(self) -> None:
+        """Adapters put in or merged since: the hooks would see other states than the model uses, or none at all."""
+        if any(now is not then for now, then in zip(self._scored(), self._sources, strict=True)):
+            raise TokenPruneError(
+                "modules whose outputs are scored were replaced since tokenprune.wrap; unwrap the model and wrap it "
+                "again"
+            )
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         frame = self.frame
@@ -153,9 +179,10 @@ class Runtime:
             if frame.cache is not None:
                 cuts = [sum(cut.layer <= i for cut in self.config.cuts) for i in range(len(self.layers))]
                 new = [pruning.stages[c - 1] if c else None for c in cuts]
-                attach(
-                    frame.cache, extend(frame.record, frame.past, frame.batch, new, frame.length, frame.shift)
+                record = extend(
+                    frame.record, frame.past, frame.visible, frame.batch, new, frame.length, frame.shift
                 )
+                attach(frame.cache, record)
             if frame.labels is not None:
                 output = self._with_loss(frame, pruning.stages[-1], frame.labels, output)
         if frame.rows is not None:
@@ -179,8 +206,11 @@ class Runtime:
 
     def _enter_text_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
         frame = self.frame
+        if frame is not None and frame.text_entered:
+            self._local.frame = frame = None  # left behind by a call that was interrupted
         if frame is None:
             return None
+        frame.text_entered = True
         hidden = kwargs["inputs_embeds"]
         frame.cache = kwargs.get("past_key_values", frame.cache)
         record, pruning = frame.record, frame.pruning
@@ -283,7 +313,7 @@ class Runtime:
                         f"method {method.name!r} returned {tuple(selection.keep.shape)} indices where "
                         f"{k} were asked for"
                     )
-                pruning.selections[cut][key] = selection
+                pruning.store(cut, key, selection)
 
     def _state(self, pruning: Pruning, key: Key, name: str, x: Tensor) -> Tensor:
         """One image's states: (n, D) hidden, (n, heads, head_dim) otherwise, rotary applied."""
@@ -293,8 +323,9 @@ class Runtime:
         own = own.reshape(own.shape[0], -1, self.shape.head_dim)
         if name == "value":
             return own
-        cos, sin = self._local.rope
-        return self.family.rotary(own, pruning.take(cos, key), pruning.take(sin, key))
+        # With several devices the layer's inputs are moved only inside its forward.
+        cos, sin = (pruning.take(x, key).to(own.device) for x in self._local.rope)
+        return self.family.rotary(own, cos, sin)
 
     # -- masks --------------------------------------------------------------------------------------------------
 
@@ -418,11 +449,11 @@ class Runtime:
         self._local.attention = []
         if self.config.method.needs().digest and self.config.keep_lists is None:
             facts.digests = self.family.digests(pixels, sizes)
-        if frame is None:
-            attach_facts(output, facts)
-        else:
-            kind = next(k for k in ("image", "video") if k in frame.kinds and k not in frame.facts)
-            frame.facts[kind] = facts
+        if frame is not None:
+            for kind in [k for k in ("image", "video") if k in frame.kinds and k not in frame.facts][:1]:
+                frame.facts[kind] = facts
+        # Inside a call nobody reads them there, but what looks like one may have been left behind by an interrupt.
+        attach_facts(output, facts)
 
 
 def _after_last_image(pruning: Pruning, index: Tensor) -> Tensor:

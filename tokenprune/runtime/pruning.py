@@ -6,8 +6,10 @@ one device-to-host copy; from then on only device tensors are touched.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -164,7 +166,13 @@ class Pruning:
         for key in self.wants(cut):
             raster = self.raster[key]
             forced = torch.as_tensor(lists[key[0]][key[1]], dtype=torch.long).to(raster.device)
-            self.selections[cut][key] = Selection(torch.searchsorted(raster, forced))
+            self.store(cut, key, Selection(torch.searchsorted(raster, forced)))
+
+    def store(self, cut: int, key: Key, selection: Selection) -> None:
+        """Keep a selection, on the plan's device: with several devices the scored layer's may be another."""
+        device = self.raster[key].device
+        tensors = (selection.keep, selection.merges, selection.weights)
+        self.selections[cut][key] = Selection(*(t if t is None else t.to(device) for t in tensors))  # type: ignore[arg-type]
 
     def apply(self, cut: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Carry out a cut.
@@ -233,7 +241,8 @@ class Pruning:
             replaced = torch.zeros(len(states), dtype=torch.bool, device=hidden.device).index_fill_(
                 0, slot, True
             )
-            hidden[key[0]].index_copy_(0, self._slots[key], torch.where(replaced[:, None], total, states))
+            slots = self._slots[key].to(hidden.device)
+            hidden[key[0]].index_copy_(0, slots, torch.where(replaced[:, None], total, states))
         return hidden
 
 
@@ -266,22 +275,33 @@ def check_keep_lists(keep_lists: KeepLists, rows: list[list[Image]]) -> list[dic
         (r, i): set(range(image.n)) for r, row in enumerate(rows) for i, image in enumerate(row)
     }
     for c, cut in enumerate(keep_lists):
-        if len(cut) != len(rows) or any(len(a) != len(b) for a, b in zip(cut, rows, strict=False)):
+        if _shape(cut) != [len(row) for row in rows]:
             raise ConfigError(
                 f"keep_lists[{c}] must hold one list per image for each of the {len(rows)} rows "
                 f"({', '.join(str(len(r)) for r in rows)} images)"
             )
         found: dict[Key, int] = {}
         for key, before in allowed.items():
-            kept = [int(x) for x in cut[key[0]][key[1]]]
+            try:
+                kept = [operator.index(x) for x in cut[key[0]][key[1]]]
+            except TypeError:  # no list, or none of integers
+                kept = []
             if not kept or any(b <= a for a, b in pairwise(kept)) or not before.issuperset(kept):
                 raise ConfigError(
-                    f"keep_lists[{c}][{key[0]}][{key[1]}] must be ascending, non-empty and drawn from the "
-                    f"{len(before)} tokens left of that image"
+                    f"keep_lists[{c}][{key[0]}][{key[1]}] must be a list of ints, ascending, non-empty and drawn "
+                    f"from the {len(before)} tokens left of that image"
                 )
             allowed[key], found[key] = set(kept), len(kept)
         counts.append(found)
     return counts
+
+
+def _shape(cut: Any) -> list[int] | None:
+    """Lists per row, or None where they are not nested as they should be."""
+    try:
+        return [len(row) for row in cut]
+    except TypeError:
+        return None
 
 
 def prompt_digests(ids: Tensor, mask: NDArray[np.bool_] | None, rows: list[list[Image]]) -> dict[Key, Tensor]:

@@ -138,6 +138,7 @@ def _expand(record: Record, batch: int) -> Record:
 def extend(
     past: Record | None,
     past_length: int,
+    visible: Tensor | None,
     batch: int,
     new: list[Columns | None],
     length: int,
@@ -148,6 +149,7 @@ def extend(
     Args:
         past: record before the forward; None when nothing had been pruned.
         past_length: columns of the conversation before this forward.
+        visible: (B, past_length + length) bool, False at padding; None where there is none.
         batch: B.
         new: per layer, the kept columns counted from this forward's first column; None for all of them.
         length: columns of this forward.
@@ -160,22 +162,33 @@ def extend(
         old = past.layers[i] if past is not None else None
         key = (id(old), id(own))
         if key not in joined:
-            joined[key] = _join(old, described if old is not None else 0, past_length, own, length, batch)
+            start = described if old is not None else 0
+            joined[key] = _join(old, start, past_length, visible, own, length, batch)
         layers.append(joined[key])
     return Record(past_length + length, layers, shift)
 
 
 def _join(
-    old: Columns | None, described: int, past_length: int, own: Columns | None, length: int, batch: int
+    old: Columns | None,
+    described: int,
+    past_length: int,
+    seen: Tensor | None,
+    own: Columns | None,
+    length: int,
+    batch: int,
 ) -> Columns | None:
     """One layer's columns: those described before, the ones since then (all present), and this forward's."""
     if own is None and old is None:
         return None
     device = (own or old).index.device  # type: ignore[union-attr]
+    if seen is not None:
+        seen = seen.to(device)
     if own is None:
-        own = Columns(torch.arange(length, device=device).expand(batch, -1), None)
+        index = torch.arange(length, device=device).expand(batch, -1)
+        own = Columns(index, None if seen is None else seen[:, past_length:])
+    between = torch.arange(described, past_length, device=device).expand(batch, -1)
     parts = [
-        Columns(torch.arange(described, past_length, device=device).expand(batch, -1), None),
+        Columns(between, None if seen is None else seen[:, described:past_length]),
         Columns(torch.where(own.index < 0, own.index, own.index + past_length), own.visible),
     ]
     if old is not None:

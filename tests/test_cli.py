@@ -1,0 +1,471 @@
+"""The command line: every command as JSON and as text, and one clear line for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+import tokenprune
+from tokenprune import testbed
+from tokenprune.cli import app
+from tokenprune.cli import demo as demo_module
+from tokenprune.cli.loading import load_testbed
+from tokenprune.cli.parse import parse_keep, parse_parameters
+from tokenprune.cli.run import _as_seen
+from tokenprune.cli.shell import InputError, short_warnings
+from tokenprune.errors import NothingPrunedWarning
+from tokenprune.methods import METHODS
+from tokenprune.models import FAMILIES
+
+QUESTION = "where is the seven ?"
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model's folder, or one of random weights where the checkpoint is not there."""
+    if (testbed.MODEL_DIR / "config.json").is_file():
+        return testbed.MODEL_DIR
+    from tokenprune.testbed.modeling import build_model, build_processor
+
+    folder = tmp_path_factory.mktemp("testbed")
+    torch.manual_seed(0)
+    build_model().save_pretrained(folder)
+    build_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(testbed, "MODEL_DIR", stand_in)
+    return stand_in
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "scene.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 96, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def call(*args: object) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def read(*args: object) -> Any:
+    """The document a command prints with --json; nothing else may be on stdout."""
+    result = call(*args, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def refused(*args: object) -> str:
+    """The one line of a refusal."""
+    result = call(*args)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1 and result.stderr.endswith("\n"), result.stderr
+    return result.stderr
+
+
+# -- reading values -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "keep"),
+    [
+        ("25%", 0.25),
+        ("12.5 %", 0.125),
+        ("0.25", 0.25),
+        (".5", 0.5),
+        ("192", 192),
+        ("1", 1),
+        ("1.0", 1.0),
+        ("100%", 1.0),
+    ],
+)
+def test_keep_reads_fractions_and_counts(text: str, keep: float) -> None:  # contract 15
+    assert parse_keep(text) == keep
+    assert type(parse_keep(text)) is type(keep)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0",
+        "-1",
+        "-0.5",
+        "1.5",
+        "0.0",
+        "nan",
+        "inf",
+        "abc",
+        "",
+        "%",
+        "0%",
+        "-5%",
+        "120%",
+        "1e-1",
+        "+5",
+        "1_0",
+        "true",
+        "٣",
+    ],
+)
+def test_keep_refuses_everything_else(text: str) -> None:  # contract 15
+    with pytest.raises(
+        InputError, match=r"--keep takes a fraction \(25% or 0.25, at most 100%\) or a number of tokens"
+    ):
+        parse_keep(text)
+
+
+def test_parameters_take_the_type_of_their_default() -> None:
+    assert parse_parameters("entropyprune", ["source=key", "column_groups=true"]) == {
+        "source": "key",
+        "column_groups": True,
+    }
+    assert parse_parameters("random", ["seed=7"]) == {"seed": 7}
+
+
+# -- every command as JSON, and as text -----------------------------------------------------------------------------
+
+
+def test_methods() -> None:
+    facts = {one["name"]: one for one in read("methods")}
+    assert facts.keys() == METHODS.keys()
+    assert facts["entropyprune"]["paper"] == "arXiv 2602.17196"
+    assert facts["entropyprune"]["min_layer"] == 1
+    assert facts["entropyprune"]["parameters"][1] == {
+        "name": "normalization",
+        "default": "none",
+        "choices": ["none", "trace"],
+    }
+    text = call("methods").stdout
+    assert all(name in text for name in METHODS)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_one_method(name: str) -> None:
+    one = read("methods", name)
+    assert one["name"] == name and one["summary"]
+    assert one["description"].splitlines()[0] in call("methods", name).stdout
+
+
+def test_models() -> None:
+    facts = {one["name"]: one for one in read("models")}
+    assert facts.keys() == FAMILIES.keys()
+    assert facts["llava"]["published_layer"] == 2 and facts["qwen2_5_vl"]["mrope"]
+    assert "qwen2_5_vl" in call("models").stdout
+
+
+def test_env() -> None:
+    facts = read("env")
+    assert facts["torch"] == torch.__version__ and facts["tokenprune"] == tokenprune.__version__
+    assert {
+        "python",
+        "transformers",
+        "triton",
+        "flash-attn",
+        "accelerate",
+        "lmms-eval",
+        "cpu",
+        "threads",
+    } <= facts.keys()
+    assert torch.__version__ in call("env").stdout
+
+
+def test_run_answers_and_reports(model: Path, image: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "kept.png"
+    options = ("--keep", "25%", "--layer", 1, "--compare", "--picture", picture, "--max-new-tokens", 6)
+    document = read("run", "testbed", image, "Where is the seven?", *options)
+    assert document["question"] == QUESTION  # its words, as the bundled model knows them
+    assert {"answer", "unpruned_answer"} <= document.keys()
+    assert document["report"]["method"] == "entropyprune" and document["report"]["pruned"]
+    (kept,) = document["report"]["images"][0]["kept"]
+    assert len(document["keep_lists"][0][0][0]) == kept
+    with Image.open(picture) as drawn:
+        assert drawn.width == 384
+    text = call("run", "testbed", image, QUESTION, *options).stdout
+    assert "unpruned" in text and "visual tokens 2" in text
+
+
+def test_run_passes_every_option_on(model: Path, image: Path) -> None:
+    document = read(
+        *("run", "testbed", image, image, QUESTION, "--method", "random", "--keep", 20, "--layer", 0),
+        *(
+            "--budget",
+            "after_cut",
+            "--param",
+            "seed=3",
+            "--dtype",
+            "bfloat16",
+            "--device",
+            "cpu",
+            "--max-new-tokens",
+            2,
+        ),
+    )
+    report = document["report"]
+    assert [one["kept"] for one in report["images"]] == [[20], [20]]
+    assert report["layers_cut"] == [0] and report["parameters"] == {"seed": 3}
+    assert report["budget"] == "after_cut"
+    assert len(document["answer"].split()) <= 2
+
+
+def test_run_with_a_folder_of_the_user(stand_in: Path, image: Path) -> None:
+    document = read("run", stand_in, image, QUESTION, "--method", "none", "--max-new-tokens", 2)
+    assert not document["report"]["pruned"]
+
+
+def test_all_tokens_is_one_point_zero(model: Path, image: Path) -> None:  # contract 8, 15
+    assert not read("run", "testbed", image, QUESTION, "--keep", "1.0", "--max-new-tokens", 1)["report"][
+        "pruned"
+    ]
+    (kept,) = read(
+        "run", "testbed", image, QUESTION, "--keep", "1", "--budget", "after_cut", "--max-new-tokens", 1
+    )["report"]["images"][0]["kept"]
+    assert kept == 1
+
+
+def test_our_warnings_take_one_line_and_others_are_silent(
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # contract 18
+    with short_warnings(debug=False):
+        warnings.warn("someone else's", DeprecationWarning, stacklevel=1)
+        warnings.warn("nothing was pruned:\nno budget", NothingPrunedWarning, stacklevel=1)
+    assert capsys.readouterr().err == "warning: nothing was pruned: no budget\n"
+
+
+@pytest.mark.slow
+def test_demo(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_module, "QUICK_REPEATS", 1)
+    monkeypatch.setattr(demo_module, "TIMED_PROMPTS", 2)
+    out = tmp_path / "pictures"
+    document = read("demo", "--quick", "--scenes", 7, "--out", out)
+    assert document["scenes"] == 7
+    budgets = [None, *demo_module.BUDGETS * 3]
+    assert [row["keep"] for row in document["rows"]] == budgets
+    assert all(row["accuracy"] == row["correct"] / document["questions"] for row in document["rows"])
+    whole, *pruned = document["rows"]
+    assert whole["tokens_average"] == whole["tokens"] == 144
+    for row in pruned:
+        # contract 15: the mean over layers is within one token of what was asked for
+        assert 0 <= row["keep"] * 144 - row["tokens_average"] < 1
+        assert row["kv_bytes"] < whole["kv_bytes"] and row["prefill_ms"] > 0
+    assert [one["family"] for one in document["shown"]] == list(demo_module.QUICK_SHOWN)
+    assert sorted(map(str, out.iterdir())) == sorted(document["pictures"])
+    assert "1 thread" in document["measured"] and torch.__version__ in document["measured"]
+
+
+@pytest.mark.slow
+def test_demo_as_text(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_module, "QUICK_REPEATS", 1)
+    monkeypatch.setattr(demo_module, "TIMED_PROMPTS", 1)
+    monkeypatch.setattr(demo_module, "BUDGETS", (0.5,))
+    result = call("demo", "--quick", "--scenes", 1, "--out", tmp_path)
+    assert result.exit_code == 0 and result.stderr == ""
+    for word in ("true answer", "accuracy: entropyprune", "prefill ms: none", "KV cache", "Measured on"):
+        assert word in result.stdout
+
+
+def test_demo_questions_are_the_seeds_and_of_the_test_split() -> None:
+    once, again, other = (demo_module.make_questions(14, seed) for seed in (0, 0, 1))
+    assert [s.question for s in once] == [s.question for s in again]
+    assert any((a.images[0] != b.images[0]).any() for a, b in zip(once, other, strict=False))
+    assert len({id(s.images) for s in once}) == 14
+    assert {s.family for s in once} == set(testbed.FAMILIES)
+
+
+# -- refusals: one line that says what to do, exit code 2 -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", ["0", "-1", "1.5", "nan", "NaN", "abc", "0%", "120%"])
+def test_bad_keep(image: Path, keep: str) -> None:
+    assert "25% or 0.25" in refused("run", "testbed", image, QUESTION, "--keep", keep)
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ([], "--keep 25%"),
+        (["--keep", "50%", "--method", "nosuch"], "choose one of entropyprune"),
+        (["--keep", "50%", "--param", "nosuch=1"], "it has source, normalization"),
+        (["--keep", "50%", "--param", "source"], "name=value"),
+        (["--keep", "50%", "--param", "source=nose"], "must be one of query, key"),
+        (["--keep", "50%", "--param", "column_groups=2"], "true or false"),
+        (["--keep", "50%", "--param", "source=key", "--param", "source=key"], "give it once"),
+        (["--keep", "50%", "--method", "random", "--param", "seed=x"], "a whole number"),
+        (["--keep", "50%", "--method", "none"], "leave --keep out"),
+        (["--keep", "50%", "--budget", "nosuch"], "'average', 'after_cut'"),
+        (["--keep", "50%", "--dtype", "int3"], "'bfloat16'"),
+        (["--keep", "50%", "--layer", "two"], "run --help"),
+        (["--keep", "50%", "--nosuch"], "run --help"),
+        (["--keep", "50%", "--max-new-tokens", "0"], "run --help"),
+        (["--keep", "50%", "--device", "abacus"], "give cpu, cuda"),
+        (["--keep", "50%", "--picture", "kept.jpg"], "ends in .png"),
+        (["--keep", "50%", "--picture", "no/such/kept.png"], "make it first"),
+    ],
+)
+def test_bad_options(image: Path, options: list[str], advice: str) -> None:
+    assert advice in refused("run", "testbed", image, QUESTION, *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        (["--keep", "145"], "pass at most 144, or a fraction"),
+        (["--keep", "5%", "--layer", "2"], "the reachable range starts above {floor:.1%}"),
+        (["--keep", "9", "--layer", "2"], "the reachable range is"),
+        (["--keep", "50%", "--layer", "0"], "at layers 1 to {last}"),
+        (["--keep", "50%", "--layer", "99"], "at layers 1 to {last}"),
+    ],
+)
+def test_what_only_the_model_can_refuse(model: Path, image: Path, options: list[str], advice: str) -> None:
+    layers = json.loads((model / "config.json").read_text())["text_config"]["num_hidden_layers"]
+    advice = advice.format(floor=2 / layers, last=layers - 1)
+    assert advice in refused("run", "testbed", image, QUESTION, *options)
+
+
+def test_bad_images(tmp_path: Path, image: Path) -> None:
+    text = tmp_path / "notes.png"
+    text.write_text("no image")
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(image.read_bytes()[:2000])
+    for bad in (text, cut):
+        assert "is no image that Pillow can read; give a PNG" in refused(
+            "run", "testbed", bad, QUESTION, "--keep", "50%"
+        )
+    for bad in (tmp_path / "missing.png", tmp_path):
+        assert "check the path" in refused("run", "testbed", image, bad, QUESTION, "--keep", "50%")
+    assert "Missing argument 'IMAGE'" in refused("run", "testbed", QUESTION, "--keep", "50%")
+
+
+def test_words_the_bundled_model_never_saw(image: Path) -> None:
+    line = refused("run", "testbed", image, "Where is Wally?", "--keep", "50%")
+    assert "'wally'" in line and "where is the seven ?" in line
+
+
+def _text_only(folder: Path) -> None:
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=8, **size)).save_pretrained(folder)
+
+
+def _empty(folder: Path) -> None:
+    folder.mkdir()
+
+
+def _nonsense(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "nosuch"}')
+
+
+def _no_processor(folder: Path) -> None:
+    from tokenprune.testbed.modeling import build_config
+
+    build_config(1).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "advice"),
+    [
+        (_text_only, "is a 'llama' model, which cannot be pruned; supported: llava, qwen2_5_vl"),
+        (_empty, "give a model folder"),
+        (_nonsense, "give a model folder"),
+        (_no_processor, "give a "),
+    ],
+)
+def test_unusable_model_folders(
+    tmp_path: Path, image: Path, make: Callable[[Path], None], advice: str
+) -> None:
+    make(tmp_path / "model")
+    assert advice in refused("run", tmp_path / "model", image, QUESTION, "--keep", "50%")
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nosuch", "nosuch/nosuch", "no such model"])
+def test_missing_models(image: Path, name: str) -> None:
+    line = refused("run", name, image, QUESTION, "--keep", "50%")
+    assert repr(name) in line and "'testbed'" in line
+
+
+def test_a_missing_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(testbed, "MODEL_DIR", tmp_path)
+    with pytest.raises(InputError, match="reinstall"):
+        load_testbed()
+    assert "reinstall" in refused("demo", "--out", tmp_path / "out")
+
+
+def test_other_commands_refuse_on_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "name another" in refused("demo", "--out", tmp_path / "file" / "folder")
+    assert "demo --help" in refused("demo", "--scenes", 0)
+    assert "choose one of entropyprune" in refused("methods", "nosuch")
+    assert "Did you mean 'methods'" in refused("method")
+    assert "'tokenprune --help'" in refused("--nosuch")
+
+
+def test_debug_shows_the_traceback_wherever_it_stands() -> None:
+    for args in (("--debug", "methods", "nosuch"), ("methods", "nosuch", "--debug")):
+        result = call(*args)
+        assert result.exit_code == 2
+        assert "Traceback" in result.stderr and result.stderr.splitlines()[-1].startswith(
+            "error: unknown method"
+        )
+
+
+def test_no_command_is_help() -> None:
+    result = call()
+    assert result.exit_code == 0 and "demo" in result.stdout
+
+
+# -- details --------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_show_what_a_cropping_processor_saw() -> None:
+    pixels = np.zeros((100, 200, 3), np.uint8)
+    pixels[:, 50:150] = 255  # the middle square
+    image = Image.fromarray(pixels)
+    clip = SimpleNamespace(
+        do_center_crop=True, size={"shortest_edge": 50}, crop_size={"height": 50, "width": 50}
+    )
+    seen = _as_seen(clip, image)
+    assert seen.size == (50, 50) and np.asarray(seen)[:, 3:-3].min() == 255
+    assert _as_seen(SimpleNamespace(do_center_crop=False), image) is image
+
+
+def run_python(code: str) -> str:
+    """Run code in a new interpreter that can import what this one can."""
+    path = f"import sys; sys.path[:0] = {[p for p in sys.path if p]!r}\n"
+    return subprocess.run(
+        [sys.executable, "-c", path + code], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+
+
+def test_the_command_line_itself_imports_nothing_heavy() -> None:
+    # A bare stand-in for the package, so that only what the command line imports is seen.
+    loaded = run_python(
+        "import types\n"
+        "package = types.ModuleType('tokenprune')\n"
+        f"package.__path__ = {list(tokenprune.__path__)!r}\n"
+        "sys.modules['tokenprune'] = package\n"
+        "import tokenprune.cli\n"
+        "print([name for name in ('torch', 'transformers', 'numpy', 'PIL') if name in sys.modules])\n"
+    )
+    assert loaded.strip() == "[]"
+
+
+def test_the_library_does_not_import_the_command_lines_packages() -> None:
+    code = "import tokenprune\nprint([n for n in ('typer', 'rich', 'tokenprune.cli') if n in sys.modules])"
+    assert run_python(code).strip() == "[]"

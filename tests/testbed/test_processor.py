@@ -1,0 +1,97 @@
+"""The processor: saved, loaded by AutoProcessor, and feeding the model what training fed it."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from tokenprune.testbed import evaluation_set
+from tokenprune.testbed.dense import pixel_values
+from tokenprune.testbed.modeling import BOS, EOS, IMAGE, NUM_VISUAL_TOKENS, PAD, WORD_IDS, build_processor
+from tokenprune.testbed.packing import encode
+from tokenprune.testbed.questions import QA, prompt_text
+from tokenprune.testbed.scenes import make_scene
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processor")
+    build_processor().save_pretrained(folder)
+    return AutoProcessor.from_pretrained(folder)
+
+
+@pytest.fixture
+def image():
+    return make_scene(np.random.default_rng(0)).image
+
+
+def test_prompt_is_encoded_word_by_word(processor, image):
+    inputs = processor(images=[image], text=[prompt_text("where is the star ?")], return_tensors="pt")
+    question, _ = encode(QA("where is the star ?", "top left", "position"))
+    assert inputs["input_ids"][0].tolist() == [BOS] + [IMAGE] * NUM_VISUAL_TOKENS + question
+    assert WORD_IDS["<pad>"] == PAD == processor.tokenizer.pad_token_id
+    assert processor.tokenizer.eos_token_id == EOS
+
+
+def test_a_96_pixel_image_passes_unscaled(processor, image):
+    pixels = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixels, pixel_values([image]), atol=1e-5, rtol=1e-5)
+
+
+def test_other_sizes_are_resized_whole(processor, image):
+    large = Image.fromarray(image).resize((300, 200))
+    inputs = processor(images=[large], text=[prompt_text("where is the star ?")], return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 96, 96)
+    assert (inputs["input_ids"] == IMAGE).sum() == NUM_VISUAL_TOKENS
+
+
+def test_two_images_and_left_padding(processor, image):
+    texts = [prompt_text("which digit is new ?", 2), prompt_text("how many digits ?", 1)]
+    inputs = processor(images=[image] * 3, text=texts, return_tensors="pt", padding=True)
+    assert (inputs["input_ids"] == IMAGE).sum(1).tolist() == [2 * NUM_VISUAL_TOKENS, NUM_VISUAL_TOKENS]
+    assert inputs["pixel_values"].shape[0] == 3
+    assert inputs["input_ids"][1, 0] == PAD
+    assert inputs["attention_mask"][1, 0] == 0
+    assert inputs["attention_mask"][:, -1].all()
+
+
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_chat_template_gives_the_training_prompt(processor, image, num_images):
+    content = [{"type": "image"}] * num_images + [{"type": "text", "text": "which digit is new ?"}]
+    chat = [{"role": "user", "content": content}]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    by_hand = prompt_text("which digit is new ?", num_images)
+    assert text.split() == by_hand.replace("<bos>", "<bos> ").split()
+    templated, plain = (
+        processor(images=[image] * num_images, text=[t])["input_ids"] for t in (text, by_hand)
+    )
+    assert templated == plain
+
+
+def test_chat_template_tokenizes_images_and_several_turns(processor, image):
+    chat = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": Image.fromarray(image)},
+                {"type": "text", "text": "how many digits ?"},
+            ],
+        },
+        {"role": "assistant", "content": [{"type": "text", "text": "two"}]},
+        {"role": "user", "content": "where is the star ?"},
+    ]
+    inputs = processor.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    first = encode(QA("how many digits ?", "two", "counting"))
+    second = encode(QA("where is the star ?", "top left", "position"))
+    expected = [BOS] + [IMAGE] * NUM_VISUAL_TOKENS + first[0] + first[1] + second[0]
+    assert inputs["input_ids"][0].tolist() == expected
+    assert inputs["pixel_values"].shape == (1, 3, 96, 96)
+
+
+def test_answers_survive_the_round_trip(processor):
+    for sample in evaluation_set(70):
+        ids = processor.tokenizer(sample.answer, add_special_tokens=False)["input_ids"]
+        assert processor.decode([*ids, EOS, PAD], skip_special_tokens=True).split() == sample.answer.split()

@@ -1,0 +1,142 @@
+"""Models and images named on the command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenprune.cli.shell import InputError, one_line, quiet_transformers
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+TESTBED = "testbed"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
+
+
+def load_testbed(dtype: Any = None) -> tuple[Any, Any]:
+    """The bundled model and its processor.
+
+    Raises:
+        InputError: this installation has none.
+    """
+    from tokenprune import testbed
+
+    if not (testbed.MODEL_DIR / "config.json").is_file():
+        raise InputError(
+            f"the bundled model is missing from {testbed.MODEL_DIR}; reinstall tokenprune-vlm, or train one with "
+            f"'python -m tokenprune.testbed.train'"
+        )
+    quiet_transformers()
+    return testbed.load(dtype=dtype)
+
+
+def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
+    """A model in eval mode on its device, and its processor. Code from the hub is never run.
+
+    Args:
+        name: "testbed", a local folder, or a hub id.
+        dtype: "auto" or the name of a torch dtype.
+        device: a torch device, "auto" to spread over GPUs, or None for the first GPU there is.
+
+    Raises:
+        InputError: it cannot be loaded; says why and what to give instead.
+        UnsupportedModelError: it could be loaded, but not pruned; nothing was downloaded but its config.
+    """
+    import torch
+
+    device = _check_device(device)
+    wanted = None if dtype == "auto" else getattr(torch, dtype)
+    if name == TESTBED:
+        model, processor = load_testbed(wanted)
+        return model.to("cpu" if device == "auto" else device), processor
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and (folder.exists() or not _HUB_ID.fullmatch(name)):
+        raise InputError(
+            f"{name!r} is no model folder; give a folder, a hub id such as {_an_example()}, or 'testbed'"
+        )
+    source = str(folder) if folder.is_dir() else name
+    quiet_transformers()
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    _check_type(name, _pretrained(AutoConfig, source, name))
+    processor = _pretrained(AutoProcessor, source, name)
+    if getattr(processor, "image_processor", None) is None:
+        raise InputError(f"{name!r} has no image processor; give a folder saved with its processor")
+    spread = {"device_map": "auto"} if device == "auto" else {}
+    model = _pretrained(AutoModelForImageTextToText, source, name, dtype=wanted or "auto", **spread)
+    return (model if spread else model.to(device)).eval(), processor
+
+
+def _pretrained(auto: Any, source: str, name: str, **options: Any) -> Any:
+    try:
+        return auto.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        # Their messages fill a screen; the first sentence says what happened.
+        reason = re.split(r"(?<=[a-z)'\"])[.:]?\s(?=[A-Z])", one_line(str(error)))[0][:160].rstrip(".: ")
+        hint = "" if Path(source).is_dir() else f", nor is there a folder {name!r}"
+        raise InputError(
+            f"cannot load {name!r}: {reason}{hint}; give a model folder, a hub id, or 'testbed'"
+        ) from error
+
+
+def _check_type(name: str, config: Any) -> None:
+    from tokenprune.errors import UnsupportedModelError
+    from tokenprune.models import FAMILIES
+
+    supported = sorted(t for family in FAMILIES.values() for t in family.model_types)
+    if config.model_type not in supported:
+        raise UnsupportedModelError(
+            f"{name!r} is a {config.model_type!r} model, which cannot be pruned; supported: {', '.join(supported)} "
+            f"(see 'tokenprune models')"
+        )
+
+
+def _an_example() -> str:
+    from tokenprune.models import FAMILIES
+
+    return next(family.examples[0] for family in FAMILIES.values() if family.examples)
+
+
+def _check_device(device: str | None) -> str:
+    import torch
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "auto":
+        return device
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without CUDA
+        raise InputError(
+            f"--device {device!r} cannot be used here; give cpu, cuda, cuda:N or auto"
+        ) from error
+    return device
+
+
+def load_images(paths: Sequence[Path]) -> list[Image.Image]:
+    """Open images as RGB, turned the way the camera was held.
+
+    Raises:
+        InputError: a file is missing, or no image.
+    """
+    from PIL import Image, ImageOps
+
+    images = []
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"there is no image file {str(path)!r}; check the path")
+        try:
+            with Image.open(path) as image:
+                images.append(ImageOps.exif_transpose(image).convert("RGB"))
+        except (
+            OSError,
+            SyntaxError,
+            Image.DecompressionBombError,
+        ) as error:  # SyntaxError: what Pillow calls broken PNGs
+            raise InputError(
+                f"{str(path)!r} is no image that Pillow can read; give a PNG, JPEG or WebP file"
+            ) from error
+    return images

@@ -1,0 +1,218 @@
+"""`tokenprune run`: one question about images, answered by a pruned model."""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tokenprune.cli.loading import TESTBED, load_images, load_model
+from tokenprune.cli.parse import parse_keep, parse_parameters
+from tokenprune.cli.shell import InputError, JsonOption, console, print_json
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from tokenprune.report import Report
+
+
+class Budget(str, Enum):
+    """What --keep means."""
+
+    average = "average"
+    after_cut = "after_cut"
+
+
+class Dtype(str, Enum):
+    """Of the weights; auto is what the checkpoint has."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def run(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A local folder, a hub id, or 'testbed': the bundled model."),
+    ],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="One or more image files.")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question, in quotes.")],
+    method: Annotated[str, typer.Option("--method", help="See 'tokenprune methods'.")] = "entropyprune",
+    keep: Annotated[
+        str | None, typer.Option("--keep", metavar="25%|0.25|192", help="Visual tokens to keep per image.")
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option("--layer", help="Decoder layer the cut enters; 0 is before the LLM.")
+    ] = None,
+    budget: Annotated[
+        Budget,
+        typer.Option("--budget", help="--keep is the average over layers, or what remains after the cut."),
+    ] = Budget.average,
+    param: Annotated[
+        list[str] | None,
+        typer.Option("--param", metavar="NAME=VALUE", help="A parameter of the method; repeatable."),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of the weights.")] = Dtype.auto,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu, cuda, cuda:1, or auto to spread over GPUs.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
+    compare: Annotated[bool, typer.Option("--compare", help="Show the unpruned answer too.")] = False,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", metavar="PNG", help="Draw the kept tokens over the images.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask a question about images and prune the visual tokens."""
+    arguments = _prune_arguments(method, keep, layer, budget, param or [])
+    pictures = load_images(images)
+    _check_picture(picture)
+    question = _words_of_testbed(question) if model == TESTBED else question
+
+    import tokenprune
+
+    loaded, processor = load_model(model, dtype.value, device)
+    inputs = _prompt(processor, pictures, question).to(loaded.device, dtype=loaded.dtype)
+    with tokenprune.pruned(loaded, **arguments):
+        answer = _answer(loaded, processor, inputs, max_new_tokens)
+        report = tokenprune.report(loaded)
+    document: dict[str, Any] = {
+        "model": model,
+        "images": [str(i) for i in images],
+        "question": question,
+        "answer": answer,
+    }
+    if compare:
+        document["unpruned_answer"] = _answer(loaded, processor, inputs, max_new_tokens)
+    document |= {"report": report.to_dict(), "keep_lists": report.keep_lists}
+    if picture is not None:
+        _save(picture, report, [_as_seen(processor.image_processor, image) for image in pictures])
+        document["picture"] = str(picture)
+    if as_json:
+        print_json(document)
+    else:
+        _show(document, report)
+
+
+def _prune_arguments(
+    method: str, keep: str | None, layer: int | None, budget: Budget, param: list[str]
+) -> dict[str, Any]:
+    """The arguments of `wrap`; what can be checked without a model is, before a large one is loaded."""
+    from tokenprune.methods import make_method
+
+    parameters = parse_parameters(method, param)
+    make_method(method, parameters)
+    arguments: dict[str, Any] = {"method": method, "layer": layer, "budget": budget.value, **parameters}
+    if keep is not None and method == "none":
+        raise InputError("method 'none' keeps everything: leave --keep out, or choose another --method")
+    if keep is not None:
+        arguments["keep"] = parse_keep(keep)
+    elif method != "none":
+        raise InputError("say how much to keep, for example --keep 25% or --keep 144")
+    return arguments
+
+
+def _check_picture(picture: Path | None) -> None:
+    if picture is None:
+        return
+    if picture.suffix.lower() != ".png":
+        raise InputError(f"--picture writes a PNG: give a name that ends in .png, not {picture.name!r}")
+    if not picture.parent.is_dir():
+        raise InputError(f"--picture: there is no folder {str(picture.parent)!r}; make it first")
+
+
+def _words_of_testbed(question: str) -> str:
+    """The bundled model reads lower-case words it was trained on, and a question mark that stands alone.
+
+    Raises:
+        InputError: names the words it does not know.
+    """
+    from tokenprune.testbed.questions import vocabulary
+
+    words = re.findall(r"\?|[^\s?]+", question.lower())
+    unknown = [word for word in words if word not in vocabulary()]
+    if unknown or not words:
+        raise InputError(
+            f"the bundled model does not know {', '.join(map(repr, unknown)) or 'an empty question'}; ask for example "
+            f"'what color is the star ?', 'where is the seven ?' or 'how many digits ?'"
+        )
+    return " ".join(words)
+
+
+def _prompt(processor: Any, images: list[Image.Image], question: str) -> Any:
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
+    if getattr(processor, "chat_template", None) is None:
+        raise InputError(
+            "this model's processor has no chat template, so a prompt cannot be made; use another checkpoint"
+        )
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
+def _answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> str:
+    import torch
+
+    with torch.inference_mode():
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    new = output[:, inputs["input_ids"].shape[1] :]
+    return " ".join(processor.batch_decode(new, skip_special_tokens=True)[0].split())
+
+
+def _as_seen(image_processor: Any, image: Image.Image) -> Image.Image:
+    """The part of an image that became tokens: CLIP processors cut the middle out of the resized image."""
+    if not getattr(image_processor, "do_center_crop", False):
+        return image
+    from PIL import ImageOps
+
+    crop, size = image_processor.crop_size, image_processor.size
+    width, height = image.size
+    if "shortest_edge" in size:
+        scale = size["shortest_edge"] / min(width, height)
+        width, height = round(width * scale), round(height * scale)
+    else:
+        width, height = size["width"], size["height"]
+    # Centred padding where the crop is larger than the image, as the processors do.
+    part = image.resize((width, height))
+    dx, dy = (width - crop["width"]) // 2, (height - crop["height"]) // 2
+    if dx < 0 or dy < 0:
+        part = ImageOps.expand(part, border=(max(0, -dx), max(0, -dy)))
+        dx, dy = max(0, dx), max(0, dy)
+    return part.crop((dx, dy, dx + crop["width"], dy + crop["height"]))
+
+
+def _save(path: Path, report: Report, images: list[Image.Image]) -> None:
+    from tokenprune.draw import draw_report, tile
+
+    try:
+        tile(draw_report(report, images), columns=len(images)).save(path)
+    except OSError as error:
+        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+
+
+def _show(document: dict[str, Any], report: Report) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = {"question": document["question"], report.method: document["answer"]}
+    rows |= {
+        name: document[key]
+        for name, key in (("unpruned", "unpruned_answer"), ("picture", "picture"))
+        if key in document
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(name, Text(value))  # the model's own words: brackets in them are no markup
+    out = console()
+    out.print(table)
+    out.print()
+    out.print(str(report), markup=False)

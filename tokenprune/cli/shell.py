@@ -1,0 +1,100 @@
+"""What all commands share: errors of one line, JSON, tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from tokenprune.errors import NothingPrunedWarning, TokenPruneError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PROGRAM = "tokenprune"
+USAGE_ERROR = 2
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+
+# Typer brings its own copy of click's exceptions in some releases and uses click's in others.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+class InputError(TokenPruneError, ValueError):
+    """Something given on the command line is unusable; the message says what to give instead."""
+
+
+class OneLineErrors(TyperGroup):
+    """Turns every refusal into one line on stderr and exit code 2; `--debug` shows the traceback instead."""
+
+    def main(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:
+        given = list(sys.argv[1:] if args is None else args)
+        debug = "--debug" in given
+        # The flag belongs to the program, but people add it at the end of what failed.
+        given = [arg for arg in given if arg != "--debug"]
+        try:
+            with short_warnings(debug):
+                code = super().main(given, *more, **{**options, "standalone_mode": False})
+        except (TokenPruneError, _UsageError, typer.Abort) as error:
+            if debug:
+                traceback.print_exc()
+            typer.echo(f"error: {one_line(_message(error))}", err=True)
+            code = USAGE_ERROR
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, typer.Abort):
+        return "aborted"
+    if not isinstance(error, _UsageError):
+        return str(error)
+    usage: Any = error
+    path = usage.ctx.command_path if usage.ctx else PROGRAM
+    return f"{usage.format_message().rstrip('.')}; see '{path} --help'"
+
+
+@contextmanager
+def short_warnings(debug: bool) -> Iterator[None]:
+    """Our own warning on one line; other libraries' only with --debug."""
+    with warnings.catch_warnings():
+        if not debug:
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", NothingPrunedWarning)
+            warnings.showwarning = lambda message, *_, **__: typer.echo(
+                f"warning: {one_line(str(message))}", err=True
+            )
+        yield
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def print_json(document: Any) -> None:
+    """The one JSON document of a command, on stdout."""
+    typer.echo(json.dumps(document, indent=2))
+
+
+def console(stderr: bool = False) -> Console:
+    """A rich console; where it does not end in a terminal, wide enough for every table."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else 120)
+
+
+def quiet_transformers() -> None:
+    """Silence what loading prints; the bars of downloads stay."""
+    import transformers
+    from huggingface_hub import utils as hub
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    hub.enable_progress_bars()  # type: ignore[attr-defined]

@@ -1,0 +1,402 @@
+"""Train the testbed model: dense labels first (stage 1), then question answering (stage 2).
+
+    python -m tokenprune.testbed.train --out RUN_DIR
+    python -m tokenprune.testbed.train --out RUN_DIR --resume-from MODEL_DIR   # go on from saved weights
+
+A run goes on where it was killed when started again with the same ``--out``, and takes a GPU when there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
+
+from tokenprune.testbed.dense import DenseHead, dense_scenes, dense_targets, pixel_values, rescale_to_decoder
+from tokenprune.testbed.evaluate import evaluate
+from tokenprune.testbed.modeling import EOS, NUM_VISUAL_TOKENS, build_model, build_processor
+from tokenprune.testbed.packing import answer_loss, make_batch
+from tokenprune.testbed.questions import FAMILIES, evaluation_set
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of stage 2: decoder depth, visual tokens per image (all or a sample), minutes."""
+
+    layers: int
+    visual_tokens: int
+    minutes: float
+
+    @classmethod
+    def parse(cls, text: str) -> Phase:
+        """From "layers x visual tokens : minutes", e.g. "16x144:45"."""
+        sizes, minutes = text.split(":")
+        layers, visual_tokens = sizes.split("x")
+        return cls(int(layers), int(visual_tokens), float(minutes))
+
+
+# Cheap sequences until retrieval works, then depth, then every visual token for half of the time.
+DEFAULT_PHASES = ("8x40:15", "16x72:12", "16x144:45")
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write atomically: a run killed half-way through a save resumes from the previous one."""
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def cosine(progress: float, step: int, warmup: int) -> float:
+    """Learning-rate factor: linear warm-up in steps, then a half cosine over ``progress`` (0 to 1) of the time."""
+    return min(1.0, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * min(progress, 1.0)))
+
+
+def train_dense(
+    out: Path, minutes: float, batch_size: int = 32, seed: int = 0
+) -> LlavaForConditionalGeneration:
+    """Stage 1. Returns a model with one (untrained) decoder layer, and leaves it in ``out/dense.pt``."""
+    torch.manual_seed(seed)
+    model, head = build_model(num_layers=1).to(DEVICE), DenseHead().to(DEVICE)
+    if DEVICE.type == "cpu":
+        model.model.vision_tower.set_attn_implementation("eager")  # see train_answers
+    words = model.get_input_embeddings().weight
+    with torch.no_grad():
+        words.mul_(0.15 / words.std())  # the usual 0.02 would keep word-space logits tiny for long
+    tower = dict(model.model.vision_tower.named_parameters())
+    positions = [p for n, p in tower.items() if "position_embedding" in n]
+    others = [p for n, p in tower.items() if "position_embedding" not in n]
+    rest = [*model.model.multi_modal_projector.parameters(), words, *head.parameters()]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": others, "peak": 1.5e-3},
+            {"params": positions, "peak": 1e-2},
+            {"params": rest, "peak": 3e-3},
+        ],
+        betas=(0.9, 0.98),
+        weight_decay=0.0,
+    )
+    path = out / "dense.pt"
+    step, spent = 0, 0.0
+    if path.exists():
+        state = torch.load(path, map_location=DEVICE)
+        model.load_state_dict(state["model"])
+        head.load_state_dict(state["head"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, spent = state["step"], state["spent"]
+    parameters = others + positions + rest
+    last_save = spent
+    while spent < 60 * minutes:
+        started = time.monotonic()
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * cosine(spent / (60 * minutes), step, 100) + 1e-6
+        scenes = list(dense_scenes(np.random.default_rng([seed, step]), batch_size))
+        targets = dense_targets(scenes).to(DEVICE)
+        pixels = pixel_values([s.image for s in scenes]).to(DEVICE)
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+            loss, accuracy = head(model, pixels, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        step += 1
+        spent += time.monotonic() - started
+        if step % 50 == 0:
+            shown = " ".join(f"{k} {v:.3f}" for k, v in accuracy.items())
+            print(f"dense {step} {spent:.0f}s loss {loss.item():.3f} {shown}", flush=True)
+        if spent >= 60 * minutes or spent - last_save > 60:
+            last_save = spent
+            state = {
+                "model": model.state_dict(),
+                "head": head.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
+            save_state(path, {**state, "step": step, "spent": spent})
+    return model
+
+
+def with_fresh_decoder(
+    dense: LlavaForConditionalGeneration, layers: int, seed: int
+) -> LlavaForConditionalGeneration:
+    """A model with stage 1's tower, projector and word embeddings, rescaled, under an untrained decoder."""
+    torch.manual_seed(seed)
+    model = build_model(layers).to(DEVICE)
+    kept = {k: v for k, v in dense.state_dict().items() if ".language_model.layers." not in k}
+    model.load_state_dict(kept, strict=False)
+    scenes = dense_scenes(np.random.default_rng([seed, 10**9]), 32)
+    rescale_to_decoder(model, pixel_values([s.image for s in scenes]).to(DEVICE))
+    return model
+
+
+def grow_depth(model: LlavaForConditionalGeneration, layers: int) -> LlavaForConditionalGeneration:
+    """The same function with more decoder layers.
+
+    Every new layer starts as a copy of the one before it with its two output projections zeroed, so that it
+    passes its input on unchanged until training gives it work. Its queries equal its keys: it looks at tokens
+    like the current one, such as patches that show the object a question names, which is what retrieval needs.
+    """
+    old = model.model.language_model.layers
+    if len(old) == layers:
+        return model
+    grown = build_model(layers).to(DEVICE)
+    grown.load_state_dict(
+        {k: v for k, v in model.state_dict().items() if ".language_model.layers." not in k}, strict=False
+    )
+    # Old layer i goes to slot i * layers // len(old): new layers are spread evenly between the old ones.
+    slots = [i * layers // len(old) for i in range(len(old))]
+    for slot, layer in enumerate(grown.model.language_model.layers):
+        source = max(i for i, s in enumerate(slots) if s <= slot)
+        layer.load_state_dict(copy.deepcopy(old[source].state_dict()))
+        if slots[source] != slot:
+            nn.init.zeros_(layer.self_attn.o_proj.weight)
+            nn.init.zeros_(layer.mlp.down_proj.weight)
+            nn.init.ones_(layer.input_layernorm.weight)
+            nn.init.orthogonal_(layer.self_attn.q_proj.weight)
+            layer.self_attn.k_proj.load_state_dict(layer.self_attn.q_proj.state_dict())
+    return grown
+
+
+def export(model: LlavaForConditionalGeneration, folder: Path) -> None:
+    """Save model (bfloat16) and processor so that ``from_pretrained`` loads them."""
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    half.generation_config.eos_token_id = EOS
+    half.save_pretrained(folder)
+    build_processor().save_pretrained(folder)
+
+
+class Curve:
+    """Appends one row per evaluation to a CSV: time, step, images seen, overall and per-family accuracy."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.exists():
+            self._write(
+                ["minutes", "step", "images", "layers", "visual_tokens", "train", "overall", *FAMILIES]
+            )
+
+    def _write(self, row: Sequence[object]) -> None:
+        with self.path.open("a", newline="") as file:
+            csv.writer(file).writerow(row)
+
+    def add(self, model: LlavaForConditionalGeneration, num_samples: int, *position: object) -> float:
+        """Evaluate on the first held-out questions of a seed of its own; returns the overall accuracy."""
+        model.eval()
+        result = evaluate(model, build_processor(), evaluation_set(num_samples, seed=1), batch_size=50)
+        model.train()
+        scores = [result.overall, *result.families.values()]
+        self._write([*position, *(f"{s.accuracy:.4f}" for s in scores)])
+        print(f"held out: {result}", flush=True)
+        return result.overall.accuracy
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """Settings of stage 2; ``tower_rate`` is the tower's share of the learning rate once it is unfrozen."""
+
+    phases: tuple[Phase, ...]
+    batch_size: int = 32
+    peak: float = 1.5e-3
+    tower_rate: float = 0.1
+    seed: int = 0
+    eval_samples: int = 210
+    eval_minutes: float = 10.0
+    save_minutes: float = 3.0
+    chained_share: float = 0.15
+    two_image_share: float = 0.1
+    first_two_images: int = 300  # step from which two-image prompts are in the mix
+    warmup: int = 60  # steps, at the start and after every growth
+    objects_every: int = 150  # steps after which scenes get another object, up to between 3 and 7
+
+
+def _optimizer(model: LlavaForConditionalGeneration, head: DenseHead, tower_rate: float) -> torch.optim.AdamW:
+    tower = [*model.model.vision_tower.parameters(), *head.parameters()]
+    rest = [p for n, p in model.named_parameters() if "vision_tower" not in n]
+    groups = [{"params": rest, "share": 1.0}, {"params": tower, "share": tower_rate}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.02)
+
+
+def train_answers(
+    out: Path, model: LlavaForConditionalGeneration, head: DenseHead, options: AnswerOptions
+) -> LlavaForConditionalGeneration:
+    """Stage 2. ``out/answers.pt`` is the run's state, ``out/model`` its latest export, ``out/curve.csv`` its curve.
+
+    The tower stays frozen until the last phase, where it goes on learning slowly, from the answers and from
+    the dense labels of the same scenes.
+    """
+    path, curve = out / "answers.pt", Curve(out / "curve.csv")
+    total = 60 * sum(p.minutes for p in options.phases)
+    state: dict[str, Any] = {
+        "phase": 0,
+        "phase_spent": 0.0,
+        "step": 0,
+        "images": 0,
+        "since_growth": 0,
+        "train": 0.0,
+    }
+    optimizer: torch.optim.AdamW | None = None
+    if path.exists():
+        saved = torch.load(path, map_location=DEVICE)
+        state = saved["state"]
+        model = build_model(saved["layers"]).to(DEVICE)
+        model.load_state_dict(saved["model"])
+        head.load_state_dict(saved["head"])
+        if saved["layers"] == options.phases[state["phase"]].layers:
+            optimizer = _optimizer(model, head, options.tower_rate)
+            optimizer.load_state_dict(saved["optimizer"])
+    last_save = last_eval = time.monotonic()
+    while state["phase"] < len(options.phases):
+        phase = options.phases[state["phase"]]
+        learn_tower = options.tower_rate > 0 and state["phase"] == len(options.phases) - 1
+        if optimizer is None or len(model.model.language_model.layers) != phase.layers:
+            model = grow_depth(model, phase.layers)
+            optimizer = _optimizer(model, head, options.tower_rate)
+            state["since_growth"] = 0
+        if DEVICE.type == "cpu":
+            # The backward pass of the fused CPU attention is several times slower than plain matrix products.
+            model.model.language_model.set_attn_implementation("eager")
+            model.model.vision_tower.set_attn_implementation("eager")
+        model.train()
+        model.model.vision_tower.requires_grad_(learn_tower)
+        while state["phase_spent"] < 60 * phase.minutes:
+            started = time.monotonic()
+            before = 60 * sum(p.minutes for p in options.phases[: state["phase"]])
+            rate = (
+                options.peak
+                * cosine((before + state["phase_spent"]) / total, state["since_growth"], options.warmup)
+                + 1e-6
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["share"]
+            right = _answer_step(model, head, optimizer, phase, state["step"], learn_tower, options)
+            state["train"] = 0.98 * state["train"] + 0.02 * right
+            state["step"] += 1
+            state["since_growth"] += 1
+            state["images"] += options.batch_size
+            state["phase_spent"] += time.monotonic() - started
+            if state["step"] % 25 == 0:
+                clock = f"{(before + state['phase_spent']) / 60:.1f}min"
+                print(f"answers {state['step']} {clock} lr {rate:.2e} train {state['train']:.3f}", flush=True)
+            now = time.monotonic()
+            finished = state["phase_spent"] >= 60 * phase.minutes
+            if finished or now - last_eval > 60 * options.eval_minutes:
+                minutes = (before + state["phase_spent"]) / 60
+                place = (f"{minutes:.1f}", state["step"], state["images"], phase.layers, phase.visual_tokens)
+                curve.add(model, options.eval_samples, *place, f"{state['train']:.4f}")
+                export(model, out / "model")
+                last_eval = time.monotonic()
+            if finished:
+                state["phase"] += 1
+                state["phase_spent"] = 0.0
+            if finished or now - last_save > 60 * options.save_minutes:
+                weights = {
+                    "model": model.state_dict(),
+                    "head": head.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                }
+                save_state(path, {**weights, "state": state, "layers": phase.layers})
+                last_save = time.monotonic()
+            if finished:
+                break
+    export(model, out / "model")
+    return model
+
+
+def _answer_step(
+    model: LlavaForConditionalGeneration,
+    head: DenseHead,
+    optimizer: torch.optim.AdamW,
+    phase: Phase,
+    step: int,
+    learn_tower: bool,
+    options: AnswerOptions,
+) -> float:
+    """One optimizer step; returns the share of right answer words (end tokens not counted)."""
+    rng = np.random.default_rng([options.seed, 1, step])
+    two_images = step >= options.first_two_images and rng.random() < options.two_image_share
+    batch = make_batch(
+        rng,
+        options.batch_size,
+        visual_tokens=phase.visual_tokens,
+        max_objects=int(rng.integers(3, min(7, 3 + step // options.objects_every) + 1)),
+        two_images=two_images,
+        chained=rng.random() < options.chained_share,
+    ).to(DEVICE)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        extra: Tensor | float = 0.0
+        with torch.set_grad_enabled(learn_tower):
+            hidden = model.model.vision_tower(batch.pixels).last_hidden_state
+            if learn_tower and not two_images:
+                extra = 0.1 * head.loss(model, hidden, batch.targets)[0]
+        loss, right, labels = answer_loss(model, batch, hidden[:, 1:])
+    optimizer.zero_grad()
+    (loss + extra).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return right[labels != EOS].float().mean().item()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run both stages, or stage 2 alone on the weights of ``--resume-from``."""
+    parser = argparse.ArgumentParser(description="Train the testbed model.")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the run's state, resumed when it exists"
+    )
+    parser.add_argument("--resume-from", type=Path, default=None, help="a saved model; skips stage 1")
+    parser.add_argument("--dense-minutes", type=float, default=14)
+    parser.add_argument("--phases", nargs="+", default=None, help="LAYERSxVISUAL_TOKENS:MINUTES ...")
+    parser.add_argument("--batch-size", type=int, default=AnswerOptions.batch_size)
+    parser.add_argument(
+        "--peak", type=float, default=AnswerOptions.peak, help="peak learning rate of stage 2"
+    )
+    parser.add_argument(
+        "--tower-rate",
+        type=float,
+        default=AnswerOptions.tower_rate,
+        help="the tower's share of the rate in the last phase",
+    )
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(argv)
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    given.out.mkdir(parents=True, exist_ok=True)
+    head = DenseHead().to(DEVICE)
+    if given.resume_from is not None:
+        model = LlavaForConditionalGeneration.from_pretrained(given.resume_from, dtype=torch.float32).to(
+            DEVICE
+        )
+        layers = len(model.model.language_model.layers)
+        phases = given.phases or [f"{layers}x{NUM_VISUAL_TOKENS}:45"]
+        # A trained decoder has seen every kind of scene: no curriculum.
+        extra: dict[str, int] = {"first_two_images": 0, "objects_every": 1}
+    else:
+        phases, extra = given.phases or list(DEFAULT_PHASES), {}
+        dense = train_dense(given.out, given.dense_minutes, seed=given.seed)
+        head.load_state_dict(torch.load(given.out / "dense.pt", map_location=DEVICE)["head"])
+        model = with_fresh_decoder(dense, Phase.parse(phases[0]).layers, given.seed)
+    options = AnswerOptions(
+        tuple(map(Phase.parse, phases)),
+        batch_size=given.batch_size,
+        peak=given.peak,
+        tower_rate=given.tower_rate,
+        seed=given.seed,
+        **extra,
+    )
+    train_answers(given.out, model, head, options)
+
+
+if __name__ == "__main__":
+    main()
