@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 
-import judge
 import pytest
-import tiny
 import torch
 
+import judge
+import tiny
 import tokenprune
 from tokenprune.runtime.flops import decoder_flops
 

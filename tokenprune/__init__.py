@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tokenprune.api import is_wrapped, override, pruned, report, unwrap, wrap
+from typing import TYPE_CHECKING, Any
+
 from tokenprune.budget import Cut
 from tokenprune.errors import (
     BudgetError,
@@ -12,7 +13,10 @@ from tokenprune.errors import (
     UnsupportedModeError,
     UnsupportedModelError,
 )
-from tokenprune.report import Report
+
+if TYPE_CHECKING:
+    from tokenprune.api import is_wrapped, override, pruned, report, unwrap, wrap
+    from tokenprune.reporting import Report
 
 __version__ = "0.1.0"
 
@@ -32,3 +36,18 @@ __all__ = [
     "unwrap",
     "wrap",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch and transformers at the first use: `tokenprune --help` does without them."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from tokenprune import api
+
+    value = getattr(api, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -13,7 +13,7 @@ from tokenprune.config import KeepLists, Positions, PruneConfig, check_cuts, mak
 from tokenprune.errors import ConfigError, TokenPruneError, UnsupportedModelError
 from tokenprune.methods import Method
 from tokenprune.models import find_family, stock_model
-from tokenprune.report import Report, make_report
+from tokenprune.reporting import Report, make_report
 from tokenprune.runtime.hooks import Runtime
 
 ModelT = TypeVar("ModelT")

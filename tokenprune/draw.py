@@ -11,7 +11,7 @@ from tokenprune.errors import ConfigError
 
 if TYPE_CHECKING:
     from tokenprune.methods.base import Grid
-    from tokenprune.report import Report
+    from tokenprune.reporting import Report
 
 Picture: TypeAlias = Image.Image
 # (height, width), (frames, height, width), or tokenprune's own Grid

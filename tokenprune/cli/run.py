@@ -16,7 +16,7 @@ from tokenprune.cli.shell import InputError, JsonOption, console, print_json
 if TYPE_CHECKING:
     from PIL import Image
 
-    from tokenprune.report import Report
+    from tokenprune.reporting import Report
 
 
 class Budget(str, Enum):

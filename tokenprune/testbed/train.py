@@ -49,8 +49,8 @@ class Phase:
         return cls(int(layers), int(visual_tokens), float(minutes))
 
 
-# Cheap sequences until retrieval works, then depth, then every visual token for half of the time.
-DEFAULT_PHASES = ("8x40:15", "16x72:12", "16x144:45")
+# Cheap sequences until retrieval works, then depth, then every visual token.
+DEFAULT_PHASES = ("8x40:14", "16x56:24", "16x144:45")
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -145,8 +145,7 @@ def grow_depth(model: LlavaForConditionalGeneration, layers: int) -> LlavaForCon
     """The same function with more decoder layers.
 
     Every new layer starts as a copy of the one before it with its two output projections zeroed, so that it
-    passes its input on unchanged until training gives it work. Its queries equal its keys: it looks at tokens
-    like the current one, such as patches that show the object a question names, which is what retrieval needs.
+    passes its input on unchanged until training gives it work.
     """
     old = model.model.language_model.layers
     if len(old) == layers:
@@ -163,9 +162,6 @@ def grow_depth(model: LlavaForConditionalGeneration, layers: int) -> LlavaForCon
         if slots[source] != slot:
             nn.init.zeros_(layer.self_attn.o_proj.weight)
             nn.init.zeros_(layer.mlp.down_proj.weight)
-            nn.init.ones_(layer.input_layernorm.weight)
-            nn.init.orthogonal_(layer.self_attn.q_proj.weight)
-            layer.self_attn.k_proj.load_state_dict(layer.self_attn.q_proj.state_dict())
     return grown
 
 
@@ -209,7 +205,7 @@ class AnswerOptions:
     phases: tuple[Phase, ...]
     batch_size: int = 32
     peak: float = 1.5e-3
-    tower_rate: float = 0.1
+    tower_rate: float = 0.0
     seed: int = 0
     eval_samples: int = 210
     eval_minutes: float = 10.0
@@ -233,8 +229,8 @@ def train_answers(
 ) -> LlavaForConditionalGeneration:
     """Stage 2. ``out/answers.pt`` is the run's state, ``out/model`` its latest export, ``out/curve.csv`` its curve.
 
-    The tower stays frozen until the last phase, where it goes on learning slowly, from the answers and from
-    the dense labels of the same scenes.
+    The tower is frozen, unless ``tower_rate`` lets it go on learning in the last phase, from the answers and
+    from the dense labels of the same scenes.
     """
     path, curve = out / "answers.pt", Curve(out / "curve.csv")
     total = 60 * sum(p.minutes for p in options.phases)
@@ -355,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--out", type=Path, required=True, help="folder of the run's state, resumed when it exists"
     )
     parser.add_argument("--resume-from", type=Path, default=None, help="a saved model; skips stage 1")
-    parser.add_argument("--dense-minutes", type=float, default=14)
+    parser.add_argument("--dense-minutes", type=float, default=24)
     parser.add_argument("--phases", nargs="+", default=None, help="LAYERSxVISUAL_TOKENS:MINUTES ...")
     parser.add_argument("--batch-size", type=int, default=AnswerOptions.batch_size)
     parser.add_argument(

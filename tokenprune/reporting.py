@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,6 +143,12 @@ class Report:
 
     def to_json(self, **options: Any) -> str:
         return json.dumps(self.to_dict(), **options)
+
+    def draw(self, images: Sequence[Any], row: int = 0) -> list[Any]:
+        """Draw a row's kept and merged tokens over its images: see `tokenprune.draw.draw_report`."""
+        from tokenprune.draw import draw_report
+
+        return draw_report(self, images, row)
 
     def __str__(self) -> str:
         if not self.images and self.reason is not None:
