@@ -19,7 +19,7 @@ from transformers import LlavaForConditionalGeneration
 
 from tokenprune.testbed.dense import DenseTargets, dense_targets, patch_objects, pixel_values
 from tokenprune.testbed.modeling import BOS, EOS, NUM_VISUAL_TOKENS, PAD, WORD_IDS
-from tokenprune.testbed.questions import QA, ask, ask_mixed, auxiliary_differences
+from tokenprune.testbed.questions import QA, SINGLE_IMAGE_FAMILIES, ask, ask_mixed, auxiliary_differences
 from tokenprune.testbed.scenes import Scene, make_scene
 
 IGNORE = -100
@@ -91,6 +91,7 @@ def make_batch(
     max_objects: int = 7,
     two_images: bool = False,
     chained: bool = False,
+    families: Sequence[str] = SINGLE_IMAGE_FAMILIES,
 ) -> Batch:
     """Draw scenes and questions. ``visual_tokens`` is per image; a third of single-image scenes has a written row."""
     scenes, texts = [], []
@@ -99,7 +100,7 @@ def make_batch(
             scene = make_scene(rng, num_objects=int(rng.integers(2, min(max_objects, 5) + 1)), add_digit=True)
             asked = ask(scene, rng, "difference") + auxiliary_differences(scene)
         else:
-            length = int(rng.integers(2, 5)) if rng.random() < 0.33 else 0
+            length = int(rng.integers(2, 5)) if "reading" in families and rng.random() < 0.33 else 0
             extra = max(max_objects - length, 0)
             objects = (
                 length + int(rng.integers(0, min(extra, 3) + 1))
@@ -107,7 +108,7 @@ def make_batch(
                 else int(rng.integers(2, max_objects + 1))
             )
             scene = make_scene(rng, num_objects=objects, row_length=length)
-            asked = ask_mixed(scene, rng, count=text_tokens // 7)
+            asked = ask_mixed(scene, rng, count=text_tokens // 7, families=families)
         scenes.append(scene)
         texts.append([encode(asked[i]) for i in rng.permutation(len(asked))])
     images = 2 if two_images else 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from tokenprune.testbed.scenes import (
 )
 
 FAMILIES = ("attribute", "identity", "position", "counting", "existence", "reading", "difference")
+SINGLE_IMAGE_FAMILIES = FAMILIES[:-1]
 READING_QUESTION = "what does the row read ?"
 DIFFERENCE_QUESTION = "which digit is new ?"
 PLACE_MARGIN = 3.0  # pixels: "where" is only asked about objects this far from a border between thirds
@@ -139,13 +140,15 @@ def auxiliary_differences(scene: Scene) -> list[QA]:
     return extra
 
 
-def ask_mixed(scene: Scene, rng: np.random.Generator, count: int) -> list[QA]:
+def ask_mixed(
+    scene: Scene, rng: np.random.Generator, count: int, families: Sequence[str] = SINGLE_IMAGE_FAMILIES
+) -> list[QA]:
     """Up to ``count`` different single-image questions in random order, families taken in turn.
 
     At most three of each scene's many counting questions, the easiest family, are among them.
     """
     pools = []
-    for family in _SINGLE_IMAGE:
+    for family in families:
         pool = ask(scene, rng, family)
         limit = 3 if family == "counting" else len(pool)
         pools.append([pool[i] for i in rng.permutation(len(pool))[:limit]])

@@ -28,7 +28,7 @@ from tokenprune.testbed.dense import DenseHead, dense_scenes, dense_targets, pix
 from tokenprune.testbed.evaluate import evaluate
 from tokenprune.testbed.modeling import EOS, NUM_VISUAL_TOKENS, build_model, build_processor
 from tokenprune.testbed.packing import answer_loss, make_batch
-from tokenprune.testbed.questions import FAMILIES, evaluation_set
+from tokenprune.testbed.questions import FAMILIES, SINGLE_IMAGE_FAMILIES, evaluation_set
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -210,6 +210,7 @@ class AnswerOptions:
     eval_samples: int = 210
     eval_minutes: float = 10.0
     save_minutes: float = 3.0
+    focus_share: float = 0.0  # of batches that only ask "what color" and "where", which need a kind looked up
     chained_share: float = 0.15
     two_image_share: float = 0.1
     first_two_images: int = 300  # step from which two-image prompts are in the mix
@@ -322,10 +323,12 @@ def _answer_step(
     """One optimizer step; returns the share of right answer words (end tokens not counted)."""
     rng = np.random.default_rng([options.seed, 1, step])
     two_images = step >= options.first_two_images and rng.random() < options.two_image_share
+    focused = not two_images and rng.random() < options.focus_share
     batch = make_batch(
         rng,
         options.batch_size,
-        visual_tokens=phase.visual_tokens,
+        visual_tokens=min(phase.visual_tokens, 64) if focused else phase.visual_tokens,
+        families=("attribute", "position") if focused else SINGLE_IMAGE_FAMILIES,
         max_objects=int(rng.integers(3, min(7, 3 + step // options.objects_every) + 1)),
         two_images=two_images,
         chained=rng.random() < options.chained_share,
@@ -363,6 +366,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=AnswerOptions.tower_rate,
         help="the tower's share of the rate in the last phase",
     )
+    parser.add_argument("--focus-share", type=float, default=AnswerOptions.focus_share)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(argv)
@@ -388,6 +392,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         batch_size=given.batch_size,
         peak=given.peak,
         tower_rate=given.tower_rate,
+        focus_share=given.focus_share,
         seed=given.seed,
         **extra,
     )
