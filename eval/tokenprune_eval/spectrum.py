@@ -2,8 +2,8 @@
 
     python -m tokenprune_eval.spectrum --layers 1 2 4 --csv eval/results/testbed_spectrum.csv
 
-Without trace normalisation H falls with a token's scale once eigenvalues exceed 1/e and rises with it below, so which tokens
-"largest H" keeps depends on the scale of a layer's states. These are the numbers to read beside every comparison.
+Without trace normalisation H falls with a token's scale once eigenvalues exceed 1/e and rises with it below, so
+which tokens "largest H" keeps depends on the scale of a layer's states. Read these numbers beside every comparison.
 """
 
 from __future__ import annotations
