@@ -524,3 +524,32 @@ def test_embeddings_without_ids(llava: Any) -> None:
             logits(llava, call)
     with no_warning(), tokenprune.pruned(llava, "none"):
         assert torch.equal(logits(llava, call), wanted)
+
+
+def test_text_models_whose_states_are_made_otherwise_are_refused() -> None:
+    """A norm between projection and rotary embedding (qwen3) would be scored wrongly without a word."""
+    config = tiny.llava().config
+    config.text_config.model_type = "qwen3"
+    model = tiny.llava()
+    model.config = config
+    with pytest.raises(tokenprune.UnsupportedModelError, match="'qwen3' text model is not supported"):
+        tokenprune.wrap(model, "uniform", keep=0.5)
+
+
+def test_embeddings_alone_are_no_silent_no_op() -> None:
+    model = tiny.llava()
+    embeds = torch.randn(1, 6, 64)
+    with tokenprune.pruned(model, "uniform", keep=0.5, layer=2), torch.no_grad():
+        with pytest.warns(tokenprune.NothingPrunedWarning, match="input_ids"):
+            model(inputs_embeds=embeds)
+    with tokenprune.pruned(model, "uniform", keep=0.5, layer=2, strict=True), torch.no_grad():
+        with pytest.raises(tokenprune.TokenPruneError, match="input_ids"):
+            model(inputs_embeds=embeds)
+
+
+def test_vision_feature_layer_of_the_call_is_refused() -> None:
+    model = tiny.llava()
+    inputs = tiny.inputs(model, (["image", "text:3"],))
+    with tokenprune.pruned(model, "uniform", keep=0.5, layer=2), torch.no_grad():
+        with pytest.raises(tokenprune.UnsupportedModeError, match="vision_feature_layer"):
+            model(**inputs, vision_feature_layer=-1)

@@ -293,3 +293,55 @@ def test_static_cache_reports_used_and_allocated(family: str) -> None:
             == per_token * report.layers[i].length
             == per_token * int(layer.get_seq_length())
         )
+
+
+@pytest.mark.parametrize("rows", [judge.ROWS[:1], judge.ROWS], ids=["batch1", "ragged4"])
+def test_second_turn_on_a_static_cache(rows: Any) -> None:
+    """A static cache's length is on the device; the record counts what was decoded since the prompt."""
+    model = tiny.llava()
+    one, two = (tiny.inputs(model, rows, pad="left", seed=s) for s in (0, 1))
+    token = torch.full((len(rows), 1), tiny.FIRST_TEXT_ID)
+    logits = []
+    for make in (
+        lambda: DynamicCache(config=model.config.text_config),
+        lambda: StaticCache(config=model.config.text_config, max_cache_len=256),
+    ):
+        cache, mask = make(), one["attention_mask"]
+        with tokenprune.pruned(model, "uniform", layer=2, keep=0.5), torch.no_grad():
+            model(**one, past_key_values=cache)
+            for _ in range(3):
+                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+                position = (mask.cumsum(1) - 1)[:, -1:]
+                model(input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache)
+            mask = torch.cat([mask, two["attention_mask"]], dim=1)
+            position = (mask.cumsum(1) - 1).clamp(min=0)[:, -two["input_ids"].shape[1] :]
+            call = {**two, "attention_mask": mask, "position_ids": position, "past_key_values": cache}
+            turn = model(**call).logits[:, -1]
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            position = (mask.cumsum(1) - 1)[:, -1:]
+            step = model(
+                input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache
+            ).logits
+        logits.append(torch.stack([turn, step[:, -1]]))
+    torch.testing.assert_close(logits[0], logits[1], atol=judge.TOLERANCE, rtol=0)
+
+
+def test_manual_decode_on_a_static_cache_after_a_cut_before_the_llm() -> None:
+    model = tiny.llava()
+    inputs = tiny.inputs(model, judge.ROWS[:1])
+    steps = []
+    for cache in (DynamicCache(), StaticCache(config=model.config.text_config, max_cache_len=128)):
+        mask = inputs["attention_mask"]
+        with tokenprune.pruned(model, **CUTS["before"]), torch.no_grad():
+            model(**inputs, past_key_values=cache)
+            for _ in range(3):
+                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+                token = torch.full((1, 1), tiny.FIRST_TEXT_ID)
+                out = model(
+                    input_ids=token,
+                    attention_mask=mask,
+                    position_ids=(mask.cumsum(1) - 1)[:, -1:],
+                    past_key_values=cache,
+                )
+        steps.append(out.logits)
+    torch.testing.assert_close(steps[0], steps[1], atol=judge.TOLERANCE, rtol=0)

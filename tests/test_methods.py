@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import tiny
 import tokenprune
-from tokenprune.methods import EntropyPrune, Grid, ImageTokens, Random, Uniform
+from tokenprune.methods import EntropyPrune, Grid, ImageTokens, Needs, Random, ScoreMethod, Uniform
 
 ROWS = (["text:5", "image", "text:3", "image", "text:4"], ["text:2", "image", "text:9"])
 
@@ -177,3 +178,34 @@ def test_parameters_and_docstrings() -> None:
         assert method.__doc__
     with pytest.raises(tokenprune.ConfigError, match="source must be one of query, key, value, hidden"):
         EntropyPrune(source="keys")
+
+
+@dataclass(frozen=True)
+class Both(ScoreMethod):
+    """Needs a state of the layer before the cut and the cut's own input."""
+
+    name: ClassVar[str] = "both"
+
+    def needs(self) -> Needs:
+        return Needs(states=("query", "hidden"))
+
+    def score(self, image: ImageTokens) -> Tensor:
+        assert image.query is not None
+        assert image.hidden is not None
+        return image.query.flatten(1).sum(-1) + image.hidden.sum(-1)
+
+
+def test_a_method_that_needs_projected_and_hidden_states() -> None:
+    model = tiny.llava()
+    inputs = tiny.inputs(model, ROWS, pad="left")
+    with tokenprune.pruned(model, Both(), layer=2, keep=0.5), torch.no_grad():
+        model(**inputs)
+        kept = tokenprune.report(model).keep_lists[0]
+    query, hidden = _states(model, inputs, 2, "query"), _states(model, inputs, 2, "hidden")
+    for r, row in enumerate(tiny.visual_positions(model, inputs)):
+        for i, columns in enumerate(row):
+            score = query[r, columns].flatten(1).sum(-1) + hidden[r, columns].flatten(1).sum(-1)
+            best = score.sort(descending=True, stable=True).indices[: len(kept[r][i])]
+            assert kept[r][i] == best.sort().values.tolist()
+    with pytest.raises(tokenprune.ConfigError, match="layers 1 to"):
+        tokenprune.wrap(model, Both(), layer=0, keep=0.5)

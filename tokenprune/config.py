@@ -159,12 +159,14 @@ def check_cuts(cuts: Sequence[Cut | tuple[int, Keep | None]]) -> tuple[Cut, ...]
 
 
 def _check_layer(layer: object, num_layers: int, method: Method) -> None:
+    # Queries, keys and values are those of the layer before the cut.
+    lowest = max(method.min_layer, int(any(state != "hidden" for state in method.needs().states)))
     if isinstance(layer, bool) or not isinstance(layer, int):
-        raise ConfigError(f"layer must be an int from {method.min_layer} to {num_layers - 1}, not {layer!r}")
-    if not method.min_layer <= layer < num_layers:
+        raise ConfigError(f"layer must be an int from {lowest} to {num_layers - 1}, not {layer!r}")
+    if not lowest <= layer < num_layers:
         why = ": it scores states of the layer before the cut" if layer == 0 else ""
         raise ConfigError(
-            f"method {method.name!r} can cut this model at layers {method.min_layer} to "
+            f"method {method.name!r} can cut this model at layers {lowest} to "
             f"{num_layers - 1}, not {layer}{why}"
         )
 

@@ -26,7 +26,7 @@ class Uniform(Method):
 
     def select(self, image: ImageTokens, k: int) -> Selection:
         if image.n != image.grid.tokens:
-            return Selection(_spread(k, image.n).to(image.raster.device))
+            return Selection(_spread(k, image.n).to(image.raster.device, non_blocking=True))
         rows, width = image.grid.frames * image.grid.height, image.grid.width
         # As many rows as make the step about equal in both directions, and enough of them to hold k tokens.
         used = min(rows, k, max(-(-k // width), round((k * rows / width) ** 0.5)))
@@ -37,7 +37,7 @@ class Uniform(Method):
             for i, row in enumerate(chosen.tolist())
             for column in _spread(bounds[i + 1] - bounds[i], width).tolist()
         ]
-        return Selection(torch.tensor(keep, device=image.raster.device))
+        return Selection(torch.tensor(keep).to(image.raster.device, non_blocking=True))
 
 
 def _spread(k: int, n: int) -> torch.Tensor:

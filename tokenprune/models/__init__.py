@@ -38,6 +38,11 @@ def find_family(model: nn.Module) -> Family:
     kind = getattr(config, "model_type", type(model).__name__)
     for family in FAMILIES.values():
         if kind in family.model_types and hasattr(model, "lm_head"):
+            text = getattr(config.get_text_config(), "model_type", None)
+            if family.text_types and text not in family.text_types:
+                raise UnsupportedModelError(
+                    f"{kind} with a {text!r} text model is not supported; supported: {', '.join(family.text_types)}"
+                )
             return family
     supported = ", ".join(sorted(t for f in FAMILIES.values() for t in f.model_types))
     raise UnsupportedModelError(

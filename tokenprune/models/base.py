@@ -61,6 +61,7 @@ class Family(ABC):
     Class attributes:
         name: key of the registry.
         model_types: values of `config.model_type` it serves.
+        text_types: model types of text decoders it serves; empty for any.
         examples: checkpoints people run, for `tokenprune models`.
         published_layer: the cut's layer published for it (EntropyPrune's collapse layer), or None.
         mrope: whether positions have several axes (then `positions="compact"` is refused).
@@ -68,6 +69,7 @@ class Family(ABC):
 
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
+    text_types: ClassVar[tuple[str, ...]] = ()
     examples: ClassVar[tuple[str, ...]] = ()
     published_layer: ClassVar[int | None] = None
     mrope: ClassVar[bool] = False

@@ -19,6 +19,7 @@ class Llava(Family):
 
     name = "llava"
     model_types = ("llava",)
+    text_types = ("llama", "mistral", "qwen2")  # no norm between projection and rotary embedding, rotate-half
     examples = ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf")
     published_layer = 2
 
@@ -43,6 +44,11 @@ class Llava(Family):
 
     def check_call(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         config: Any = model.config
+        feature = inputs.get("vision_feature_layer")
+        if feature is not None and feature != config.vision_feature_layer:
+            raise UnsupportedModeError(
+                "set vision_feature_layer in the config before wrapping, not in the call"
+            )
         if inputs.get("image_sizes") is not None:
             raise UnsupportedModeError(
                 "llava models are pruned with one fixed-size crop per image; leave image_sizes out"

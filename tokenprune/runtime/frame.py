@@ -89,7 +89,9 @@ def begin(
         attach(cache, None)  # generate() resets its static cache and uses it again
         frame.record = record = None
     if record is not None:
-        frame.past = record.length if is_static(cache) else layer_length(cache, 0) + record.removed(0)
+        frame.past = (
+            record.length + record.after if is_static(cache) else layer_length(cache, 0) + record.removed(0)
+        )
         if record.before_llm:
             _check_continuation(frame, family, inputs, visual)
     elif length > 1 or not is_static(cache):
@@ -97,7 +99,7 @@ def begin(
 
     if frame.record is not None:
         _check_window(frame, family.text_model(model).config)
-    if visual and ids is None:
+    if ids is None and (visual or (record is None and not frame.past and length > 1)):
         _nothing_pruned(
             frame, config, "inputs_embeds came without input_ids, so the visual tokens cannot be located"
         )
@@ -198,7 +200,8 @@ def visual_inputs(family: Family, inputs: dict[str, Any]) -> tuple[dict[str, Ten
         if noted is None:
             raise UnsupportedModeError(
                 f"precomputed {kind} features do not say which grid they come from; compute them with "
-                f"get_{kind}_features while the model is wrapped, or pass the pixels"
+                f"get_{kind}_features while the model is wrapped, or pass the pixels "
+                f"(prefill_chunk_size is not supported)"
             )
         sizes[kind], facts[kind] = noted.sizes, noted
     return sizes, facts

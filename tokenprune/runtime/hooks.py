@@ -175,6 +175,8 @@ class Runtime:
         if output is None:  # the call failed: nothing of it stays
             return None
         pruning = frame.pruning
+        if pruning is None and frame.record is not None:
+            frame.record.after += frame.length
         if pruning is not None:
             if frame.cache is not None:
                 cuts = [sum(cut.layer <= i for cut in self.config.cuts) for i in range(len(self.layers))]
@@ -276,7 +278,10 @@ class Runtime:
     def _cut(self, frame: Frame, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         pruning, cut = frame.pruning, frame.stage
         assert pruning is not None
-        self._select(frame, cut, hidden=hidden)
+        # States of the layer before that wait for the hidden states a method also needs.
+        caught = getattr(self._local, "states", None) or {}
+        self._select(frame, cut, hidden=hidden, **caught)
+        self._local.states = self._local.rope = None
         with frame.compacting.running(hidden.device):
             hidden, slots = pruning.apply(cut, hidden)
             cos, sin = frame.stage_inputs.get("position_embeddings", kwargs["position_embeddings"])

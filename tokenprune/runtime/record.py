@@ -43,6 +43,7 @@ class Record:
     length: int
     layers: list[Columns | None]
     shift: Tensor | None = None
+    after: int = 0  # columns added since to a static cache, whose own length only the device knows
     verify: bool = False  # whether the last continuation may have been cropped since
 
     def removed(self, layer: int) -> int:

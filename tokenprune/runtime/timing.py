@@ -21,9 +21,10 @@ class Stopwatch:
     def running(self, device: torch.device) -> Iterator[None]:
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+            # The current stream of that device: with several, the default device is another.
+            start.record(torch.cuda.current_stream(device))
             yield
-            end.record()
+            end.record(torch.cuda.current_stream(device))
             self._events.append((start, end))
         else:
             begin = time.perf_counter()
