@@ -482,6 +482,7 @@ def test_strict_does_not_mind_a_call_that_prunes(llava: Any) -> None:
             tiny.inputs(llava, [["text:5"]]),
         ):
             llava.generate(**inputs, max_new_tokens=2, do_sample=False)
+            assert tokenprune.report(llava).pruned == ("pixel_values" in inputs)
 
 
 @pytest.mark.parametrize(
