@@ -6,9 +6,10 @@ import datetime
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 
 import torch
+
+from tokenprune_kernels.machine import cpu_name
 
 FIELDS = ("date", "cpu", "threads", "ram_gib", "gpu", "python", "torch", "transformers", "triton")
 
@@ -26,17 +27,6 @@ def describe() -> dict[str, str]:
         "transformers": _version("transformers"),
         "triton": _version("triton"),
     }
-
-
-def cpu_name() -> str:
-    """The processor's model as Linux names it, else what Python knows."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def ram_gib() -> str:

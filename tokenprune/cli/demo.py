@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenprune.cli.environment import cpu_name
 from tokenprune.cli.loading import load_testbed
 from tokenprune.cli.shell import InputError, JsonOption, console, print_json
+from tokenprune_kernels.machine import cpu_name
 
 if TYPE_CHECKING:
     from rich.table import Table

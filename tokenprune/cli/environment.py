@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from tokenprune.cli.shell import JsonOption, console, print_json
+from tokenprune_kernels.machine import cpu_name
 
 DISTRIBUTIONS = ("torch", "transformers", "triton", "flash-attn", "accelerate", "lmms-eval")
 
@@ -45,16 +45,6 @@ def environment() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
     return facts
-
-
-def cpu_name() -> str:
-    """The processor's name as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return " ".join(line.partition(":")[2].split())
-    return platform.processor() or platform.machine() or "unknown CPU"
 
 
 def _version(distribution: str) -> str | None:

@@ -99,12 +99,45 @@ def dense_targets(scenes: Sequence[Scene]) -> DenseTargets:
     return DenseTargets(*tensors)
 
 
-class DenseHead(nn.Module):
-    """Stage-1 losses; owns the auxiliary heads that are thrown away afterwards.
+_WORDS = {"kind": KINDS, "color": COLOR_NAMES, "row": ROW_WORDS, "column": COLUMN_WORDS}
+_WORD_WEIGHTS = {"kind": 1.0, "color": 1.0, "row": 0.5, "column": 0.5}
 
-    Besides the word-space loss, a linear head reads the patch's exact row and column off the projected
-    feature (reading digits in order needs more than thirds), and another predicts from CLS which
-    (kind, colour) pairs occur, so that CLS attention means something to methods that rank patches by it.
+
+def word_loss(
+    model: LlavaForConditionalGeneration, projected: Tensor, targets: DenseTargets
+) -> tuple[Tensor, dict[str, float]]:
+    """Loss and accuracies ("object": kind and colour right, "place": row and column word right) in word space.
+
+    ``projected`` is the projector's output (n, 144, width).
+    """
+    words = model.get_input_embeddings().weight.float()
+    normed = F.rms_norm(projected.float(), (WIDTH,))
+    logits = {name: normed @ words[[WORD_IDS[w] for w in of]].T for name, of in _WORDS.items()}
+    loss = normed.new_zeros(())
+    right: dict[str, Tensor] = {}
+    for name, weight in _WORD_WEIGHTS.items():
+        target = getattr(targets, name)
+        loss = loss + weight * F.cross_entropy(
+            logits[name].flatten(0, 1), target.flatten(), ignore_index=IGNORE
+        )
+        right[name] = logits[name].argmax(-1) == target
+    quiet = torch.cat([logits["kind"], logits["color"]], -1)[targets.background]
+    loss = loss + 0.2 * torch.logsumexp(quiet, -1).clamp(min=0).mean()
+    named, placed = targets.kind != IGNORE, targets.row != IGNORE
+    accuracy = {
+        "object": (right["kind"] & right["color"])[named].float().mean().item(),
+        "kind": right["kind"][named].float().mean().item(),
+        "place": (right["row"] & right["column"])[placed].float().mean().item(),
+    }
+    return loss, accuracy
+
+
+class DenseHead(nn.Module):
+    """The word-space loss, and two auxiliary heads that are thrown away after stage 1.
+
+    A linear head reads the patch's exact row and column off the projected feature (reading digits in order
+    needs more than thirds), and another predicts from CLS which (kind, colour) pairs occur, so that CLS
+    attention means something to methods that rank patches by it.
     """
 
     patch_row: Tensor
@@ -117,52 +150,19 @@ class DenseHead(nn.Module):
         patches = torch.arange(NUM_VISUAL_TOKENS)
         self.register_buffer("patch_row", patches // GRID, persistent=False)
         self.register_buffer("patch_column", patches % GRID, persistent=False)
-        for name, words in (
-            ("kind", KINDS),
-            ("color", COLOR_NAMES),
-            ("row", ROW_WORDS),
-            ("column", COLUMN_WORDS),
-        ):
-            self.register_buffer(f"{name}_ids", torch.tensor([WORD_IDS[w] for w in words]), persistent=False)
 
     def forward(
         self, model: LlavaForConditionalGeneration, pixels: Tensor, targets: DenseTargets
     ) -> tuple[Tensor, dict[str, float]]:
-        """See :meth:`loss`, for pixels (n, 3, 96, 96)."""
-        return self.loss(model, model.model.vision_tower(pixels).last_hidden_state, targets)
-
-    def loss(
-        self, model: LlavaForConditionalGeneration, hidden: Tensor, targets: DenseTargets
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Loss and accuracies ("object": kind and colour right, "place": row and column word right).
-
-        ``hidden`` is the tower's output with CLS, (n, 145, width).
-        """
+        """Loss and accuracies for pixels (n, 3, 96, 96), see :func:`word_loss`."""
+        hidden = model.model.vision_tower(pixels).last_hidden_state
         projected = model.model.multi_modal_projector(hidden[:, 1:]).float()
-        words = model.get_input_embeddings().weight.float()
-        normed = F.rms_norm(projected, (WIDTH,))
-        logits = {n: normed @ words[getattr(self, f"{n}_ids")].T for n in ("kind", "color", "row", "column")}
-        loss = projected.new_zeros(())
-        right: dict[str, Tensor] = {}
-        for name, weight in (("kind", 1.0), ("color", 1.0), ("row", 0.5), ("column", 0.5)):
-            target = getattr(targets, name)
-            loss = loss + weight * F.cross_entropy(
-                logits[name].flatten(0, 1), target.flatten(), ignore_index=IGNORE
-            )
-            right[name] = logits[name].argmax(-1) == target
-        quiet = torch.cat([logits["kind"], logits["color"]], -1)[targets.background]
-        loss = loss + 0.2 * torch.logsumexp(quiet, -1).clamp(min=0).mean()
-        exact = self.place(normed)
+        loss, accuracy = word_loss(model, projected, targets)
+        exact = self.place(F.rms_norm(projected, (WIDTH,)))
         for part, place in ((exact[..., :GRID], self.patch_row), (exact[..., GRID:], self.patch_column)):
             loss = loss + 0.25 * F.cross_entropy(part.flatten(0, 1), place.expand(len(hidden), -1).flatten())
         presence = self.presence(hidden[:, 0].float())
         loss = loss + F.binary_cross_entropy_with_logits(presence, targets.pairs)
-        named, placed = targets.kind != IGNORE, targets.row != IGNORE
-        accuracy = {
-            "object": (right["kind"] & right["color"])[named].float().mean().item(),
-            "kind": right["kind"][named].float().mean().item(),
-            "place": (right["row"] & right["column"])[placed].float().mean().item(),
-        }
         return loss, accuracy
 
 

@@ -2,8 +2,10 @@
 
     python -m tokenprune.testbed.train --out RUN_DIR
     python -m tokenprune.testbed.train --out RUN_DIR --resume-from MODEL_DIR   # go on from saved weights
+    torchrun --nproc-per-node 2 -m tokenprune.testbed.train --out RUN_DIR      # a process per core or GPU
 
 A run goes on where it was killed when started again with the same ``--out``, and takes a GPU when there is one.
+Under torchrun every process draws batches of its own, and gradients are averaged.
 """
 
 from __future__ import annotations
@@ -14,23 +16,32 @@ import csv
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import LlavaForConditionalGeneration
 
-from tokenprune.testbed.dense import DenseHead, dense_scenes, dense_targets, pixel_values, rescale_to_decoder
+from tokenprune.testbed.dense import (
+    DenseHead,
+    dense_scenes,
+    dense_targets,
+    pixel_values,
+    rescale_to_decoder,
+    word_loss,
+)
 from tokenprune.testbed.evaluate import evaluate
 from tokenprune.testbed.modeling import EOS, NUM_VISUAL_TOKENS, build_model, build_processor
 from tokenprune.testbed.packing import answer_loss, make_batch
 from tokenprune.testbed.questions import FAMILIES, SINGLE_IMAGE_FAMILIES, evaluation_set
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RANK = int(os.environ.get("RANK", 0))
+DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,8 @@ DEFAULT_PHASES = ("8x40:14", "16x56:24", "16x144:45")
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write atomically: a run killed half-way through a save resumes from the previous one."""
+    if RANK != 0:
+        return
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
     os.replace(temporary, path)
@@ -63,6 +76,26 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 def cosine(progress: float, step: int, warmup: int) -> float:
     """Learning-rate factor: linear warm-up in steps, then a half cosine over ``progress`` (0 to 1) of the time."""
     return min(1.0, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * min(progress, 1.0)))
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average the gradients over torchrun's processes, if there are several."""
+    if not distributed.is_initialized():
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    for gradient, averaged in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(averaged.view_as(gradient))
+
+
+def step_seconds(started: float) -> float:
+    """Seconds since ``started`` by the first process's clock, so that all processes end a phase together."""
+    seconds = torch.tensor(time.monotonic() - started, device=DEVICE)
+    if distributed.is_initialized():
+        distributed.broadcast(seconds, src=0)
+    return seconds.item()
 
 
 def train_dense(
@@ -103,18 +136,19 @@ def train_dense(
         started = time.monotonic()
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * cosine(spent / (60 * minutes), step, 100) + 1e-6
-        scenes = list(dense_scenes(np.random.default_rng([seed, step]), batch_size))
+        scenes = list(dense_scenes(np.random.default_rng([seed, step, RANK]), batch_size))
         targets = dense_targets(scenes).to(DEVICE)
         pixels = pixel_values([s.image for s in scenes]).to(DEVICE)
         with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
             loss, accuracy = head(model, pixels, targets)
         optimizer.zero_grad()
         loss.backward()
+        average_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         step += 1
-        spent += time.monotonic() - started
-        if step % 50 == 0:
+        spent += step_seconds(started)
+        if step % 50 == 0 and RANK == 0:
             shown = " ".join(f"{k} {v:.3f}" for k, v in accuracy.items())
             print(f"dense {step} {spent:.0f}s loss {loss.item():.3f} {shown}", flush=True)
         if spent >= 60 * minutes or spent - last_save > 60:
@@ -210,7 +244,11 @@ class AnswerOptions:
     eval_samples: int = 210
     eval_minutes: float = 10.0
     save_minutes: float = 3.0
-    focus_share: float = 0.0  # of batches that only ask "what color" and "where", which need a kind looked up
+    focus: tuple[str, ...] = ("position",)  # families that some batches ask alone: the last to be learned
+    focus_share: float = 0.0
+    dense_weight: float = (
+        0.0  # of stage 1's loss beside the answers', so that features stay readable as words
+    )
     chained_share: float = 0.15
     two_image_share: float = 0.1
     first_two_images: int = 300  # step from which two-image prompts are in the mix
@@ -218,20 +256,19 @@ class AnswerOptions:
     objects_every: int = 150  # steps after which scenes get another object, up to between 3 and 7
 
 
-def _optimizer(model: LlavaForConditionalGeneration, head: DenseHead, tower_rate: float) -> torch.optim.AdamW:
-    tower = [*model.model.vision_tower.parameters(), *head.parameters()]
+def _optimizer(model: LlavaForConditionalGeneration, tower_rate: float) -> torch.optim.AdamW:
+    tower = list(model.model.vision_tower.parameters())
     rest = [p for n, p in model.named_parameters() if "vision_tower" not in n]
     groups = [{"params": rest, "share": 1.0}, {"params": tower, "share": tower_rate}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.02)
 
 
 def train_answers(
-    out: Path, model: LlavaForConditionalGeneration, head: DenseHead, options: AnswerOptions
+    out: Path, model: LlavaForConditionalGeneration, options: AnswerOptions
 ) -> LlavaForConditionalGeneration:
     """Stage 2. ``out/answers.pt`` is the run's state, ``out/model`` its latest export, ``out/curve.csv`` its curve.
 
-    The tower is frozen, unless ``tower_rate`` lets it go on learning in the last phase, from the answers and
-    from the dense labels of the same scenes.
+    The tower is frozen, unless ``tower_rate`` lets it go on learning in the last phase.
     """
     path, curve = out / "answers.pt", Curve(out / "curve.csv")
     total = 60 * sum(p.minutes for p in options.phases)
@@ -249,9 +286,8 @@ def train_answers(
         state = saved["state"]
         model = build_model(saved["layers"]).to(DEVICE)
         model.load_state_dict(saved["model"])
-        head.load_state_dict(saved["head"])
         if saved["layers"] == options.phases[state["phase"]].layers:
-            optimizer = _optimizer(model, head, options.tower_rate)
+            optimizer = _optimizer(model, options.tower_rate)
             optimizer.load_state_dict(saved["optimizer"])
     last_save = last_eval = time.monotonic()
     while state["phase"] < len(options.phases):
@@ -259,7 +295,7 @@ def train_answers(
         learn_tower = options.tower_rate > 0 and state["phase"] == len(options.phases) - 1
         if optimizer is None or len(model.model.language_model.layers) != phase.layers:
             model = grow_depth(model, phase.layers)
-            optimizer = _optimizer(model, head, options.tower_rate)
+            optimizer = _optimizer(model, options.tower_rate)
             state["since_growth"] = 0
         if DEVICE.type == "cpu":
             # The backward pass of the fused CPU attention is several times slower than plain matrix products.
@@ -277,18 +313,18 @@ def train_answers(
             )
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["share"]
-            right = _answer_step(model, head, optimizer, phase, state["step"], learn_tower, options)
+            right = _answer_step(model, optimizer, phase, state["step"], learn_tower, options)
             state["train"] = 0.98 * state["train"] + 0.02 * right
             state["step"] += 1
             state["since_growth"] += 1
-            state["images"] += options.batch_size
-            state["phase_spent"] += time.monotonic() - started
-            if state["step"] % 25 == 0:
+            state["images"] += options.batch_size * int(os.environ.get("WORLD_SIZE", 1))
+            state["phase_spent"] += step_seconds(started)
+            if state["step"] % 25 == 0 and RANK == 0:
                 clock = f"{(before + state['phase_spent']) / 60:.1f}min"
                 print(f"answers {state['step']} {clock} lr {rate:.2e} train {state['train']:.3f}", flush=True)
             now = time.monotonic()
             finished = state["phase_spent"] >= 60 * phase.minutes
-            if finished or now - last_eval > 60 * options.eval_minutes:
+            if RANK == 0 and (finished or now - last_eval > 60 * options.eval_minutes):
                 minutes = (before + state["phase_spent"]) / 60
                 place = (f"{minutes:.1f}", state["step"], state["images"], phase.layers, phase.visual_tokens)
                 curve.add(model, options.eval_samples, *place, f"{state['train']:.4f}")
@@ -298,11 +334,7 @@ def train_answers(
                 state["phase"] += 1
                 state["phase_spent"] = 0.0
             if finished or now - last_save > 60 * options.save_minutes:
-                weights = {
-                    "model": model.state_dict(),
-                    "head": head.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                }
+                weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 save_state(path, {**weights, "state": state, "layers": phase.layers})
                 last_save = time.monotonic()
             if finished:
@@ -313,7 +345,6 @@ def train_answers(
 
 def _answer_step(
     model: LlavaForConditionalGeneration,
-    head: DenseHead,
     optimizer: torch.optim.AdamW,
     phase: Phase,
     step: int,
@@ -321,27 +352,30 @@ def _answer_step(
     options: AnswerOptions,
 ) -> float:
     """One optimizer step; returns the share of right answer words (end tokens not counted)."""
-    rng = np.random.default_rng([options.seed, 1, step])
-    two_images = step >= options.first_two_images and rng.random() < options.two_image_share
-    focused = not two_images and rng.random() < options.focus_share
+    kind = np.random.default_rng([options.seed, 1, step])  # of batch: the same in every process
+    two_images = step >= options.first_two_images and kind.random() < options.two_image_share
+    focused = not two_images and kind.random() < options.focus_share
+    chained = kind.random() < options.chained_share
     batch = make_batch(
-        rng,
+        np.random.default_rng([options.seed, 2, step, RANK]),
         options.batch_size,
-        visual_tokens=min(phase.visual_tokens, 64) if focused else phase.visual_tokens,
-        families=("attribute", "position") if focused else SINGLE_IMAGE_FAMILIES,
-        max_objects=int(rng.integers(3, min(7, 3 + step // options.objects_every) + 1)),
+        visual_tokens=phase.visual_tokens,
+        families=options.focus if focused else SINGLE_IMAGE_FAMILIES,
+        max_objects=int(kind.integers(3, min(7, 3 + step // options.objects_every) + 1)),
         two_images=two_images,
-        chained=rng.random() < options.chained_share,
+        chained=chained,
     ).to(DEVICE)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-        extra: Tensor | float = 0.0
         with torch.set_grad_enabled(learn_tower):
             hidden = model.model.vision_tower(batch.pixels).last_hidden_state
-            if learn_tower and not two_images:
-                extra = 0.1 * head.loss(model, hidden, batch.targets)[0]
+        extra: Tensor | float = 0.0
+        if not two_images and options.dense_weight:
+            projected = model.model.multi_modal_projector(hidden[:, 1:])
+            extra = options.dense_weight * word_loss(model, projected, batch.targets)[0]
         loss, right, labels = answer_loss(model, batch, hidden[:, 1:])
     optimizer.zero_grad()
     (loss + extra).backward()
+    average_gradients(model.parameters())
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     return right[labels != EOS].float().mean().item()
@@ -366,14 +400,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=AnswerOptions.tower_rate,
         help="the tower's share of the rate in the last phase",
     )
+    parser.add_argument("--focus", nargs="+", choices=SINGLE_IMAGE_FAMILIES, default=AnswerOptions.focus)
     parser.add_argument("--focus-share", type=float, default=AnswerOptions.focus_share)
+    parser.add_argument("--dense-weight", type=float, default=AnswerOptions.dense_weight)
+    parser.add_argument("--eval-samples", type=int, default=AnswerOptions.eval_samples)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(argv)
     if given.threads:
         torch.set_num_threads(given.threads)
+    if "WORLD_SIZE" in os.environ:
+        distributed.init_process_group(timeout=timedelta(hours=1))
     given.out.mkdir(parents=True, exist_ok=True)
-    head = DenseHead().to(DEVICE)
     if given.resume_from is not None:
         model = LlavaForConditionalGeneration.from_pretrained(given.resume_from, dtype=torch.float32).to(
             DEVICE
@@ -385,18 +423,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         phases, extra = given.phases or list(DEFAULT_PHASES), {}
         dense = train_dense(given.out, given.dense_minutes, seed=given.seed)
-        head.load_state_dict(torch.load(given.out / "dense.pt", map_location=DEVICE)["head"])
         model = with_fresh_decoder(dense, Phase.parse(phases[0]).layers, given.seed)
     options = AnswerOptions(
         tuple(map(Phase.parse, phases)),
         batch_size=given.batch_size,
         peak=given.peak,
         tower_rate=given.tower_rate,
+        focus=tuple(given.focus),
         focus_share=given.focus_share,
+        dense_weight=given.dense_weight,
+        eval_samples=given.eval_samples,
         seed=given.seed,
         **extra,
     )
-    train_answers(given.out, model, head, options)
+    train_answers(given.out, model, options)
 
 
 if __name__ == "__main__":

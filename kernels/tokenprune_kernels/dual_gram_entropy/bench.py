@@ -8,7 +8,6 @@ CPU time of the one thread used, which other processes on the machine do not add
 import argparse
 import csv
 import dataclasses
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..machine import cpu_name
 from . import dual_gram_entropy
 from .arguments import Normalization
 from .reference import error_scale, matrix_entropy
@@ -40,17 +40,6 @@ class Row:
     cpu: str
     threads: int
     torch: str
-
-
-def cpu_name() -> str:
-    """The processor's model as Linux names it, else what Python knows."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def paired_medians(a: Callable[[], object], b: Callable[[], object], repeats: int) -> tuple[float, float]:
