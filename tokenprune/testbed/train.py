@@ -244,7 +244,7 @@ class AnswerOptions:
     eval_samples: int = 210
     eval_minutes: float = 10.0
     save_minutes: float = 3.0
-    focus: tuple[str, ...] = ("position", "reading")  # families that some batches ask alone: the last to be learned
+    focus: tuple[str, ...] = ("position", "reading")  # asked alone in some batches: the last learned
     focus_share: float = 0.3
     dense_weight: float = (
         0.0  # of stage 1's loss beside the answers', so that features stay readable as words
