@@ -40,7 +40,10 @@ def diffusion(z: Tensor, t: float = 1.0, sigma: float = 0.5) -> float:
     z = z.double()
     n = len(z)
     g = torch.tensor(
-        [[math.exp(-float((z[i] - z[j]).square().sum()) / (2 * sigma**2)) for j in range(n)] for i in range(n)],
+        [
+            [math.exp(-float((z[i] - z[j]).square().sum()) / (2 * sigma**2)) for j in range(n)]
+            for i in range(n)
+        ],
         dtype=torch.float64,
     )
     q = g.sum(1)

@@ -4,10 +4,10 @@ import math
 import subprocess
 import sys
 
-import estimator_reference as reference
 import pytest
 import torch
 
+import estimator_reference as reference
 from tokenprune.errors import ConfigError
 from tokenprune.estimators import (
     ESTIMATORS,
@@ -132,7 +132,9 @@ def test_diffusion_closed_forms():
     """Tokens far apart never meet, equal ones always do; c far clusters of equal size are c states."""
     far = 100 * torch.eye(8, dtype=torch.float64)
     assert float(DiffusionSpectralEntropy()(far)) == pytest.approx(1.0)
-    assert float(DiffusionSpectralEntropy()(torch.ones(8, 3, dtype=torch.float64))) == pytest.approx(0, abs=1e-9)
+    assert float(DiffusionSpectralEntropy()(torch.ones(8, 3, dtype=torch.float64))) == pytest.approx(
+        0, abs=1e-9
+    )
     for clusters in (2, 4):
         z = far[torch.arange(8) % clusters]
         assert float(DiffusionSpectralEntropy()(z)) == pytest.approx(math.log(clusters) / math.log(8))
@@ -251,5 +253,7 @@ gram = small_gram(z, exact=True)
 assert gram.shape == (4096, 4096) and gram.dtype == torch.float64
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
+    )
     assert int(done.stdout) < 2**19 * 1.2  # KiB: Gram 128 MiB, a product of it 128 MiB, a chunk 256 MiB

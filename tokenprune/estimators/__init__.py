@@ -44,9 +44,7 @@ def make_estimator(estimator: str | Estimator, **parameters: Any) -> Estimator:
     unknown = [name for name in parameters if name not in known]
     if unknown:
         has = f"it has {', '.join(known)}" if known else "it has none"
-        raise ConfigError(
-            f"estimator {estimator!r} has no parameter {', '.join(map(repr, unknown))}; {has}"
-        )
+        raise ConfigError(f"estimator {estimator!r} has no parameter {', '.join(map(repr, unknown))}; {has}")
     return cls(**parameters)
 
 

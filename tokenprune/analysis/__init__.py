@@ -1,0 +1,1 @@
+"""Looking into a model: where its visual tokens' diversity collapses, and what its attention does."""
