@@ -61,7 +61,7 @@ class Phase:
 
 
 # Cheap sequences until retrieval works, then depth, then every visual token.
-DEFAULT_PHASES = ("8x40:14", "16x56:24", "16x144:45")
+DEFAULT_PHASES = ("8x40:14", "16x56:24", "16x144:80")
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -244,8 +244,8 @@ class AnswerOptions:
     eval_samples: int = 210
     eval_minutes: float = 10.0
     save_minutes: float = 3.0
-    focus: tuple[str, ...] = ("position",)  # families that some batches ask alone: the last to be learned
-    focus_share: float = 0.0
+    focus: tuple[str, ...] = ("position", "reading")  # asked alone in some batches: the last learned
+    focus_share: float = 0.3
     dense_weight: float = (
         0.0  # of stage 1's loss beside the answers', so that features stay readable as words
     )
