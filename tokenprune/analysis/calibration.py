@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenprune.errors import ConfigError
+from tokenprune.images import open_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -108,7 +109,7 @@ def _from_testbed(limit: int, seed: int) -> Iterator[CalibrationSample]:
 def _from_folder(folder: Path, limit: int, seed: int) -> Iterator[CalibrationSample]:
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     for i in _drawn(len(paths), limit, seed):
-        yield CalibrationSample((_open(paths[i]),))
+        yield CalibrationSample((open_image(paths[i]),))
 
 
 def _from_jsonl(path: Path, limit: int) -> Iterator[CalibrationSample]:
@@ -128,7 +129,7 @@ def _from_jsonl(path: Path, limit: int) -> Iterator[CalibrationSample]:
             given = given if isinstance(given, list) else [given]
             if not given or not all(isinstance(name, str) for name in given):
                 raise ConfigError(f"{where}: 'image' must be a path or a list of paths")
-            yield CalibrationSample(tuple(_open(path.parent / name) for name in given), prompt)
+            yield CalibrationSample(tuple(open_image(path.parent / name) for name in given), prompt)
 
 
 def _from_hub(name: str, limit: int) -> Iterator[CalibrationSample]:
@@ -180,19 +181,6 @@ def _fields(record: dict[str, Any], where: str) -> tuple[Any, str]:
     if not isinstance(prompt, str):
         raise ConfigError(f"{where}: the prompt must be text, not {prompt!r:.60}")
     return given, prompt
-
-
-def _open(path: Path) -> Image.Image:
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    # SyntaxError: what Pillow calls broken PNGs
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ConfigError(
-            f"{str(path)!r} is no image that Pillow can read; remove it or fix the path"
-        ) from error
 
 
 def _drawn(count: int, limit: int, seed: int) -> list[int]:
