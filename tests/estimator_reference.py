@@ -1,4 +1,4 @@
-"""The estimators once more, in float64 from singular values and plain loops: the truth their tests hold them to."""
+"""The estimators once more, in float64 from singular values and differences written out: the truth their tests hold them to."""
 
 import math
 
@@ -35,17 +35,11 @@ def condition_number(z: Tensor) -> float:
     return -math.log(max(counted) / min(counted)) if counted else 0.0
 
 
-def diffusion(z: Tensor, t: float = 1.0, sigma: float = 0.5) -> float:
+def diffusion(z: Tensor, t: float = 4.0, sigma: float = 0.5) -> float:
     """|mu| as singular values of D^1/2 P D^-1/2, which has the eigenvalues of the row-stochastic P."""
     z = z.double()
     n = len(z)
-    g = torch.tensor(
-        [
-            [math.exp(-float((z[i] - z[j]).square().sum()) / (2 * sigma**2)) for j in range(n)]
-            for i in range(n)
-        ],
-        dtype=torch.float64,
-    )
+    g = torch.exp(-torch.stack([(z - row).square().sum(1) for row in z]) / (2 * sigma**2))
     q = g.sum(1)
     k = g / (q[:, None] * q[None, :]).sqrt()
     p = k / k.sum(1, keepdim=True)

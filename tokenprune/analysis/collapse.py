@@ -15,6 +15,7 @@ from tokenprune.analysis.layers import LayerStatistics, read_layers
 from tokenprune.errors import ConfigError, NoCollapseError
 from tokenprune.estimators import Estimator
 from tokenprune.fingerprint import fingerprint
+from tokenprune.models import find_family, stock_model
 
 MIN_IMAGES = 16
 _LEVEL = (2.5, 97.5)
@@ -121,6 +122,7 @@ def detect_ecl(
         ConfigError: fewer than 16 images, or a wrong argument.
         TokenPruneError: the model is wrapped.
     """
+    check_fallback(model, fallback_layer)
     statistics = read_layers(model, calls, [estimator], attention=False)
     return settle(
         model,
@@ -131,6 +133,19 @@ def detect_ecl(
         seed=seed,
         save=save,
     )
+
+
+def check_fallback(model: Any, layer: object) -> None:
+    """Refuse a fallback layer the model does not have, before anything is measured.
+
+    Raises:
+        ConfigError: says which there are.
+    """
+    inner = stock_model(model)
+    layers = len(find_family(inner).layers(inner))
+    if layer is None or (not isinstance(layer, bool) and isinstance(layer, int) and 0 < layer < layers):
+        return
+    raise ConfigError(f"fallback_layer must be an int from 1 to {layers - 1}, not {layer!r}")
 
 
 def settle(
@@ -144,13 +159,6 @@ def settle(
     save: bool = True,
 ) -> Collapse:
     """`detect_ecl` on measurements made already; `estimator` is a key of `statistics.visual`."""
-    layers = statistics.num_layers
-    if fallback_layer is not None and (
-        isinstance(fallback_layer, bool)
-        or not isinstance(fallback_layer, int)
-        or not 0 < fallback_layer < layers
-    ):
-        raise ConfigError(f"fallback_layer must be an int from 1 to {layers - 1}, not {fallback_layer!r}")
     found = find_collapse(statistics.visual[estimator], estimator, resamples=resamples, seed=seed)
     update: dict[str, Any] = {"model": fingerprint(model)}
     if not found.clear and fallback_layer is not None:

@@ -68,7 +68,9 @@ def ecl(
     calibration = load_calibration(data, samples, seed=seed)
     loaded, processor = load_model(model, dtype.value, device)
 
-    from tokenprune.analysis.collapse import find_collapse, settle
+    from tokenprune.analysis.collapse import check_fallback, find_collapse, settle
+
+    check_fallback(loaded, fallback_layer)
 
     statistics = _read(loaded, processor, calibration, names, 4 if maps else 0, quiet=as_json)
     found = {name: find_collapse(values, name, seed=seed) for name, values in statistics.visual.items()}
@@ -112,12 +114,13 @@ def _read(
     from tokenprune.analysis.calibration import calibration_calls
     from tokenprune.analysis.layers import read_layers
 
+    progress = console(stderr=True)
     calls = track(
         calibration_calls(processor, samples, model.device),
         description="reading",
         total=len(samples),
-        console=console(stderr=True),
-        disable=quiet,
+        console=progress,
+        disable=quiet or not progress.is_terminal,
         transient=True,
     )
     return read_layers(model, calls, names, maps=maps)

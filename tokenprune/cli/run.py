@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tokenprune.cli.loading import TESTBED, load_images, load_model
-from tokenprune.cli.parse import parse_keep, parse_parameters
+from tokenprune.cli.parse import parse_keep, parse_layer, parse_parameters
 from tokenprune.cli.shell import InputError, JsonOption, console, print_json
 
 if TYPE_CHECKING:
@@ -47,7 +47,12 @@ def run(
         str | None, typer.Option("--keep", metavar="25%|0.25|192", help="Visual tokens to keep per image.")
     ] = None,
     layer: Annotated[
-        int | None, typer.Option("--layer", help="Decoder layer the cut enters; 0 is before the LLM.")
+        str | None,
+        typer.Option(
+            "--layer",
+            metavar="INTEGER|auto",
+            help="Decoder layer the cut enters; 0 is before the LLM, auto what 'tokenprune ecl' found.",
+        ),
     ] = None,
     budget: Annotated[
         Budget,
@@ -100,14 +105,15 @@ def run(
 
 
 def _prune_arguments(
-    method: str, keep: str | None, layer: int | None, budget: Budget, param: list[str]
+    method: str, keep: str | None, layer: str | None, budget: Budget, param: list[str]
 ) -> dict[str, Any]:
     """The arguments of `wrap`; what can be checked without a model is, before a large one is loaded."""
     from tokenprune.methods import make_method
 
     parameters = parse_parameters(method, param)
     make_method(method, parameters)
-    arguments: dict[str, Any] = {"method": method, "layer": layer, "budget": budget.value, **parameters}
+    place = None if layer is None else parse_layer(layer)
+    arguments: dict[str, Any] = {"method": method, "layer": place, "budget": budget.value, **parameters}
     if keep is not None and method == "none":
         raise InputError("method 'none' keeps everything: leave --keep out, or choose another --method")
     if keep is not None:

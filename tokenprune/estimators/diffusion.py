@@ -24,18 +24,18 @@ class DiffusionSpectralEntropy(Estimator):
     Spectral Entropy", arXiv 2312.04823.
     Range: [0, 1]: 0 when every token reaches every other alike, 1 when none reaches another.
     Cost: n^2 D for the distances and n^3 for the eigenvalues, n tokens: there is no smaller Gram matrix for it.
-    Blind to: rotations, shifts and order. Powers t > 1 drop small eigenvalues, and with them noise and the finer
-    clusters. Not scale-invariant: sigma is in the tokens' own unit.
+    Blind to: rotations, shifts and order. Not scale-invariant: sigma is in the tokens' own unit.
 
     Args:
-        t: diffusion time, > 0.
+        t: diffusion time, > 0. Powers drop small eigenvalues, and with them noise and, when t is large, the finer
+            clusters. At t = 1 noise moves it as much as the others (`python -m tokenprune_eval.noise`).
         sigma: bandwidth of the kernel, > 0; prepared tokens are on the unit sphere, unrelated ones sqrt(2) apart.
     """
 
     name: ClassVar[str] = "diffusion"
     paper: ClassVar[str] = "arXiv 2312.04823"
 
-    t: float = 1.0
+    t: float = 4.0
     sigma: float = 0.5
 
     def __post_init__(self) -> None:
