@@ -1,4 +1,4 @@
-"""The estimators once more, in float64 from singular values and differences written out: the truth their tests hold them to."""
+"""The estimators in float64 once more, from singular values and differences written out: the truth of their tests."""
 
 import math
 
