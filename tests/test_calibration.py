@@ -83,7 +83,8 @@ def test_dataset_on_the_hub(monkeypatch):
         "name": "someone/pictures",
         "split": "validation",
         "streaming": True,
-    }  # nothing is trusted
+        "trust_remote_code": False,
+    }
     assert [(value(s.images[0]), s.prompt) for s in samples] == [(0, "look"), (1, "look")]
     monkeypatch.setattr(
         datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(OSError("no\nnetwork"))
@@ -154,6 +155,23 @@ def test_refusals(tmp_path, monkeypatch, source, limit, message):
         load_calibration(source, limit)
     with pytest.raises(ConfigError, match="holds no images"):
         load_calibration(tmp_path)
+
+
+def test_other_encodings(folder):
+    line = json.dumps({"image": "0.png", "prompt": "wo ist das ?"})
+    (folder / "bom.jsonl").write_text(line, encoding="utf-8-sig")
+    assert load_calibration(folder / "bom.jsonl")[0].prompt == "wo ist das ?"
+    (folder / "utf16.jsonl").write_text(line, encoding="utf-16")
+    with pytest.raises(ConfigError, match="is not JSON"):
+        load_calibration(folder / "utf16.jsonl")
+
+
+def test_broken_dataset_folder(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "dataset_info.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot read the dataset in") as caught:
+        load_calibration(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_broken_image(folder):

@@ -24,10 +24,10 @@ from tokenprune.cli import app
 from tokenprune.cli import demo as demo_module
 from tokenprune.cli.loading import load_testbed
 from tokenprune.cli.parse import parse_keep, parse_parameters
-from tokenprune.cli.run import _as_seen
 from tokenprune.cli.shell import InputError, short_warnings
 from tokenprune.errors import NothingPrunedWarning
 from tokenprune.estimators import ESTIMATORS
+from tokenprune.images import as_seen
 from tokenprune.methods import METHODS
 from tokenprune.models import FAMILIES
 
@@ -456,7 +456,7 @@ def test_ecl_without_a_clear_collapse_shows_the_curve_and_fails(model: Path, cac
     assert result.exit_code == 2
     assert "95 %" in result.stdout
     assert result.stderr.splitlines()[-1].startswith("error: no clear collapse")
-    assert "fallback_layer" in result.stderr
+    assert "give --fallback-layer" in result.stderr
     assert not list(cache.rglob("*.json"))
 
 
@@ -504,9 +504,9 @@ def test_pictures_show_what_a_cropping_processor_saw() -> None:
     clip = SimpleNamespace(
         do_center_crop=True, size={"shortest_edge": 50}, crop_size={"height": 50, "width": 50}
     )
-    seen = _as_seen(clip, image)
+    seen = as_seen(clip, image)
     assert seen.size == (50, 50) and np.asarray(seen)[:, 3:-3].min() == 255
-    assert _as_seen(SimpleNamespace(do_center_crop=False), image) is image
+    assert as_seen(SimpleNamespace(do_center_crop=False), image) is image
 
 
 def run_python(code: str) -> str:

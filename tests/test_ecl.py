@@ -120,7 +120,7 @@ def test_detect_save_and_use():
         model(**inputs)
         report = tokenprune.report(model)
         assert report.layers_cut == (2,)
-        assert "detected on 16 images" in str(report)
+        assert "detected on 16 images by von_neumann" in str(report)
         with tokenprune.override(model, layer=1):
             model(**inputs)
             assert tokenprune.report(model).layers_cut == (1,)
@@ -189,8 +189,28 @@ def test_a_file_that_was_tampered_with(change, message):
 @pytest.mark.parametrize("layer", [0, 6, 2.0, True, "2"])
 def test_fallback_layer_is_checked(layer):
     model = tiny.llava(layers=6)
+    model.register_forward_pre_hook(lambda *_: pytest.fail("measured before it was refused"))
     with pytest.raises(ConfigError, match="fallback_layer must be an int from 1 to 5"):
         tokenprune.detect_ecl(model, calls(model), fallback_layer=layer)
+
+
+def test_a_cache_that_cannot_be_written_is_refused_first(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TOKENPRUNE_CACHE", str(tmp_path / "file"))
+    model = collapsing()
+    inputs = calls(model)
+    handle = model.register_forward_pre_hook(lambda *_: pytest.fail("measured before it was refused"))
+    with pytest.raises(ConfigError, match="set TOKENPRUNE_CACHE"):
+        tokenprune.detect_ecl(model, inputs)
+    handle.remove()
+    found = tokenprune.detect_ecl(model, inputs, save=False)
+    assert (found.layer, found.model) == (2, "")
+
+
+@pytest.mark.parametrize("wrong", [{"seed": -1}, {"seed": 1.5}, {"resamples": 0}, {"resamples": True}])
+def test_bootstrap_arguments_are_checked(wrong):
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))} must be an int"):
+        find_collapse(curves([0, 0.2, 0, 0]), **wrong)
 
 
 def test_the_record_survives_json():

@@ -228,6 +228,7 @@ def test_not_a_number_stays_with_its_set():
     [
         (lambda: make_estimator("entropy"), "unknown estimator 'entropy'; choose one of von_neumann"),
         (lambda: make_estimator("renyi", order=2), "has no parameter 'order'; it has alpha"),
+        (lambda: make_estimator("renyi", alpha="2"), "alpha must be a number above 0"),
         (lambda: make_estimator("renyi", alpha=0), "alpha must be a number above 0"),
         (lambda: make_estimator("diffusion", sigma=float("nan")), "sigma must be a number above 0"),
         (lambda: make_estimator(VonNeumann(), alpha=1), "set on the estimator you pass"),
@@ -239,6 +240,14 @@ def test_not_a_number_stays_with_its_set():
 def test_refusals(call, message):
     with pytest.raises(ConfigError, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_changes_nothing(name):
+    z = tokens(30, 17).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = make_estimator(name)(z)
+    assert torch.equal(inside, make_estimator(name)(z))
 
 
 @pytest.mark.slow

@@ -187,7 +187,7 @@ def _detected_layer(model: nn.Module) -> tuple[int, str]:
     from tokenprune.analysis.collapse import detected_layer  # pydantic is not needed otherwise
 
     found = detected_layer(model)
-    return found.layer, f"{found.source} on {found.images} images"
+    return found.layer, f"{found.source} on {found.images} images by {found.estimator}"
 
 
 def _check_average(keep: Keep, cuts: tuple[Cut, ...], num_layers: int, budget: BudgetMeaning) -> None:

@@ -11,7 +11,7 @@ import torch
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.models import stock_model
 
-_VALUES = 16  # taken from each parameter, evenly spread
+_VALUES = 64  # taken from each parameter, evenly spread
 # Of a config: where it was loaded from and how it is run, not what it is.
 _VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 
@@ -20,7 +20,8 @@ def fingerprint(model: Any) -> str:
     """32 hex digits that identify a model: its class, its config, and some values of every parameter.
 
     The same checkpoint has one fingerprint wherever it was loaded from and on whatever device; float32 and bfloat16
-    copies of bfloat16 weights share it. Adapters and any training change it.
+    copies of bfloat16 weights share it. Adapters and training of whole layers change it; an edit of a few rows of one
+    matrix may not, and a release of transformers that adds settings to the config may change it.
 
     Raises:
         UnsupportedModelError: no stock model, or parameters whose values are not in memory (offloaded to disk).

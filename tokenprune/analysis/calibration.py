@@ -113,7 +113,7 @@ def _from_folder(folder: Path, limit: int, seed: int) -> Iterator[CalibrationSam
 
 
 def _from_jsonl(path: Path, limit: int) -> Iterator[CalibrationSample]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
         lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
         for number, line in islice(lines, limit):
             where = f"{path.name}, line {number}"
@@ -136,21 +136,31 @@ def _from_hub(name: str, limit: int) -> Iterator[CalibrationSample]:
     dataset_name, _, split = name.partition(":")
     datasets = _datasets()
     try:
-        stream = datasets.load_dataset(dataset_name, split=split or "train", streaming=True)
+        stream = datasets.load_dataset(
+            dataset_name, split=split or "train", streaming=True, trust_remote_code=False
+        )
         records = list(stream.take(limit))
     except Exception as error:  # what datasets raises has no common base
-        raise ConfigError(
-            f"cannot read the dataset {name!r}: {' '.join(str(error).split())[:200]}"
-        ) from error
+        raise ConfigError(f"cannot read the dataset {name!r}: {one_line(error)}") from error
     yield from (_from_record(record, f"{name}, record {i}") for i, record in enumerate(records))
 
 
 def _from_disk(folder: Path, limit: int, seed: int) -> Iterator[CalibrationSample]:
-    data = _datasets().load_from_disk(str(folder))
-    if isinstance(data, dict):  # a DatasetDict: its training split, or the first
-        data = data.get("train", next(iter(data.values())))
-    for i in _drawn(len(data), limit, seed):
-        yield _from_record(data[i], f"{folder.name}, record {i}")
+    try:
+        data = _datasets().load_from_disk(str(folder))
+        if isinstance(data, dict):  # a DatasetDict: its training split, or the first
+            data = data.get("train", next(iter(data.values()), []))
+        records = [(i, data[i]) for i in _drawn(len(data), limit, seed)]
+    except ConfigError:
+        raise
+    except Exception as error:  # what datasets raises has no common base
+        raise ConfigError(f"cannot read the dataset in {str(folder)!r}: {one_line(error)}") from error
+    for i, record in records:
+        yield _from_record(record, f"{folder.name}, record {i}")
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _datasets() -> Any:

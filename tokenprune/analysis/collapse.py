@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tokenprune.analysis.layers import LayerStatistics, read_layers
+from tokenprune.analysis.layers import read_layers
 from tokenprune.errors import ConfigError, NoCollapseError
 from tokenprune.estimators import Estimator
 from tokenprune.fingerprint import fingerprint
@@ -115,52 +116,61 @@ def detect_ecl(
         fallback_layer: the layer to use when there is no clear collapse.
         resamples: bootstrap resamples of the images, the same for all layers.
         seed: of the bootstrap.
-        save: keep the result under the model's fingerprint, for `wrap(model, layer="auto")`.
+        save: keep the result under the model's fingerprint, for `wrap(model, layer="auto")`, in place of an older one.
 
     Raises:
         NoCollapseError: there is no clear collapse and no `fallback_layer`; the curve is its `.collapse`.
         ConfigError: fewer than 16 images, or a wrong argument.
         TokenPruneError: the model is wrapped.
     """
-    check_fallback(model, fallback_layer)
+    own = begin(model, fallback_layer, save=save)
     statistics = read_layers(model, calls, [estimator], attention=False)
-    return settle(
-        model,
-        statistics,
-        next(iter(statistics.visual)),
-        fallback_layer,
-        resamples=resamples,
-        seed=seed,
-        save=save,
-    )
+    (values,) = statistics.visual.items()
+    found = find_collapse(values[1], values[0], resamples=resamples, seed=seed)
+    return settle(found, own, fallback_layer, save=save)
 
 
-def check_fallback(model: Any, layer: object) -> None:
-    """Refuse a fallback layer the model does not have, before anything is measured.
+def begin(model: Any, fallback_layer: object, *, save: bool) -> str:
+    """Refuse what can be refused before anything is measured; returns the model's fingerprint ("" without `save`).
 
     Raises:
-        ConfigError: says which there are.
+        ConfigError: the model has no such layer, or the cache cannot be written to.
+        UnsupportedModelError: the model's weights are not in memory and cannot be recognised again.
     """
     inner = stock_model(model)
     layers = len(find_family(inner).layers(inner))
-    if layer is None or (not isinstance(layer, bool) and isinstance(layer, int) and 0 < layer < layers):
-        return
-    raise ConfigError(f"fallback_layer must be an int from 1 to {layers - 1}, not {layer!r}")
+    good = (
+        isinstance(fallback_layer, int)
+        and not isinstance(fallback_layer, bool)
+        and 0 < fallback_layer < layers
+    )
+    if fallback_layer is not None and not good:
+        raise ConfigError(f"fallback_layer must be an int from 1 to {layers - 1}, not {fallback_layer!r}")
+    if not save:
+        return ""
+    own = fingerprint(model)
+    folder = cached_path(own).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise ConfigError(
+            f"the layer cannot be kept in {str(folder)!r}; set TOKENPRUNE_CACHE to a folder that can be written to, or "
+            f"pass save=False"
+        )
+    return own
 
 
-def settle(
-    model: Any,
-    statistics: LayerStatistics,
-    estimator: str,
-    fallback_layer: int | None = None,
-    *,
-    resamples: int = 10_000,
-    seed: int = 0,
-    save: bool = True,
-) -> Collapse:
-    """`detect_ecl` on measurements made already; `estimator` is a key of `statistics.visual`."""
-    found = find_collapse(statistics.visual[estimator], estimator, resamples=resamples, seed=seed)
-    update: dict[str, Any] = {"model": fingerprint(model)}
+def settle(found: Collapse, model: str, fallback_layer: int | None, *, save: bool) -> Collapse:
+    """Refuse an unclear collapse or put the fallback in its place, and keep the result; the last one kept counts.
+
+    Raises:
+        NoCollapseError: not clear, and no fallback.
+        ConfigError: the file could not be written.
+    """
+    update: dict[str, Any] = {"model": model}
     if not found.clear and fallback_layer is not None:
         update |= {"layer": fallback_layer, "source": "fallback"}
     found = found.model_copy(update=update)
@@ -168,10 +178,15 @@ def settle(
         raise NoCollapseError(f"{found.verdict()}; choose a layer yourself, or give fallback_layer", found)
     if save:
         path = cached_path(found.model)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(found.model_dump_json(indent=1))
-        os.replace(temporary, path)
+        try:
+            # Written beside and renamed, so that a reader never sees half of it.
+            with tempfile.NamedTemporaryFile(
+                "w", dir=path.parent, suffix=".tmp", encoding="utf-8", delete=False
+            ) as file:
+                file.write(found.model_dump_json(indent=1))
+            os.replace(file.name, path)
+        except OSError as error:
+            raise ConfigError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
     return found
 
 
@@ -181,10 +196,13 @@ def find_collapse(
     """Where curves (images, L + 1) collapse. `Collapse.clear` says whether that can be trusted.
 
     Raises:
-        ConfigError: fewer than 16 images without NaN, or fewer than two layers.
+        ConfigError: fewer than 16 images without NaN, fewer than two layers, or a wrong `resamples` or `seed`.
     """
     if curves.ndim != 2 or curves.shape[1] < 3:
         raise ConfigError("a collapse layer needs a model of at least two decoder layers")
+    for name, value, least in (("resamples", resamples, 100), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name} must be an int of at least {least}, not {value!r}")
     whole = np.isfinite(curves).all(1)
     excluded, curves = int((~whole).sum()), curves[whole]
     n, points = curves.shape

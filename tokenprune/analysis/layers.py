@@ -213,4 +213,4 @@ def turned(family: Family, attention: Attention, states: Tensor, row: int, colum
 def _label(estimator: Estimator) -> str:
     """The estimator's name, with its parameters where they are not the defaults."""
     changed = {k: v for k, v in vars(estimator).items() if v != getattr(type(estimator), k, v)}
-    return estimator.name + "".join(f",{k}={v:g}" for k, v in changed.items())
+    return estimator.name + "".join(f",{k}={v!r}" for k, v in changed.items())

@@ -53,13 +53,13 @@ def plot_attention(statistics: LayerStatistics, path: Path) -> None:
     """
     figure = _figure(2)
     left, right = figure.axes
-    entropy = statistics.attention_entropy.mean(0)
+    entropy = np.nanmean(statistics.attention_entropy, 0)
     for head in range(entropy.shape[1]):
         left.plot(entropy[:, head], linewidth=0.8, alpha=0.6)
     left.plot(entropy.mean(1), color="black", label="mean of heads")
     left.set(title="attention entropy", xlabel="layer", ylabel="of log(keys)", ylim=(0, 1))
     left.legend(fontsize=7)
-    right.plot(statistics.visual_share.mean(0), marker="o", markersize=3)
+    right.plot(np.nanmean(statistics.visual_share, 0), marker="o", markersize=3)
     right.set(title="attention on visual tokens", xlabel="layer", ylabel="share", ylim=(0, 1))
     _save(figure, path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,7 +48,9 @@ def ecl(
         Path | None,
         typer.Option("--maps", metavar="PNG", help="Draw every token's entropy over the first images."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the samples drawn and of the bootstrap.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Of the samples drawn and of the bootstrap.")
+    ] = 0,
     save: Annotated[
         bool, typer.Option("--save/--no-save", help="Keep the layer for wrap(model, layer='auto').")
     ] = True,
@@ -65,18 +68,22 @@ def ecl(
     names = list(ESTIMATORS) if estimator == "all" else [make_estimator(estimator).name]
     for path in (figure, attention_figure, maps):
         _check_figure(path)
+    from tokenprune.analysis.collapse import MIN_IMAGES, begin, find_collapse, settle
+
     calibration = load_calibration(data, samples, seed=seed)
+    images = sum(len(sample.images) for sample in calibration)
+    if images < MIN_IMAGES:
+        raise InputError(
+            f"--data {data} has {images} images; at least {MIN_IMAGES} are needed to tell a collapse"
+        )
     loaded, processor = load_model(model, dtype.value, device)
-
-    from tokenprune.analysis.collapse import check_fallback, find_collapse, settle
-
-    check_fallback(loaded, fallback_layer)
+    own = begin(loaded, fallback_layer, save=save)
 
     statistics = _read(loaded, processor, calibration, names, 4 if maps else 0, quiet=as_json)
     found = {name: find_collapse(values, name, seed=seed) for name, values in statistics.visual.items()}
     unclear: NoCollapseError | None = None
     try:
-        found[names[0]] = settle(loaded, statistics, names[0], fallback_layer, seed=seed, save=save)
+        found[names[0]] = settle(found[names[0]], own, fallback_layer, save=save)
     except NoCollapseError as error:
         unclear = error
     text = {name: _mean(values) for name, values in statistics.text.items()}
@@ -88,13 +95,13 @@ def ecl(
         if attention_figure is not None:
             plot_attention(statistics, attention_figure)
     if maps is not None:
-        _draw_maps(maps, statistics, calibration, found[names[0]].steepest)
+        _draw_maps(maps, statistics, processor, calibration, found[names[0]].steepest)
     if as_json:
         print_json(_document(found, statistics, text))
     else:
         _show(found, statistics, text, saved=save and unclear is None)
     if unclear is not None:
-        raise unclear
+        raise InputError(f"{unclear.collapse.verdict()}; choose a layer yourself, or give --fallback-layer")
 
 
 def _check_figure(path: Path | None) -> None:
@@ -104,6 +111,8 @@ def _check_figure(path: Path | None) -> None:
         raise InputError(f"figures are PNGs: give a name that ends in .png, not {path.name!r}")
     if not path.parent.is_dir():
         raise InputError(f"there is no folder {str(path.parent)!r}; make it first")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("figures need matplotlib: pip install 'tokenprune-vlm[plot]'")
 
 
 def _read(
@@ -126,18 +135,29 @@ def _read(
     return read_layers(model, calls, names, maps=maps)
 
 
-def _mean(values: Any) -> list[float]:
-    """Mean over rows; NaN where no row has two text tokens."""
+def _mean(values: Any) -> list[Any]:
+    """Mean over rows, nested as deep as what is left; rows with a NaN count where they have none."""
     import numpy as np
 
     known = np.isfinite(values)
-    return [float(v[k].mean()) if k.any() else float("nan") for v, k in zip(values.T, known.T, strict=True)]
+    total, count = np.where(known, values, 0).sum(0), known.sum(0)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan).tolist()
 
 
-def _draw_maps(path: Path, statistics: LayerStatistics, samples: list[CalibrationSample], layer: int) -> None:
+def _without_nan(values: Any) -> Any:
+    """JSON has no NaN: None in its place."""
+    if isinstance(values, list):
+        return [_without_nan(v) for v in values]
+    return None if values != values else values
+
+
+def _draw_maps(
+    path: Path, statistics: LayerStatistics, processor: Any, samples: list[CalibrationSample], layer: int
+) -> None:
     from tokenprune.draw import draw_heat, tile
+    from tokenprune.images import as_seen
 
-    images = [image for sample in samples for image in sample.images]
+    images = [as_seen(processor.image_processor, image) for sample in samples for image in sample.images]
     pictures = [
         draw_heat(
             image, grid, values[layer - 1], caption=f"matrix entropy of the queries of layer {layer - 1}"
@@ -157,9 +177,9 @@ def _document(
         "collapse": {
             name: {**c.model_dump(mode="json"), "verdict": c.verdict()} for name, c in found.items()
         },
-        "text": {name: [v if v == v else None for v in values] for name, values in text.items()},
-        "attention_entropy": statistics.attention_entropy.mean(0).tolist(),
-        "visual_share": statistics.visual_share.mean(0).tolist(),
+        "text": {name: _without_nan(values) for name, values in text.items()},
+        "attention_entropy": _without_nan(_mean(statistics.attention_entropy)),
+        "visual_share": _without_nan(_mean(statistics.visual_share)),
     }
 
 
@@ -182,7 +202,8 @@ def _show(
         "on visual",
     ):
         table.add_column(column, justify="right")
-    entropy, share = statistics.attention_entropy.mean((0, 2)), statistics.visual_share.mean(0)
+    entropy = [sum(heads) / len(heads) for heads in _mean(statistics.attention_entropy)]
+    share = _mean(statistics.visual_share)
     for l, mean in enumerate(first.mean):
         table.add_row(
             f"{l}" if l < statistics.num_layers else "norm",

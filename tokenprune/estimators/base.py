@@ -49,10 +49,13 @@ class Estimator(ABC):
         dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
         flat = tokens.detach().reshape(-1, *tokens.shape[-2:])
         values = []
-        for one in flat.split(max(1, _CHUNK // one_size(tokens))):
+        n, d = tokens.shape[-2:]
+        for one in flat.split(max(1, _CHUNK // (n * max(n, d)))):
             finite = one.isfinite().flatten(1).all(1)
-            # LAPACK may refuse a whole batch for one NaN.
-            value = self._estimate(torch.where(finite[:, None, None], one, 0))
+            if not bool(finite.all()):  # LAPACK may refuse a whole batch for one NaN
+                one = torch.where(finite[:, None, None], one, 0)
+            with torch.autocast(tokens.device.type, enabled=False):
+                value = self._estimate(one)
             values.append(value.to(dtype).masked_fill(~finite, torch.nan))
         return torch.cat(values).reshape(tokens.shape[:-2])
 
@@ -130,9 +133,9 @@ def small_gram(tokens: Tensor, *, exact: bool = False) -> Tensor:
     return gram / n
 
 
-def one_size(tokens: Tensor) -> int:
-    """Elements of one (n, D) set."""
-    return tokens.shape[-2] * tokens.shape[-1]
+def is_positive(value: object) -> bool:
+    """Whether a parameter is a finite number above 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def entropy(p: Tensor) -> Tensor:

@@ -31,5 +31,5 @@ class ConditionNumber(SpectralEstimator):
     def of_spectrum(self, eigenvalues: Tensor) -> Tensor:
         largest = eigenvalues.amax(-1, keepdim=True)
         counted = torch.where(eigenvalues > RANK_TOLERANCE * largest, eigenvalues, largest)
-        ratio = counted.amin(-1) / torch.where(largest > 0, largest, 1)[..., 0]
-        return torch.where(largest[..., 0] > 0, ratio, 1).log()
+        ratio = counted.amin(-1) / torch.where(largest == 0, 1, largest)[..., 0]
+        return torch.where(largest[..., 0] == 0, 1, ratio).log()  # NaN stays NaN

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import ConfigError
-from tokenprune.estimators.base import Estimator, entropy
+from tokenprune.estimators.base import Estimator, entropy, is_positive
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class DiffusionSpectralEntropy(Estimator):
     def __post_init__(self) -> None:
         for name in ("t", "sigma"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not 0 < value < math.inf:
+            if not is_positive(value):
                 raise ConfigError(f"{name} must be a number above 0, not {value!r}")
 
     def _estimate(self, tokens: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from tokenprune.errors import ConfigError
-from tokenprune.estimators.base import SpectralEstimator, entropy, small_gram
+from tokenprune.estimators.base import SpectralEstimator, entropy, is_positive, small_gram
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Renyi(SpectralEstimator):
     alpha: float = 2.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.alpha, bool) or not 0 < self.alpha < math.inf:
+        if not is_positive(self.alpha):
             raise ConfigError(f"alpha must be a number above 0, not {self.alpha!r}")
 
     def _estimate(self, tokens: Tensor) -> Tensor:

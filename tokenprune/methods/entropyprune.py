@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from tokenprune.errors import ConfigError
 from tokenprune.estimators import ESTIMATORS, SpectralEstimator, make_estimator
 from tokenprune.methods.base import Choice, DecoderShape, ImageTokens, Needs, ScoreMethod
 from tokenprune_kernels.dual_gram_entropy import dual_gram_entropy, reference
+from tokenprune_kernels.dual_gram_entropy.arguments import EIGENVALUE_FLOOR
 
 SOURCE = Choice(("query", "key", "value", "hidden"))
 NORMALIZATION = Choice(("none", "trace"))
@@ -35,7 +37,7 @@ class EntropyPrune(ScoreMethod):
         normalization: "none" or "trace".
         gram: "dual" (h x h) or "primal" (d x d, float64): the same non-zero spectrum, for comparison.
         estimator: what is taken of the eigenvalues: "von_neumann" is H above; any other spectral estimator of
-            `tokenprune.estimators` (with its default parameters, in float64).
+            `tokenprune.estimators` (with its default parameters, in float64). "effective_rank" ranks as H does.
         column_groups: average groups of head_dim / 128 neighbouring columns first, as the release does.
     """
 
@@ -83,11 +85,16 @@ class EntropyPrune(ScoreMethod):
         if self.source == "hidden":
             x = x.unflatten(1, (image.num_heads, -1))
         options: dict[str, Any] = {"normalization": self.normalization, "column_groups": self.column_groups}
-        if self.estimator == "von_neumann" and self.gram == "dual":
+        # exp(H) ranks tokens as H does, and overflows where the trace is not divided out.
+        is_entropy = self.estimator in ("von_neumann", "effective_rank")
+        if is_entropy and self.gram == "dual":
             return dual_gram_entropy(x, **options)
         gram: Any = self.gram
-        if self.estimator == "von_neumann":
+        if is_entropy:
             return reference.matrix_entropy(x, gram=gram, **options)
+        eigenvalues = reference.spectrum(x, gram=gram, **options)
         estimator = make_estimator(self.estimator)
         assert isinstance(estimator, SpectralEstimator)
-        return estimator.of_spectrum(reference.spectrum(x, gram=gram, **options))
+        # Heads that are all equal have no spectrum (every eigenvalue at the clamp): the least diverse there is.
+        empty = (eigenvalues == EIGENVALUE_FLOOR).all(-1)
+        return estimator.of_spectrum(eigenvalues).masked_fill(empty, -torch.inf)
