@@ -24,9 +24,10 @@ from tokenprune.cli import app
 from tokenprune.cli import demo as demo_module
 from tokenprune.cli.loading import load_testbed
 from tokenprune.cli.parse import parse_keep, parse_parameters
-from tokenprune.cli.run import _as_seen
 from tokenprune.cli.shell import InputError, short_warnings
 from tokenprune.errors import NothingPrunedWarning
+from tokenprune.estimators import ESTIMATORS
+from tokenprune.images import as_seen
 from tokenprune.methods import METHODS
 from tokenprune.models import FAMILIES
 
@@ -416,6 +417,69 @@ def test_other_commands_refuse_on_one_line(tmp_path: Path) -> None:
     assert "'tokenprune --help'" in refused("--nosuch")
 
 
+# -- ecl ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TOKENPRUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.slow
+def test_ecl_measures_and_keeps_the_layer(model: Path, tmp_path: Path, cache: Path, image: Path) -> None:
+    names = ["curve.png", "attention.png", "maps.png"]
+    figures = zip(("--figure", "--attention-figure", "--maps"), (tmp_path / n for n in names), strict=True)
+    options = [part for figure in figures for part in figure]
+    common = ("ecl", "testbed", "--data", "testbed", "--samples", 16, "--fallback-layer", 3)
+    document = read(*common, "--estimator", "all", *options)
+    assert set(document["collapse"]) == set(ESTIMATORS) == set(document["text"])
+    found = document["collapse"]["von_neumann"]
+    assert len(found["mean"]) == 17 and found["images"] == 16 and "collapse: H drops" in found["verdict"]
+    assert len(document["attention_entropy"]) == len(document["visual_share"]) == 16
+    for name in names:
+        with Image.open(tmp_path / name) as picture:
+            assert picture.width > 300
+    assert len(list(cache.rglob("*.json"))) == 1
+
+    told = read("run", "testbed", image, QUESTION, "--keep", "60%", "--layer", "auto")
+    assert told["report"]["layers_cut"] == [found["layer"]]
+    result = call(*common)
+    assert result.exit_code == 0
+    assert f"layer {found['layer']} is kept" in result.stdout and "collapse: H drops" in result.stdout
+
+
+@pytest.mark.slow
+def test_ecl_without_a_clear_collapse_shows_the_curve_and_fails(model: Path, cache: Path) -> None:
+    # The condition number of these states sits at the rank tolerance in every layer.
+    result = call("ecl", "testbed", "--data", "testbed", "--samples", 16, "--estimator", "condition_number")
+    assert result.exit_code == 2
+    assert "95 %" in result.stdout
+    assert result.stderr.splitlines()[-1].startswith("error: no clear collapse")
+    assert "give --fallback-layer" in result.stderr
+    assert not list(cache.rglob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        (["--data", "nowhere"], "give a folder of images"),
+        (["--data", "testbed", "--samples", "15"], "ecl --help"),
+        (["--data", "testbed", "--estimator", "entropy"], "choose one of von_neumann"),
+        (["--data", "testbed", "--figure", "curve.pdf"], "ends in .png"),
+        (["--data", "testbed", "--maps", "no/such/folder/maps.png"], "make it first"),
+        (["--data", "testbed", "--samples", "16", "--fallback-layer", "16"], "from 1 to 15"),
+    ],
+)
+def test_ecl_refuses(model: Path, cache: Path, options: list[str], advice: str) -> None:
+    assert advice in refused("ecl", "testbed", *options)
+
+
+def test_layer_auto_before_ecl(model: Path, cache: Path, image: Path) -> None:
+    line = refused("run", "testbed", image, QUESTION, "--keep", "50%", "--layer", "auto")
+    assert "'tokenprune ecl MODEL --data ...'" in line
+
+
 def test_debug_shows_the_traceback_wherever_it_stands() -> None:
     for args in (("--debug", "methods", "nosuch"), ("methods", "nosuch", "--debug")):
         result = call(*args)
@@ -440,9 +504,9 @@ def test_pictures_show_what_a_cropping_processor_saw() -> None:
     clip = SimpleNamespace(
         do_center_crop=True, size={"shortest_edge": 50}, crop_size={"height": 50, "width": 50}
     )
-    seen = _as_seen(clip, image)
+    seen = as_seen(clip, image)
     assert seen.size == (50, 50) and np.asarray(seen)[:, 3:-3].min() == 255
-    assert _as_seen(SimpleNamespace(do_center_crop=False), image) is image
+    assert as_seen(SimpleNamespace(do_center_crop=False), image) is image
 
 
 def run_python(code: str) -> str:

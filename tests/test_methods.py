@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+import estimator_reference
 import tiny
 import tokenprune
+from tokenprune.errors import ConfigError
+from tokenprune.estimators import ESTIMATORS
 from tokenprune.methods import EntropyPrune, Grid, ImageTokens, Needs, Random, ScoreMethod, Uniform
 
 ROWS = (["text:5", "image", "text:3", "image", "text:4"], ["text:2", "image", "text:9"])
@@ -64,6 +67,37 @@ def test_dual_and_primal_agree(normalization: str) -> None:
     dual = EntropyPrune(normalization=normalization).score(image(50, query=query))
     primal = EntropyPrune(normalization=normalization, gram="primal").score(image(50, query=query))
     torch.testing.assert_close(dual.double(), primal.double(), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("estimator", [n for n, e in ESTIMATORS.items() if e.spectral])
+def test_other_estimators_of_the_same_eigenvalues(estimator: str) -> None:
+    query = torch.randn(20, 4, 16)
+    score = EntropyPrune(estimator=estimator, normalization="trace").score(image(20, query=query))
+    centred = query.double() - query.double().mean(1, keepdim=True)
+    scaled = centred / centred.square().sum((1, 2), keepdim=True).sqrt() * 2  # trace of X X^T / 4 is 1
+    truth = torch.tensor([getattr(estimator_reference, estimator)(x) for x in scaled], dtype=torch.float64)
+    if estimator == "effective_rank":  # ranked by its logarithm
+        truth = truth.log() / math.log(4)
+    torch.testing.assert_close(score.double(), truth, atol=1e-4, rtol=1e-4)
+    primal = EntropyPrune(estimator=estimator, normalization="trace", gram="primal")
+    torch.testing.assert_close(primal.score(image(20, query=query)).double(), truth, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("normalization", ["none", "trace"])
+@pytest.mark.parametrize("estimator", [n for n, e in ESTIMATORS.items() if e.spectral])
+def test_every_estimator_ranks_large_and_empty_tokens(estimator: str, normalization: str) -> None:
+    """Large queries give no ties (an exponential would underflow), and equal heads rank last."""
+    query = 4 * torch.randn(12, 8, 32)
+    query[5] = query[5, :1]  # every head alike
+    score = EntropyPrune(estimator=estimator, normalization=normalization).score(image(12, query=query))
+    assert len(set(score.tolist())) == 12
+    if normalization == "trace":
+        assert int(score.argmin()) == 5
+
+
+def test_the_diffusion_estimator_is_not_one_of_eigenvalues() -> None:
+    with pytest.raises(ConfigError, match="estimator must be one of von_neumann, renyi, effective_rank"):
+        EntropyPrune(estimator="diffusion")
 
 
 @pytest.mark.parametrize("source", ["query", "key", "value", "hidden"])

@@ -8,6 +8,7 @@ from tokenprune.budget import Cut
 from tokenprune.errors import (
     BudgetError,
     ConfigError,
+    NoCollapseError,
     NothingPrunedWarning,
     TokenPruneError,
     UnsupportedModeError,
@@ -15,6 +16,7 @@ from tokenprune.errors import (
 )
 
 if TYPE_CHECKING:
+    from tokenprune.analysis.collapse import detect_ecl
     from tokenprune.api import is_wrapped, override, pruned, report, unwrap, wrap
     from tokenprune.reporting import Report
 
@@ -24,11 +26,13 @@ __all__ = [
     "BudgetError",
     "ConfigError",
     "Cut",
+    "NoCollapseError",
     "NothingPrunedWarning",
     "Report",
     "TokenPruneError",
     "UnsupportedModeError",
     "UnsupportedModelError",
+    "detect_ecl",
     "is_wrapped",
     "override",
     "pruned",
@@ -42,9 +46,14 @@ def __getattr__(name: str) -> Any:
     """Import torch and transformers at the first use: `tokenprune --help` does without them."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from tokenprune import api
+    if name == "detect_ecl":
+        from tokenprune.analysis.collapse import (
+            detect_ecl as value,
+        )  # needs pydantic, which the rest does not
+    else:
+        from tokenprune import api
 
-    value = getattr(api, name)
+        value = getattr(api, name)
     globals()[name] = value
     return value
 

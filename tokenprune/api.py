@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import transformers
 
@@ -34,7 +34,7 @@ def wrap(
     method: str | Method = "entropyprune",
     *,
     keep: Keep | None = None,
-    layer: int | None = None,
+    layer: int | Literal["auto"] | None = None,
     cuts: Sequence[Cut | tuple[int, Keep | None]] | None = None,
     budget: BudgetMeaning = "average",
     positions: Positions = "keep",
@@ -52,6 +52,7 @@ def wrap(
         method: a name from `tokenprune methods`, or a `Method` of your own.
         keep: how many visual tokens to keep: a float in (0, 1] is a fraction, an int a number per image.
         layer: prune on entering this decoder layer; 0 is before the LLM. Default: the family's published layer.
+            "auto": the one `detect_ecl` found for this model.
         cuts: several cuts instead of `layer`: (layer, keep) pairs, each keep a share of the image's original
             tokens; leave the last one's keep None to have it solved from the budget.
         budget: what `keep` means: "average" over the decoder layers (as papers count), or "after_cut".

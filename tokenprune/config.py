@@ -50,7 +50,7 @@ def make_config(
     *,
     method: str | Method = "entropyprune",
     keep: Keep | None = None,
-    layer: int | None = None,
+    layer: int | Literal["auto"] | None = None,
     cuts: Sequence[Cut | tuple[int, Keep | None]] | None = None,
     budget: BudgetMeaning = "average",
     positions: Positions = "keep",
@@ -83,7 +83,12 @@ def make_config(
             raise ConfigError("pass layer or cuts, not both")
         checked, reason = check_cuts(cuts), "given"
     else:
-        layer, reason = _default_layer(family, num_layers, made) if layer is None else (layer, "given")
+        if layer == "auto":
+            layer, reason = _detected_layer(model)
+        elif layer is None:
+            layer, reason = _default_layer(family, num_layers, made)
+        else:
+            reason = "given"
         checked = (Cut(layer),)
     for cut in checked:
         _check_layer(cut.layer, num_layers, made)
@@ -162,7 +167,7 @@ def _check_layer(layer: object, num_layers: int, method: Method) -> None:
     # Queries, keys and values are those of the layer before the cut.
     lowest = max(method.min_layer, int(any(state != "hidden" for state in method.needs().states)))
     if isinstance(layer, bool) or not isinstance(layer, int):
-        raise ConfigError(f"layer must be an int from {lowest} to {num_layers - 1}, not {layer!r}")
+        raise ConfigError(f"layer must be an int from {lowest} to {num_layers - 1}, or 'auto', not {layer!r}")
     if not lowest <= layer < num_layers:
         why = ": it scores states of the layer before the cut" if layer == 0 else ""
         raise ConfigError(
@@ -176,6 +181,13 @@ def _default_layer(family: Family, num_layers: int, method: Method) -> tuple[int
     if published is not None and published < num_layers:
         return published, f"published for {family.name}"
     return max(1, round(num_layers / 16)), "L / 16"
+
+
+def _detected_layer(model: nn.Module) -> tuple[int, str]:
+    from tokenprune.analysis.collapse import detected_layer  # pydantic is not needed otherwise
+
+    found = detected_layer(model)
+    return found.layer, f"{found.source} on {found.images} images by {found.estimator}"
 
 
 def _check_average(keep: Keep, cuts: tuple[Cut, ...], num_layers: int, budget: BudgetMeaning) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -26,6 +27,7 @@ GAP = 8
 # Dropped tokens fade into slate, not black: in a dark photograph black would look like more photograph.
 _SLATE, _SLATE_SHARE = (52, 56, 66), 0.72
 _AMBER_SHARE = 0.4
+_HEAT, _HEAT_SHARE = ((28, 24, 96), (196, 60, 90), (255, 232, 64)), 0.6
 
 
 def draw_kept(
@@ -110,6 +112,46 @@ def draw_report(
         )
         pictures.append(draw_kept(image, facts.grid, kept, pairs, caption, scale))
     return pictures
+
+
+def draw_heat(
+    image: Picture | Sequence[Picture],
+    grid: GridLike,
+    values: Iterable[Any],
+    caption: str | None = None,
+    scale: int | None = None,
+) -> Picture:
+    """Draw a number per visual token over an image: from the smallest, dark blue, to the largest, yellow.
+
+    Args:
+        image, grid, scale: as for `draw_kept`.
+        values: one per token, in raster order; all equal, or NaN, is drawn as the smallest.
+        caption: a line of text below.
+
+    Raises:
+        ConfigError: not one value per token of the grid.
+    """
+    frames, height, width = _grid(grid)
+    per_frame = height * width
+    numbers = [float(v) for v in values]
+    if len(numbers) != frames * per_frame:
+        raise ConfigError(
+            f"a {frames} x {height} x {width} grid takes {frames * per_frame} values, not {len(numbers)}"
+        )
+    finite = [v for v in numbers if math.isfinite(v)] or [0.0]
+    low, span = min(finite), (max(finite) - min(finite)) or 1.0
+    shades = [round(255 * (v - low) / span) if math.isfinite(v) else 0 for v in numbers]
+    panels = []
+    for t, frame in enumerate(_frames(image, frames)):
+        picture = _resize(frame, scale)
+        small = Image.new("L", (width, height))
+        small.putdata(shades[t * per_frame : (t + 1) * per_frame])
+        heat = ImageOps.colorize(
+            small.resize(picture.size, Image.Resampling.NEAREST), *_HEAT[::2], mid=_HEAT[1]
+        )
+        panels.append(Image.blend(ImageOps.grayscale(picture).convert("RGB"), heat, _HEAT_SHARE))
+    drawn = panels[0] if frames == 1 else tile(panels, columns=frames)
+    return drawn if caption is None else add_caption(drawn, caption)
 
 
 def tile(pictures: Sequence[Picture], columns: int, title: str | None = None, gap: int = GAP) -> Picture:

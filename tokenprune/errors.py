@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenprune.analysis.collapse import Collapse
+
 
 class TokenPruneError(Exception):
     """Base of all errors of this library; catching it catches every refusal."""
@@ -21,6 +26,14 @@ class UnsupportedModelError(TokenPruneError, TypeError):
 
 class UnsupportedModeError(TokenPruneError, RuntimeError):
     """This way of calling the model cannot be pruned exactly, so it is refused before anything changes."""
+
+
+class NoCollapseError(TokenPruneError):
+    """The visual tokens' diversity has no clear collapse; `collapse` holds the curve."""
+
+    def __init__(self, message: str, collapse: Collapse) -> None:
+        super().__init__(message)
+        self.collapse = collapse
 
 
 class NothingPrunedWarning(UserWarning):

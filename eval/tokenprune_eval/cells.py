@@ -47,7 +47,12 @@ class Cell:
 
 
 def grid(
-    budgets: Sequence[float], layers: Sequence[int], seeds: int, methods: Sequence[str] = METHODS
+    budgets: Sequence[float],
+    layers: Sequence[int],
+    seeds: int,
+    methods: Sequence[str] = METHODS,
+    sources: Sequence[str] = SOURCES,
+    normalizations: Sequence[str] = NORMALIZATIONS,
 ) -> list[Cell]:
     """Every cell of the table, cheap questions first: `none`, the controls, EntropyPrune's variants."""
     variants: list[tuple[str, tuple[tuple[str, Any], ...]]] = []
@@ -58,8 +63,8 @@ def grid(
     if "entropyprune" in methods:
         variants += [
             ("entropyprune", (("source", source), ("normalization", normalization)))
-            for normalization in NORMALIZATIONS
-            for source in SOURCES
+            for normalization in normalizations
+            for source in sources
         ]
     cells = [Cell("none")] if "none" in methods else []
     return cells + [

@@ -28,7 +28,7 @@ from tokenprune.methods import make_method
 from tokenprune.testbed import FAMILIES, evaluate, evaluation_set, load
 from tokenprune_eval import machine
 from tokenprune_eval.cached import CachedProcessor, cached_features
-from tokenprune_eval.cells import METHODS, Cell, grid
+from tokenprune_eval.cells import METHODS, NORMALIZATIONS, SOURCES, Cell, grid
 from tokenprune_eval.results import Results
 from tokenprune_eval.summary import summarise
 from tokenprune_eval.timing import Arm, interleave, milliseconds, ratio
@@ -225,6 +225,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2], help="decoder layers the cut enters")
     parser.add_argument("--seeds", type=int, default=5, help="of random (default: 5)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES, help="of entropyprune")
+    parser.add_argument(
+        "--normalizations", nargs="+", choices=NORMALIZATIONS, default=NORMALIZATIONS, help="of entropyprune"
+    )
     parser.add_argument(
         "--model", default="testbed", help="testbed (default), random (not trained), or a folder"
     )
@@ -245,7 +249,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(summarise(results, options.layers, FAMILIES))
         return
 
-    cells = grid(options.budgets, options.layers, options.seeds, options.methods)
+    cells = grid(
+        options.budgets,
+        options.layers,
+        options.seeds,
+        options.methods,
+        options.sources,
+        options.normalizations,
+    )
     testbed = Testbed(options.model, options.questions, options.batch_size)
     if options.resume:
         results.load()

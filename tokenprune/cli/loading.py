@@ -120,23 +120,8 @@ def load_images(paths: Sequence[Path]) -> list[Image.Image]:
     """Open images as RGB, turned the way the camera was held.
 
     Raises:
-        InputError: a file is missing, or no image.
+        ConfigError: a file is missing, or no image.
     """
-    from PIL import Image, ImageOps
+    from tokenprune.images import open_image
 
-    images = []
-    for path in paths:
-        if not path.is_file():
-            raise InputError(f"there is no image file {str(path)!r}; check the path")
-        try:
-            with Image.open(path) as image:
-                images.append(ImageOps.exif_transpose(image).convert("RGB"))
-        except (
-            OSError,
-            SyntaxError,
-            Image.DecompressionBombError,
-        ) as error:  # SyntaxError: what Pillow calls broken PNGs
-            raise InputError(
-                f"{str(path)!r} is no image that Pillow can read; give a PNG, JPEG or WebP file"
-            ) from error
-    return images
+    return [open_image(path) for path in paths]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from tokenprune.cli.shell import InputError
 
@@ -43,6 +43,21 @@ def parse_keep(text: str) -> float | int:
             f"--keep takes a fraction (25% or 0.25, at most 100%) or a number of tokens (192), not {text!r}: {wrong}"
         )
     return keep
+
+
+def parse_layer(text: str) -> int | Literal["auto"]:
+    """A decoder layer, or "auto".
+
+    Raises:
+        InputError: anything else.
+    """
+    if text == "auto":
+        return "auto"
+    if not _COUNT.fullmatch(text):
+        raise InputError(
+            f"--layer takes a decoder layer (a whole number) or auto, not {text!r}; see 'tokenprune run --help'"
+        )
+    return int(text)
 
 
 def parse_parameters(method: str, given: Sequence[str]) -> dict[str, Any]:

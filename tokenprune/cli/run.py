@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tokenprune.cli.loading import TESTBED, load_images, load_model
-from tokenprune.cli.parse import parse_keep, parse_parameters
+from tokenprune.cli.parse import parse_keep, parse_layer, parse_parameters
 from tokenprune.cli.shell import InputError, JsonOption, console, print_json
 
 if TYPE_CHECKING:
@@ -47,7 +47,12 @@ def run(
         str | None, typer.Option("--keep", metavar="25%|0.25|192", help="Visual tokens to keep per image.")
     ] = None,
     layer: Annotated[
-        int | None, typer.Option("--layer", help="Decoder layer the cut enters; 0 is before the LLM.")
+        str | None,
+        typer.Option(
+            "--layer",
+            metavar="INTEGER|auto",
+            help="Decoder layer the cut enters; 0 is before the LLM, auto what 'tokenprune ecl' found.",
+        ),
     ] = None,
     budget: Annotated[
         Budget,
@@ -91,7 +96,9 @@ def run(
         document["unpruned_answer"] = _answer(loaded, processor, inputs, max_new_tokens)
     document |= {"report": report.to_dict(), "keep_lists": report.keep_lists}
     if picture is not None:
-        _save(picture, report, [_as_seen(processor.image_processor, image) for image in pictures])
+        from tokenprune.images import as_seen
+
+        _save(picture, report, [as_seen(processor.image_processor, image) for image in pictures])
         document["picture"] = str(picture)
     if as_json:
         print_json(document)
@@ -100,14 +107,15 @@ def run(
 
 
 def _prune_arguments(
-    method: str, keep: str | None, layer: int | None, budget: Budget, param: list[str]
+    method: str, keep: str | None, layer: str | None, budget: Budget, param: list[str]
 ) -> dict[str, Any]:
     """The arguments of `wrap`; what can be checked without a model is, before a large one is loaded."""
     from tokenprune.methods import make_method
 
     parameters = parse_parameters(method, param)
     make_method(method, parameters)
-    arguments: dict[str, Any] = {"method": method, "layer": layer, "budget": budget.value, **parameters}
+    place = None if layer is None else parse_layer(layer)
+    arguments: dict[str, Any] = {"method": method, "layer": place, "budget": budget.value, **parameters}
     if keep is not None and method == "none":
         raise InputError("method 'none' keeps everything: leave --keep out, or choose another --method")
     if keep is not None:
@@ -166,28 +174,6 @@ def _answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> str
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = output[:, inputs["input_ids"].shape[1] :]
     return " ".join(processor.batch_decode(new, skip_special_tokens=True)[0].split())
-
-
-def _as_seen(image_processor: Any, image: Image.Image) -> Image.Image:
-    """The part of an image that became tokens: CLIP processors cut the middle out of the resized image."""
-    if not getattr(image_processor, "do_center_crop", False):
-        return image
-    from PIL import ImageOps
-
-    crop, size = image_processor.crop_size, image_processor.size
-    width, height = image.size
-    if "shortest_edge" in size:
-        scale = size["shortest_edge"] / min(width, height)
-        width, height = round(width * scale), round(height * scale)
-    else:
-        width, height = size["width"], size["height"]
-    # Centred padding where the crop is larger than the image, as the processors do.
-    part = image.resize((width, height))
-    dx, dy = (width - crop["width"]) // 2, (height - crop["height"]) // 2
-    if dx < 0 or dy < 0:
-        part = ImageOps.expand(part, border=(max(0, -dx), max(0, -dy)))
-        dx, dy = max(0, dx), max(0, dy)
-    return part.crop((dx, dy, dx + crop["width"], dy + crop["height"]))
 
 
 def _save(path: Path, report: Report, images: list[Image.Image]) -> None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from tokenprune.errors import ConfigError
+from tokenprune.estimators import ESTIMATORS, SpectralEstimator, make_estimator
 from tokenprune.methods.base import Choice, DecoderShape, ImageTokens, Needs, ScoreMethod
 from tokenprune_kernels.dual_gram_entropy import dual_gram_entropy, reference
+from tokenprune_kernels.dual_gram_entropy.arguments import EIGENVALUE_FLOOR
 
 SOURCE = Choice(("query", "key", "value", "hidden"))
 NORMALIZATION = Choice(("none", "trace"))
 GRAM = Choice(("dual", "primal"))
+ESTIMATOR = Choice(tuple(name for name, cls in ESTIMATORS.items() if cls.spectral))
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class EntropyPrune(ScoreMethod):
             num_attention_heads rows.
         normalization: "none" or "trace".
         gram: "dual" (h x h) or "primal" (d x d, float64): the same non-zero spectrum, for comparison.
+        estimator: what is taken of the eigenvalues: "von_neumann" is H above; any other spectral estimator of
+            `tokenprune.estimators` (with its default parameters, in float64). "effective_rank" ranks as H does.
         column_groups: average groups of head_dim / 128 neighbouring columns first, as the release does.
     """
 
@@ -42,12 +48,14 @@ class EntropyPrune(ScoreMethod):
     source: str = "query"
     normalization: str = "none"
     gram: str = "dual"
+    estimator: str = "von_neumann"
     column_groups: bool = False
 
     def __post_init__(self) -> None:
         SOURCE.check("source", self.source)
         NORMALIZATION.check("normalization", self.normalization)
         GRAM.check("gram", self.gram)
+        ESTIMATOR.check("estimator", self.estimator)
 
     def needs(self) -> Needs:
         return Needs(states=(self.source,))  # type: ignore[arg-type]  # checked in __post_init__
@@ -77,6 +85,16 @@ class EntropyPrune(ScoreMethod):
         if self.source == "hidden":
             x = x.unflatten(1, (image.num_heads, -1))
         options: dict[str, Any] = {"normalization": self.normalization, "column_groups": self.column_groups}
-        if self.gram == "primal":
-            return reference.matrix_entropy(x, gram="primal", **options)
-        return dual_gram_entropy(x, **options)
+        # exp(H) ranks tokens as H does, and overflows where the trace is not divided out.
+        is_entropy = self.estimator in ("von_neumann", "effective_rank")
+        if is_entropy and self.gram == "dual":
+            return dual_gram_entropy(x, **options)
+        gram: Any = self.gram
+        if is_entropy:
+            return reference.matrix_entropy(x, gram=gram, **options)
+        eigenvalues = reference.spectrum(x, gram=gram, **options)
+        estimator = make_estimator(self.estimator)
+        assert isinstance(estimator, SpectralEstimator)
+        # Heads that are all equal have no spectrum (every eigenvalue at the clamp): the least diverse there is.
+        empty = (eigenvalues == EIGENVALUE_FLOOR).all(-1)
+        return estimator.of_spectrum(eigenvalues).masked_fill(empty, -torch.inf)

@@ -86,6 +86,10 @@ class Family(ABC):
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
         return self.text_model(model).layers  # type: ignore[return-value]
 
+    def final_norm(self, model: nn.Module) -> nn.Module:
+        """The norm after the last decoder layer."""
+        return self.text_model(model).norm  # type: ignore[return-value]
+
     def attention(self, layer: nn.Module) -> nn.Module:
         """The self-attention module of a decoder layer, with `q_proj`, `k_proj`, `v_proj` and `head_dim`."""
         return layer.self_attn  # type: ignore[return-value]

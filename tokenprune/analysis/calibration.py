@@ -1,0 +1,200 @@
+"""Calibration samples: images with a prompt each, from wherever they are, as inputs for the model.
+
+A source is a folder of images, a JSONL file, a Hugging Face dataset, or "testbed". Nothing of it is executed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenprune.errors import ConfigError
+from tokenprune.images import open_image
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PROMPT = "Describe the image."
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_HUB = "hf:"
+_IMAGE_NAMES, _PROMPT_NAMES = ("image", "images"), ("prompt", "question", "text")
+
+
+@dataclass(frozen=True)
+class CalibrationSample:
+    """RGB images and the prompt about them."""
+
+    images: tuple[Image.Image, ...]
+    prompt: str = PROMPT
+
+
+def load_calibration(source: str | Path, limit: int = 64, *, seed: int = 0) -> list[CalibrationSample]:
+    """Up to `limit` samples of a source.
+
+    Args:
+        source: "testbed" (training scenes of the bundled model); a folder of images; a .jsonl file with {"image":
+            path or list of paths, "prompt": text} per line, paths relative to it; a folder that datasets'
+            save_to_disk wrote; or "hf:OWNER/NAME", "hf:OWNER/NAME:SPLIT" for a dataset on the hub (needs `datasets`).
+        limit: how many.
+        seed: which ones, out of a folder, a dataset on disk or the testbed; a file and the hub are read from the start.
+
+    Raises:
+        ConfigError: nothing usable there; says what is wrong with it.
+    """
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise ConfigError(f"the number of samples must be an int of at least 1, not {limit!r}")
+    text, path = str(source), Path(source).expanduser()
+    if text == "testbed":
+        found = _from_testbed(limit, seed)
+    elif text.startswith(_HUB):
+        found = _from_hub(text[len(_HUB) :], limit)
+    elif path.suffix.lower() == ".jsonl" and path.is_file():
+        found = _from_jsonl(path, limit)
+    elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        found = _from_disk(path, limit, seed)
+    elif path.is_dir():
+        found = _from_folder(path, limit, seed)
+    else:
+        raise ConfigError(
+            f"there are no calibration samples at {text!r}; give a folder of images, a .jsonl file, a dataset "
+            f"folder, 'hf:OWNER/NAME' or 'testbed'"
+        )
+    samples = list(found)
+    if not samples:
+        raise ConfigError(f"{text!r} holds no images ({', '.join(s[1:] for s in SUFFIXES)})")
+    return samples
+
+
+def calibration_calls(
+    processor: Any, samples: Sequence[CalibrationSample], device: Any = None
+) -> Iterator[Any]:
+    """Each sample as inputs of the model (a batch of one), through the processor's chat template.
+
+    Raises:
+        ConfigError: the processor has no chat template.
+    """
+    if getattr(processor, "chat_template", None) is None:
+        raise ConfigError(
+            "this model's processor has no chat template, so prompts cannot be made; use another checkpoint"
+        )
+    for sample in samples:
+        content = [*({"type": "image", "image": image} for image in sample.images)]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": [*content, {"type": "text", "text": sample.prompt}]}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        yield inputs if device is None else inputs.to(device)
+
+
+def _from_testbed(limit: int, seed: int) -> Iterator[CalibrationSample]:
+    from PIL import Image
+
+    from tokenprune.testbed import evaluation_set
+
+    # Training scenes: what was calibrated on must not be evaluated on.
+    questions = evaluation_set(2 * limit + 14, seed=seed, split="train", per_scene=1)
+    single = [q for q in questions if len(q.images) == 1]
+    step = max(1, len(single) // limit)
+    for sample in single[::step][:limit]:
+        yield CalibrationSample(tuple(Image.fromarray(i) for i in sample.images), sample.question)
+
+
+def _from_folder(folder: Path, limit: int, seed: int) -> Iterator[CalibrationSample]:
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    for i in _drawn(len(paths), limit, seed):
+        yield CalibrationSample((open_image(paths[i]),))
+
+
+def _from_jsonl(path: Path, limit: int) -> Iterator[CalibrationSample]:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        for number, line in islice(lines, limit):
+            where = f"{path.name}, line {number}"
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ConfigError(f"{where} is not JSON: {error}") from None
+            if not isinstance(record, dict):
+                raise ConfigError(
+                    f"{where} must be an object with 'image' and 'prompt', not {line.strip()[:60]}"
+                )
+            given, prompt = _fields(record, where)
+            given = given if isinstance(given, list) else [given]
+            if not given or not all(isinstance(name, str) for name in given):
+                raise ConfigError(f"{where}: 'image' must be a path or a list of paths")
+            yield CalibrationSample(tuple(open_image(path.parent / name) for name in given), prompt)
+
+
+def _from_hub(name: str, limit: int) -> Iterator[CalibrationSample]:
+    dataset_name, _, split = name.partition(":")
+    datasets = _datasets()
+    try:
+        stream = datasets.load_dataset(
+            dataset_name, split=split or "train", streaming=True, trust_remote_code=False
+        )
+        records = list(stream.take(limit))
+    except Exception as error:  # what datasets raises has no common base
+        raise ConfigError(f"cannot read the dataset {name!r}: {one_line(error)}") from error
+    yield from (_from_record(record, f"{name}, record {i}") for i, record in enumerate(records))
+
+
+def _from_disk(folder: Path, limit: int, seed: int) -> Iterator[CalibrationSample]:
+    try:
+        data = _datasets().load_from_disk(str(folder))
+        if isinstance(data, dict):  # a DatasetDict: its training split, or the first
+            data = data.get("train", next(iter(data.values()), []))
+        records = [(i, data[i]) for i in _drawn(len(data), limit, seed)]
+    except ConfigError:
+        raise
+    except Exception as error:  # what datasets raises has no common base
+        raise ConfigError(f"cannot read the dataset in {str(folder)!r}: {one_line(error)}") from error
+    for i, record in records:
+        yield _from_record(record, f"{folder.name}, record {i}")
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError(
+            "reading a Hugging Face dataset needs the datasets library: pip install datasets"
+        ) from None
+    return datasets
+
+
+def _from_record(record: dict[str, Any], where: str) -> CalibrationSample:
+    from PIL import Image
+
+    given, prompt = _fields(record, where)
+    images = given if isinstance(given, list) else [given]
+    if not images or not all(isinstance(image, Image.Image) for image in images):
+        raise ConfigError(f"{where}: 'image' must be an image feature")
+    return CalibrationSample(tuple(image.convert("RGB") for image in images), prompt)
+
+
+def _fields(record: dict[str, Any], where: str) -> tuple[Any, str]:
+    given = next((record[name] for name in _IMAGE_NAMES if name in record), None)
+    if given is None:
+        raise ConfigError(f"{where} has no 'image'; it has {', '.join(map(repr, record)) or 'nothing'}")
+    prompt = next((record[name] for name in _PROMPT_NAMES if name in record), PROMPT)
+    if not isinstance(prompt, str):
+        raise ConfigError(f"{where}: the prompt must be text, not {prompt!r:.60}")
+    return given, prompt
+
+
+def _drawn(count: int, limit: int, seed: int) -> list[int]:
+    """Up to `limit` of `count` indices, ascending."""
+    import numpy as np
+
+    return sorted(int(i) for i in np.random.default_rng(seed).permutation(count)[:limit])

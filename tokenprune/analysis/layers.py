@@ -1,0 +1,216 @@
+"""What every decoder layer does to the tokens, measured on calibration samples: one prefill each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokenprune.analysis.reader import Attention, Prompt, Reader
+from tokenprune.errors import ConfigError
+from tokenprune.estimators import Estimator, estimate, make_estimator
+from tokenprune.methods.base import Grid
+from tokenprune.models.base import Family
+from tokenprune_kernels.dual_gram_entropy import dual_gram_entropy
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Layer-by-layer measurements; L decoder layers, h heads.
+
+    Attributes:
+        visual: by estimator, (images, L + 1) diversity of each image's tokens on entering layer l; l = L is the input
+            of the final norm. NaN where fewer than two tokens differ from their mean.
+        text: by estimator, (rows, L + 1) the same of each row's other tokens.
+        tokens: (images,) visual tokens of each image.
+        attention_entropy: (rows, L, h) entropy of the last position's attention over log(keys), in [0, 1].
+        visual_share: (rows, L) share of the last position's attention that goes to visual tokens, mean over heads.
+        maps: of the first images asked for, (L, n) the matrix entropy of each token's query heads in layer l, which a
+            cut at layer l + 1 would score (EntropyPrune, trace-normalised).
+        grids: layouts of those images' tokens.
+    """
+
+    visual: dict[str, FloatArray]
+    text: dict[str, FloatArray]
+    tokens: NDArray[np.int64]
+    attention_entropy: FloatArray
+    visual_share: FloatArray
+    maps: list[FloatArray]
+    grids: list[Grid]
+
+    @property
+    def num_layers(self) -> int:
+        return next(iter(self.visual.values())).shape[1] - 1
+
+
+def read_layers(
+    model: Any,
+    calls: Iterable[Mapping[str, Any]],
+    estimators: Sequence[str | Estimator] = ("von_neumann",),
+    *,
+    attention: bool = True,
+    maps: int = 0,
+) -> LayerStatistics:
+    """Measure every layer of a model on calls of it, one prefill each.
+
+    Nothing is copied: states are measured inside the layers' hooks and a number per image is kept.
+
+    Args:
+        model: a stock model that is not wrapped.
+        calls: inputs as its processor makes them, each a batch of any size.
+        estimators: names or instances.
+        attention: whether to measure attention too (of the last position only).
+        maps: of how many images (the first ones) to keep every token's entropy.
+
+    Raises:
+        ConfigError: an unknown estimator, or calls without images.
+        TokenPruneError: the model is wrapped.
+    """
+    made = [make_estimator(e) for e in estimators]
+    if not made:
+        raise ConfigError("name at least one estimator")
+    measuring = _Measuring(made, attention, maps)
+    reader = Reader(
+        model, hidden=measuring.hidden, attention=measuring.attention if attention or maps else None
+    )
+    measuring.family, measuring.num_layers = reader.family, len(reader.layers)
+    with reader:
+        for inputs in calls:
+            measuring.start()
+            reader.read(inputs)
+    if not measuring.tokens:
+        raise ConfigError("the calibration samples have no images; give prompts with images")
+    return measuring.statistics()
+
+
+class _Measuring:
+    family: Family
+    num_layers: int
+
+    def __init__(self, estimators: Sequence[Estimator], attention: bool, maps: int) -> None:
+        self.estimators, self.wants_attention, self.wants_maps = estimators, attention, maps
+        self.tokens: list[int] = []
+        # values[kind][estimator][layer]: tensors () of one call after the other, left on the device
+        self.values: dict[str, list[dict[int, list[Tensor]]]] = {
+            kind: [{} for _ in estimators] for kind in ("visual", "text")
+        }
+        self.entropy: list[dict[int, Tensor]] = []
+        self.share: list[dict[int, Tensor]] = []
+        self.maps: list[dict[int, Tensor]] = []
+        self.grids: list[Grid] = []
+        self._rows: list[tuple[dict[int, Tensor], dict[int, Tensor]]] = []
+        self._maps: list[tuple[int, int]] = []  # (row, image) of this call's images that are mapped
+
+    def start(self) -> None:
+        self._rows, self._maps = [], []
+
+    def hidden(self, layer: int, states: Tensor, prompt: Prompt) -> None:
+        if layer == 0:
+            self.tokens += [image.n for row in prompt.images for image in row]
+            keys = [(r, i) for r, row in enumerate(prompt.images) for i in range(len(row))]
+            self._maps = keys[: max(0, self.wants_maps - len(self.maps))]
+            self.maps += [{} for _ in self._maps]
+            self.grids += [prompt.images[r][i].grid for r, i in self._maps]
+        for r, (images, text) in enumerate(zip(prompt.visual, prompt.text, strict=True)):
+            for columns in images:
+                self._measure("visual", layer, states[r], columns)
+            self._measure("text", layer, states[r], text)
+
+    def _measure(self, kind: str, layer: int, states: Tensor, columns: Tensor) -> None:
+        tokens = states.index_select(0, columns.to(states.device))
+        for e, estimator in enumerate(self.estimators):
+            value = estimate(tokens, estimator) if len(columns) > 1 else states.new_full((), torch.nan)
+            self.values[kind][e].setdefault(layer, []).append(value.float())
+
+    def attention(self, layer: int, attention: Attention, prompt: Prompt) -> None:
+        for (r, i), values in zip(self._maps, self.maps[len(self.maps) - len(self._maps) :], strict=True):
+            columns = prompt.visual[r][i].to(attention.query.device)
+            heads = turned(self.family, attention, attention.query, r, columns)
+            values[layer] = dual_gram_entropy(heads, normalization="trace")
+        if not self.wants_attention:
+            return
+        if not self._rows:
+            self._rows = [({}, {}) for _ in prompt.text]
+            self.entropy += [row[0] for row in self._rows]
+            self.share += [row[1] for row in self._rows]
+        for r, (entropy, share) in enumerate(self._rows):
+            columns = torch.cat([*prompt.visual[r], prompt.text[r]]).to(attention.query.device)
+            weights = last_row(self.family, attention, r, columns)
+            entropy[layer] = -torch.special.xlogy(weights, weights).sum(-1) / math.log(len(columns))
+            visual = sum(len(image) for image in prompt.visual[r])
+            share[layer] = weights[:, :visual].sum(-1).mean()
+
+    def statistics(self) -> LayerStatistics:
+        def table(kind: str, e: int) -> FloatArray:
+            layers = self.values[kind][e]
+            stacked = torch.stack(
+                [torch.stack(layers[l]).to("cpu", torch.float64) for l in range(self.num_layers + 1)], 1
+            )
+            return stacked.numpy()
+
+        def rows(found: list[dict[int, Tensor]]) -> FloatArray:
+            per_row = [
+                torch.stack([row[l].to("cpu", torch.float64) for l in range(self.num_layers)])
+                for row in found
+            ]
+            return torch.stack(per_row).numpy() if per_row else np.zeros((0, self.num_layers))
+
+        names = [_label(e) for e in self.estimators]
+        return LayerStatistics(
+            visual={name: table("visual", e) for e, name in enumerate(names)},
+            text={name: table("text", e) for e, name in enumerate(names)},
+            tokens=np.asarray(self.tokens, dtype=np.int64),
+            attention_entropy=rows(self.entropy),
+            visual_share=rows(self.share),
+            maps=[
+                torch.stack([m[l].to("cpu", torch.float64) for l in range(self.num_layers)]).numpy()
+                for m in self.maps
+            ],
+            grids=self.grids,
+        )
+
+
+def last_row(family: Family, attention: Attention, row: int, columns: Tensor) -> Tensor:
+    """Attention probabilities (heads, keys) of a row's last real position over the real positions it sees.
+
+    Args:
+        family: of the model.
+        attention: what the layer computes it from.
+        row: of the batch.
+        columns: (keys,) real positions in any order; the largest is the query's.
+    """
+    module: Any = attention.module
+    last = columns.max().reshape(1)
+    query = turned(family, attention, attention.query, row, last)[0].float()
+    key = turned(family, attention, attention.key, row, columns).float()
+    key = key.repeat_interleave(query.shape[0] // key.shape[1], dim=1)
+    logits = torch.einsum("hd,khd->hk", query, key) * module.scaling
+    window = getattr(module, "sliding_window", None)
+    if window is None and not hasattr(module, "sliding_window"):
+        window = getattr(module.config, "sliding_window", None)
+    if window is not None:
+        logits = logits.masked_fill(columns <= last - window, -torch.inf)
+    return logits.softmax(-1)
+
+
+def turned(family: Family, attention: Attention, states: Tensor, row: int, columns: Tensor) -> Tensor:
+    """Queries or keys (n, heads, head_dim) of a row's columns (n,), rotary embedding applied."""
+    module: Any = attention.module
+    own = states[row].index_select(0, columns)
+    own = own.reshape(len(columns), -1, module.head_dim)
+    cos, sin = (x[row if len(x) > 1 else 0].index_select(0, columns) for x in (attention.cos, attention.sin))
+    return family.rotary(own, cos, sin)
+
+
+def _label(estimator: Estimator) -> str:
+    """The estimator's name, with its parameters where they are not the defaults."""
+    changed = {k: v for k, v in vars(estimator).items() if v != getattr(type(estimator), k, v)}
+    return estimator.name + "".join(f",{k}={v!r}" for k, v in changed.items())

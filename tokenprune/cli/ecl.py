@@ -1,0 +1,223 @@
+"""`tokenprune ecl`: where a model's visual tokens collapse, and what its attention does meanwhile."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tokenprune.cli.loading import load_model
+from tokenprune.cli.run import Dtype
+from tokenprune.cli.shell import InputError, JsonOption, console, print_json
+
+if TYPE_CHECKING:
+    from tokenprune.analysis.calibration import CalibrationSample
+    from tokenprune.analysis.collapse import Collapse
+    from tokenprune.analysis.layers import LayerStatistics
+
+
+def ecl(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A local folder, a hub id, or 'testbed': the bundled model."),
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            metavar="SOURCE",
+            help="A folder of images, a .jsonl file (image, prompt), hf:OWNER/NAME, or 'testbed'.",
+        ),
+    ],
+    samples: Annotated[int, typer.Option("--samples", min=16, help="Images to read at most.")] = 64,
+    estimator: Annotated[
+        str, typer.Option("--estimator", help="What is followed through the layers, or 'all'.")
+    ] = "von_neumann",
+    fallback_layer: Annotated[
+        int | None, typer.Option("--fallback-layer", help="The layer to use when there is no clear collapse.")
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option("--figure", metavar="PNG", help="Draw the curves with their intervals.")
+    ] = None,
+    attention_figure: Annotated[
+        Path | None, typer.Option("--attention-figure", metavar="PNG", help="Draw attention by layer.")
+    ] = None,
+    maps: Annotated[
+        Path | None,
+        typer.Option("--maps", metavar="PNG", help="Draw every token's entropy over the first images."),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Of the samples drawn and of the bootstrap.")
+    ] = 0,
+    save: Annotated[
+        bool, typer.Option("--save/--no-save", help="Keep the layer for wrap(model, layer='auto').")
+    ] = True,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of the weights.")] = Dtype.auto,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu, cuda, cuda:1, or auto to spread over GPUs.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the Entropy Collapse Layer of a model on calibration images, one prefill each."""
+    from tokenprune.analysis.calibration import load_calibration
+    from tokenprune.errors import NoCollapseError
+    from tokenprune.estimators import ESTIMATORS, make_estimator
+
+    names = list(ESTIMATORS) if estimator == "all" else [make_estimator(estimator).name]
+    for path in (figure, attention_figure, maps):
+        _check_figure(path)
+    from tokenprune.analysis.collapse import MIN_IMAGES, begin, find_collapse, settle
+
+    calibration = load_calibration(data, samples, seed=seed)
+    images = sum(len(sample.images) for sample in calibration)
+    if images < MIN_IMAGES:
+        raise InputError(
+            f"--data {data} has {images} images; at least {MIN_IMAGES} are needed to tell a collapse"
+        )
+    loaded, processor = load_model(model, dtype.value, device)
+    own = begin(loaded, fallback_layer, save=save)
+
+    statistics = _read(loaded, processor, calibration, names, 4 if maps else 0, quiet=as_json)
+    found = {name: find_collapse(values, name, seed=seed) for name, values in statistics.visual.items()}
+    unclear: NoCollapseError | None = None
+    try:
+        found[names[0]] = settle(found[names[0]], own, fallback_layer, save=save)
+    except NoCollapseError as error:
+        unclear = error
+    text = {name: _mean(values) for name, values in statistics.text.items()}
+    if figure is not None or attention_figure is not None:
+        from tokenprune.analysis.plots import plot_attention, plot_collapse
+
+        if figure is not None:
+            plot_collapse(found, figure, text=text)
+        if attention_figure is not None:
+            plot_attention(statistics, attention_figure)
+    if maps is not None:
+        _draw_maps(maps, statistics, processor, calibration, found[names[0]].steepest)
+    if as_json:
+        print_json(_document(found, statistics, text))
+    else:
+        _show(found, statistics, text, saved=save and unclear is None)
+    if unclear is not None:
+        raise InputError(f"{unclear.collapse.verdict()}; choose a layer yourself, or give --fallback-layer")
+
+
+def _check_figure(path: Path | None) -> None:
+    if path is None:
+        return
+    if path.suffix.lower() != ".png":
+        raise InputError(f"figures are PNGs: give a name that ends in .png, not {path.name!r}")
+    if not path.parent.is_dir():
+        raise InputError(f"there is no folder {str(path.parent)!r}; make it first")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("figures need matplotlib: pip install 'tokenprune-vlm[plot]'")
+
+
+def _read(
+    model: Any, processor: Any, samples: list[CalibrationSample], names: list[str], maps: int, quiet: bool
+) -> LayerStatistics:
+    from rich.progress import track
+
+    from tokenprune.analysis.calibration import calibration_calls
+    from tokenprune.analysis.layers import read_layers
+
+    progress = console(stderr=True)
+    calls = track(
+        calibration_calls(processor, samples, model.device),
+        description="reading",
+        total=len(samples),
+        console=progress,
+        disable=quiet or not progress.is_terminal,
+        transient=True,
+    )
+    return read_layers(model, calls, names, maps=maps)
+
+
+def _mean(values: Any) -> list[Any]:
+    """Mean over rows, nested as deep as what is left; rows with a NaN count where they have none."""
+    import numpy as np
+
+    known = np.isfinite(values)
+    total, count = np.where(known, values, 0).sum(0), known.sum(0)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan).tolist()
+
+
+def _without_nan(values: Any) -> Any:
+    """JSON has no NaN: None in its place."""
+    if isinstance(values, list):
+        return [_without_nan(v) for v in values]
+    return None if values != values else values
+
+
+def _draw_maps(
+    path: Path, statistics: LayerStatistics, processor: Any, samples: list[CalibrationSample], layer: int
+) -> None:
+    from tokenprune.draw import draw_heat, tile
+    from tokenprune.images import as_seen
+
+    images = [as_seen(processor.image_processor, image) for sample in samples for image in sample.images]
+    pictures = [
+        draw_heat(
+            image, grid, values[layer - 1], caption=f"matrix entropy of the queries of layer {layer - 1}"
+        )
+        for image, grid, values in zip(images, statistics.grids, statistics.maps, strict=False)
+    ]
+    try:
+        tile(pictures, columns=len(pictures)).save(path)
+    except OSError as error:
+        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+
+
+def _document(
+    found: dict[str, Collapse], statistics: LayerStatistics, text: dict[str, list[float]]
+) -> dict[str, Any]:
+    return {
+        "collapse": {
+            name: {**c.model_dump(mode="json"), "verdict": c.verdict()} for name, c in found.items()
+        },
+        "text": {name: _without_nan(values) for name, values in text.items()},
+        "attention_entropy": _without_nan(_mean(statistics.attention_entropy)),
+        "visual_share": _without_nan(_mean(statistics.visual_share)),
+    }
+
+
+def _show(
+    found: dict[str, Collapse], statistics: LayerStatistics, text: dict[str, list[float]], saved: bool
+) -> None:
+    from rich.table import Table
+
+    out = console()
+    first = next(iter(found.values()))
+    table = Table(title=f"{first.estimator} diversity on entering each layer, {first.images} images")
+    for column in (
+        "layer",
+        "visual tokens",
+        "95 %",
+        "drop",
+        "95 %",
+        "text tokens",
+        "attention entropy",
+        "on visual",
+    ):
+        table.add_column(column, justify="right")
+    entropy = [sum(heads) / len(heads) for heads in _mean(statistics.attention_entropy)]
+    share = _mean(statistics.visual_share)
+    for l, mean in enumerate(first.mean):
+        table.add_row(
+            f"{l}" if l < statistics.num_layers else "norm",
+            f"{mean:.4f}",
+            f"{first.low[l]:.4f} to {first.high[l]:.4f}",
+            f"{first.drop[l]:+.4f}" if l else "",
+            f"{first.drop_low[l]:+.4f} to {first.drop_high[l]:+.4f}" if l else "",
+            f"{text[first.estimator][l]:.4f}",
+            f"{entropy[l]:.3f}" if l < statistics.num_layers else "",
+            f"{share[l]:.1%}" if l < statistics.num_layers else "",
+            style="bold" if l == first.steepest else None,
+        )
+    out.print(table)
+    for collapse in found.values():
+        out.print(collapse.verdict(), markup=False)
+    if saved:
+        out.print(f"layer {first.layer} is kept for wrap(model, layer='auto')", markup=False)
