@@ -74,7 +74,7 @@ def refusal(kind: type[TokenPruneError], text: str) -> Iterator[None]:
 # -- at wrap --------------------------------------------------------------------------------------------------------
 
 KEEP = r"keep must be a float in \(0, 1\] \(a fraction\) or an int >= 1 \(tokens per image\)"
-LAYER = r"layer must be an int from 1 to 3, not"
+LAYER = r"layer must be an int from 1 to 3, or 'auto', not"
 RANGE = r"can cut this model at layers 1 to 3, not"
 BAD_ARGUMENTS: list[tuple[dict[str, Any], type[ConfigError], str]] = [
     ({"keep": 0}, BudgetError, KEEP),
