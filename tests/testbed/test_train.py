@@ -26,6 +26,7 @@ assert a.grad.eq(1.5).all() and b.grad.eq(15.0).all(), (a.grad, b.grad)
 seconds = [None, None]
 torch.distributed.all_gather_object(seconds, step_seconds(1000.0 * RANK))
 assert seconds[0] == seconds[1], seconds
+torch.distributed.destroy_process_group()
 """
 
 

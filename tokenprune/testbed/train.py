@@ -437,6 +437,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         **extra,
     )
     train_answers(given.out, model, options)
+    if distributed.is_initialized():
+        # Left to the interpreter's exit, gloo's threads can abort a process that has finished its work.
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
