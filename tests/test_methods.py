@@ -22,7 +22,7 @@ ROWS = (["text:5", "image", "text:3", "image", "text:4"], ["text:2", "image", "t
 
 
 def image(n: int, grid: Grid | None = None, **states: Any) -> ImageTokens:
-    return ImageTokens(n=n, raster=torch.arange(n), grid=grid or Grid(1, 1, n), num_heads=2, **states)
+    return ImageTokens(n=n, raster=torch.arange(n), grids=(grid or Grid(1, 1, n),), num_heads=2, **states)
 
 
 def entropy64(x: Tensor, trace: bool) -> Tensor:

@@ -333,6 +333,6 @@ def test_random_does_not_see_the_batch(
 )
 def test_random_draws_again_for_another_seed(digest: int, seeds: list[int], n: int, share: float) -> None:
     """Contract 16. Two draws of 16 or more of 64 or more tokens agree by chance once in 10^14 times."""
-    image = ImageTokens(n, torch.arange(n), Grid(1, 1, n), digest=torch.tensor(digest))
+    image = ImageTokens(n, torch.arange(n), (Grid(1, 1, n),), digest=torch.tensor(digest))
     first, second = (Random(seed).select(image, int(share * n)).keep for seed in seeds)
     assert len(first) == len(second) and not torch.equal(first, second)

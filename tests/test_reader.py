@@ -68,7 +68,7 @@ def test_last_row_is_the_models_own_attention(name, pad):
     def compare(layer, attention, prompt):
         for r in range(2):
             columns = torch.cat([*prompt.visual[r], prompt.text[r]])
-            weights = last_row(reader.family, attention, r, columns)
+            weights = last_row(attention, r, columns)
             truth = own[layer][r, :, int(columns.max())][:, columns]
             assert (weights - truth).abs().max() < 1e-5, (layer, r)
             checked.append((layer, r))

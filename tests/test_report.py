@@ -32,7 +32,7 @@ def test_report_of_a_ragged_batch() -> None:
         report = tokenprune.report(model)
     assert [(i.row, i.image) for i in report.images] == [(0, 0), (0, 1), (2, 0), (2, 1), (3, 0)]
     for image in report.images:
-        assert image.grid == (1, 5, 5)
+        assert image.grids == ((1, 5, 5),) and image.structural == 0
         assert (image.tokens, image.kept) == (25, (15, 5))
         assert image.average == (25 + 2 * 15 + 3 * 5) / 6
     assert report.tokens == 125

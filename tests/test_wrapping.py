@@ -172,7 +172,7 @@ def test_failing_install_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> Non
     def missing(*_: Any) -> Any:
         raise AttributeError("no such projection")
 
-    monkeypatch.setattr("tokenprune.models.llava.Llava.state_module", missing)
+    monkeypatch.setattr("tokenprune.runtime.hooks.state_module", missing)
     with pytest.raises(AttributeError, match="no such projection"):
         tokenprune.wrap(model, **PRUNE)
     assert installed(model) == before

@@ -13,6 +13,7 @@ from tokenprune.budget import BudgetMeaning, Cut, Keep, average_floor, check_kee
 from tokenprune.errors import BudgetError, ConfigError
 from tokenprune.methods import DecoderShape, Method, NoPruning, make_method
 from tokenprune.models.base import Family
+from tokenprune.models.decoder import check_states
 
 Positions = Literal["keep", "compact"]
 # keep_lists[cut][row][image] = kept raster indices
@@ -66,6 +67,8 @@ def make_config(
     num_layers = len(family.layers(model))
     made = make_method(method, parameters)
     made.check(decoder_shape(model, family))
+    if any(state != "hidden" for state in made.needs().states):
+        check_states(family.text_model(model).config)
     if budget not in ("average", "after_cut"):
         raise ConfigError(f"budget must be 'average' or 'after_cut', not {budget!r}")
     if positions not in ("keep", "compact"):

@@ -110,8 +110,27 @@ def draw_report(
         caption = (
             f"{report.method}: {len(kept)} of {facts.tokens} tokens" if captions is None else captions[i]
         )
-        pictures.append(draw_kept(image, facts.grid, kept, pairs, caption, scale))
+        pictures.append(_draw_views(image, facts.grids, _integers(kept), pairs, caption, scale))
     return pictures
+
+
+def _draw_views(
+    image: Picture | Sequence[Picture],
+    grids: Sequence[GridLike],
+    kept: list[int],
+    pairs: list[tuple[int, int]],
+    caption: str,
+    scale: int | None,
+) -> Picture:
+    """One picture per view of an image, side by side."""
+    panels, start = [], 0
+    for grid in grids:
+        end = start + math.prod(_grid(grid))
+        own = [index - start for index in kept if start <= index < end]
+        merged = [(a - start, b - start) for a, b in pairs if start <= a < end and start <= b < end]
+        panels.append(draw_kept(image, grid, own, merged, scale=scale))
+        start = end
+    return add_caption(panels[0] if len(panels) == 1 else tile(panels, columns=len(panels)), caption)
 
 
 def draw_heat(

@@ -22,8 +22,9 @@ class ImageReport:
     Attributes:
         row, image: where it is.
         kind: "image" or "video".
-        grid: frames, height, width of its tokens.
+        grids: (frames, height, width) of its tokens, one per view.
         tokens: prunable visual tokens it came with.
+        structural: placeholders of it that are never pruned (the newlines of any-resolution images).
         kept: tokens left after each cut.
         merged: tokens merged into others at each cut.
         average: mean over decoder layers of its remaining tokens.
@@ -32,8 +33,9 @@ class ImageReport:
     row: int
     image: int
     kind: str
-    grid: tuple[int, int, int]
+    grids: tuple[tuple[int, int, int], ...]
     tokens: int
+    structural: int
     kept: tuple[int, ...]
     merged: tuple[int, ...]
     average: float
@@ -163,10 +165,11 @@ class Report:
             f"  {'row':>3} {'image':>5} {'grid':>9} {'tokens':>7} {'kept':>12} {'merged':>7} {'average':>8}",
         ]
         for image in self.images:
-            grid = "x".join(str(n) for n in image.grid if n > 1 or len(image.grid) < 3) or "1"
+            grid = "+".join(_shape(grid) for grid in image.grids)
+            tokens = f"{image.tokens}+{image.structural}" if image.structural else str(image.tokens)
             kept = " > ".join(map(str, image.kept)) or str(image.tokens)
             lines.append(
-                f"  {image.row:>3} {image.image:>5} {grid:>9} {image.tokens:>7} {kept:>12} {sum(image.merged):>7} "
+                f"  {image.row:>3} {image.image:>5} {grid:>9} {tokens:>7} {kept:>12} {sum(image.merged):>7} "
                 f"{image.average:>8.1f}"
             )
         nothing = "" if self.pruned else " (NOTHING WAS PRUNED)"
@@ -197,8 +200,10 @@ def make_report(outcome: Outcome) -> Report:
             kept = tuple(counts[r, i] for counts in outcome.counts)
             merged = tuple(len(cut[r, i][0]) if (r, i) in cut else 0 for cut in outcome.merged)
             average = average_kept(image.n, num_layers, config.cuts, kept) if kept else float(image.n)
-            grid = (image.grid.frames, image.grid.height, image.grid.width)
-            images.append(ImageReport(r, i, image.kind, grid, image.n, kept, merged, average))
+            grids = tuple((g.frames, g.height, g.width) for g in image.grids)
+            images.append(
+                ImageReport(r, i, image.kind, grids, image.n, image.structural, kept, merged, average)
+            )
     used = outcome.kv_used or [0] * num_layers
     allocated = outcome.kv_allocated or [0] * num_layers
     return Report(
@@ -220,3 +225,7 @@ def make_report(outcome: Outcome) -> Report:
         reason=outcome.reason,
         _outcome=outcome,
     )
+
+
+def _shape(grid: tuple[int, int, int]) -> str:
+    return "x".join(str(n) for n in grid if n > 1) or "1"

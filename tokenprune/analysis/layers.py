@@ -16,7 +16,7 @@ from tokenprune.analysis.reader import Attention, Prompt, Reader
 from tokenprune.errors import ConfigError
 from tokenprune.estimators import Estimator, estimate, make_estimator
 from tokenprune.methods.base import Grid
-from tokenprune.models.base import Family
+from tokenprune.models.decoder import by_token, rotate
 from tokenprune_kernels.dual_gram_entropy import dual_gram_entropy
 
 FloatArray = NDArray[np.float64]
@@ -35,7 +35,7 @@ class LayerStatistics:
         visual_share: (rows, L) share of the last position's attention that goes to visual tokens, mean over heads.
         maps: of the first images asked for, (L, n) the matrix entropy of each token's query heads in layer l, which a
             cut at layer l + 1 would score (EntropyPrune, trace-normalised).
-        grids: layouts of those images' tokens.
+        grids: layouts of those images' tokens, one grid per view.
     """
 
     visual: dict[str, FloatArray]
@@ -44,7 +44,7 @@ class LayerStatistics:
     attention_entropy: FloatArray
     visual_share: FloatArray
     maps: list[FloatArray]
-    grids: list[Grid]
+    grids: list[tuple[Grid, ...]]
 
     @property
     def num_layers(self) -> int:
@@ -81,7 +81,7 @@ def read_layers(
     reader = Reader(
         model, hidden=measuring.hidden, attention=measuring.attention if attention or maps else None
     )
-    measuring.family, measuring.num_layers = reader.family, len(reader.layers)
+    measuring.num_layers = len(reader.layers)
     with reader:
         for inputs in calls:
             measuring.start()
@@ -92,7 +92,6 @@ def read_layers(
 
 
 class _Measuring:
-    family: Family
     num_layers: int
 
     def __init__(self, estimators: Sequence[Estimator], attention: bool, maps: int) -> None:
@@ -105,7 +104,7 @@ class _Measuring:
         self.entropy: list[dict[int, Tensor]] = []
         self.share: list[dict[int, Tensor]] = []
         self.maps: list[dict[int, Tensor]] = []
-        self.grids: list[Grid] = []
+        self.grids: list[tuple[Grid, ...]] = []
         self._rows: list[tuple[dict[int, Tensor], dict[int, Tensor]]] = []
         self._maps: list[tuple[int, int]] = []  # (row, image) of this call's images that are mapped
 
@@ -118,7 +117,7 @@ class _Measuring:
             keys = [(r, i) for r, row in enumerate(prompt.images) for i in range(len(row))]
             self._maps = keys[: max(0, self.wants_maps - len(self.maps))]
             self.maps += [{} for _ in self._maps]
-            self.grids += [prompt.images[r][i].grid for r, i in self._maps]
+            self.grids += [prompt.images[r][i].grids for r, i in self._maps]
         for r, (images, text) in enumerate(zip(prompt.visual, prompt.text, strict=True)):
             for columns in images:
                 self._measure("visual", layer, states[r], columns)
@@ -133,7 +132,7 @@ class _Measuring:
     def attention(self, layer: int, attention: Attention, prompt: Prompt) -> None:
         for (r, i), values in zip(self._maps, self.maps[len(self.maps) - len(self._maps) :], strict=True):
             columns = prompt.visual[r][i].to(attention.query.device)
-            heads = turned(self.family, attention, attention.query, r, columns)
+            heads = turned(attention, "query", r, columns)
             values[layer] = dual_gram_entropy(heads, normalization="trace")
         if not self.wants_attention:
             return
@@ -143,7 +142,7 @@ class _Measuring:
             self.share += [row[1] for row in self._rows]
         for r, (entropy, share) in enumerate(self._rows):
             columns = torch.cat([*prompt.visual[r], prompt.text[r]]).to(attention.query.device)
-            weights = last_row(self.family, attention, r, columns)
+            weights = last_row(attention, r, columns)
             entropy[layer] = -torch.special.xlogy(weights, weights).sum(-1) / math.log(len(columns))
             visual = sum(len(image) for image in prompt.visual[r])
             share[layer] = weights[:, :visual].sum(-1).mean()
@@ -178,21 +177,23 @@ class _Measuring:
         )
 
 
-def last_row(family: Family, attention: Attention, row: int, columns: Tensor) -> Tensor:
+def last_row(attention: Attention, row: int, columns: Tensor) -> Tensor:
     """Attention probabilities (heads, keys) of a row's last real position over the real positions it sees.
 
     Args:
-        family: of the model.
         attention: what the layer computes it from.
         row: of the batch.
         columns: (keys,) real positions in any order; the largest is the query's.
     """
     module: Any = attention.module
     last = columns.max().reshape(1)
-    query = turned(family, attention, attention.query, row, last)[0].float()
-    key = turned(family, attention, attention.key, row, columns).float()
+    query = turned(attention, "query", row, last)[0].float()
+    key = turned(attention, "key", row, columns).float()
     key = key.repeat_interleave(query.shape[0] // key.shape[1], dim=1)
     logits = torch.einsum("hd,khd->hk", query, key) * module.scaling
+    cap = getattr(module.config, "attn_logit_softcapping", None)
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
     window = getattr(module, "sliding_window", None)
     if window is None and not hasattr(module, "sliding_window"):
         window = getattr(module.config, "sliding_window", None)
@@ -201,13 +202,15 @@ def last_row(family: Family, attention: Attention, row: int, columns: Tensor) ->
     return logits.softmax(-1)
 
 
-def turned(family: Family, attention: Attention, states: Tensor, row: int, columns: Tensor) -> Tensor:
+def turned(attention: Attention, state: str, row: int, columns: Tensor) -> Tensor:
     """Queries or keys (n, heads, head_dim) of a row's columns (n,), rotary embedding applied."""
-    module: Any = attention.module
-    own = states[row].index_select(0, columns)
-    own = own.reshape(len(columns), -1, module.head_dim)
-    cos, sin = (x[row if len(x) > 1 else 0].index_select(0, columns) for x in (attention.cos, attention.sin))
-    return family.rotary(own, cos, sin)
+    own = by_token(attention.module, state, getattr(attention, state))[row].index_select(0, columns)
+
+    def part(x: Tensor) -> Tensor:
+        return x[row if len(x) > 1 else 0].index_select(0, columns)
+
+    rope = attention.rope
+    return rotate(attention.module, own, part(rope) if isinstance(rope, Tensor) else [part(x) for x in rope])
 
 
 def _label(estimator: Estimator) -> str:

@@ -16,6 +16,7 @@ from tokenprune.config import make_config
 from tokenprune.errors import TokenPruneError
 from tokenprune.models import find_family, stock_model
 from tokenprune.models.base import Image
+from tokenprune.models.decoder import check_states, state_module
 from tokenprune.runtime.frame import Frame
 from tokenprune.runtime.hooks import Runtime
 
@@ -40,15 +41,14 @@ class Attention:
     """What a decoder layer's attention is computed from.
 
     Attributes:
-        query, key: (B, L, heads * head_dim) before rotary embedding; key has the KV heads.
-        cos, sin: (B | 1, L, d') rotary embedding.
+        query, key: before rotary embedding, as the modules of `tokenprune.models.decoder` put them out.
+        rope: the rotary embedding: cos and sin (B | 1, L, d'), or one complex tensor.
         module: the attention module.
     """
 
     query: Tensor
     key: Tensor
-    cos: Tensor
-    sin: Tensor
+    rope: Any
     module: nn.Module
 
 
@@ -79,6 +79,8 @@ class Reader:
         self.family = find_family(self.model)
         self.layers = list(self.family.layers(self.model))
         self._runtime = Runtime(self.model, self.family, make_config(self.model, self.family, method="none"))
+        if attention is not None:
+            check_states(self.family.text_model(self.model).config)
         self._hidden, self._attention = hidden, attention
         self._handles: list[RemovableHandle] = []
         self._frame: Frame | None = None
@@ -91,10 +93,11 @@ class Reader:
             if self._hidden is not None:
                 self._before(layer, partial(self._enter_layer, i))
             if self._attention is not None:
-                self._before(self.family.attention(layer), self._enter_attention)
+                module = self.family.attention(layer)
+                self._before(module, self._enter_attention)
                 for state in ("query", "key"):
                     hook = partial(self._catch, i, state)
-                    self._handles.append(self.family.state_module(layer, state).register_forward_hook(hook))
+                    self._handles.append(state_module(module, state).register_forward_hook(hook))
         if self._hidden is not None:
             self._before(self.family.final_norm(self.model), partial(self._enter_layer, len(self.layers)))
         return self
@@ -131,8 +134,9 @@ class Reader:
         caught, self._caught = self._caught, {}
         prompt = self._located(output.device)
         if prompt is not None and self._attention is not None:
-            cos, sin = (x.to(output.device) for x in caught["rope"])
-            self._attention(i, Attention(caught["query"], caught["key"], cos, sin, caught["module"]), prompt)
+            rope = caught["rope"]
+            rope = rope.to(output.device) if isinstance(rope, Tensor) else [x.to(output.device) for x in rope]
+            self._attention(i, Attention(caught["query"], caught["key"], rope, caught["module"]), prompt)
 
     def _located(self, device: torch.device) -> Prompt | None:
         frame = self._runtime.frame

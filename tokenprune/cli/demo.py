@@ -160,7 +160,7 @@ def ask(variant: Variant, model: Any, processor: Any, samples: list[Sample], sho
 
     def note(indices: list[int]) -> None:
         report = tokenprune.report(model)
-        variant.grid = report.images[0].grid
+        (variant.grid,) = report.images[0].grids
         tokens.extend((i.tokens, i.average, i.kept[-1] if i.kept else i.tokens) for i in report.images)
         for row, index in enumerate(indices):
             if index in shown and report.pruned:

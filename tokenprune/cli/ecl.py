@@ -158,12 +158,14 @@ def _draw_maps(
     from tokenprune.images import as_seen
 
     images = [as_seen(processor.image_processor, image) for sample in samples for image in sample.images]
-    pictures = [
-        draw_heat(
-            image, grid, values[layer - 1], caption=f"matrix entropy of the queries of layer {layer - 1}"
-        )
-        for image, grid, values in zip(images, statistics.grids, statistics.maps, strict=False)
-    ]
+    caption = f"matrix entropy of the queries of layer {layer - 1}"
+    pictures = []
+    for image, grids, values in zip(images, statistics.grids, statistics.maps, strict=False):
+        start = 0
+        for grid in grids:  # one picture per view
+            own = values[layer - 1][start : start + grid.tokens]
+            pictures.append(draw_heat(image, grid, own, caption=caption))
+            start += grid.tokens
     try:
         tile(pictures, columns=len(pictures)).save(path)
     except OSError as error:

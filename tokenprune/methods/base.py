@@ -21,11 +21,15 @@ State = Literal["query", "key", "value", "hidden"]
 
 @dataclass(frozen=True)
 class Grid:
-    """Spatial layout of an image's visual tokens: `frames` x `height` x `width` in raster order."""
+    """Spatial layout of visual tokens: `frames` (or crops) x `height` x `width` in raster order.
+
+    Each token was made of `merge` x `merge` patches of the vision tower.
+    """
 
     frames: int
     height: int
     width: int
+    merge: int = 1
 
     @property
     def tokens(self) -> int:
@@ -111,7 +115,7 @@ class ImageTokens:
     Attributes:
         n: visual tokens that remain at this cut.
         raster: (n,) their raster indices among the image's original tokens, ascending.
-        grid: layout of the original tokens.
+        grids: layout of the original tokens, one grid per view of the image (a thumbnail and the tiled image).
         query, key, value: (n, heads, head_dim), see `Needs.states`; key and value have the KV heads.
         hidden: (n, hidden_size).
         num_heads: attention heads of the decoder.
@@ -121,7 +125,7 @@ class ImageTokens:
 
     n: int
     raster: Tensor
-    grid: Grid
+    grids: tuple[Grid, ...]
     num_heads: int = 0
     query: Tensor | None = None
     key: Tensor | None = None

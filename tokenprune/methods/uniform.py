@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import ClassVar
 
 import torch
 
-from tokenprune.methods.base import ImageTokens, Method, Needs, Selection
+from tokenprune.methods.base import Grid, ImageTokens, Method, Needs, Selection
 
 
 @dataclass(frozen=True)
@@ -15,8 +16,8 @@ class Uniform(Method):
     """Keeps k tokens spread evenly over the image.
 
     Evenly spaced rows of the grid, as many as make the vertical and horizontal steps about equal, share the k
-    tokens as equally as k allows; each row's share is spaced evenly over the width. Frames count as rows. At a
-    second cut: evenly spaced among what remains, in raster order.
+    tokens as equally as k allows; each row's share is spaced evenly over the width. Frames count as rows; views
+    share k by their size. At a second cut: evenly spaced among what remains, in raster order.
     """
 
     name: ClassVar[str] = "uniform"
@@ -25,19 +26,30 @@ class Uniform(Method):
         return Needs()
 
     def select(self, image: ImageTokens, k: int) -> Selection:
-        if image.n != image.grid.tokens:
+        ends = list(accumulate(grid.tokens for grid in image.grids))
+        if image.n != ends[-1]:
             return Selection(_spread(k, image.n).to(image.raster.device, non_blocking=True))
-        rows, width = image.grid.frames * image.grid.height, image.grid.width
-        # As many rows as make the step about equal in both directions, and enough of them to hold k tokens.
-        used = min(rows, k, max(-(-k // width), round((k * rows / width) ** 0.5)))
-        chosen = _spread(used, rows)
-        bounds = [round(i * k / used) for i in range(used + 1)]
-        keep = [
-            row * width + column
-            for i, row in enumerate(chosen.tolist())
-            for column in _spread(bounds[i + 1] - bounds[i], width).tolist()
-        ]
+        keep, before, start = [], 0, 0
+        for grid, end in zip(image.grids, ends, strict=True):
+            share = round(k * end / image.n)
+            keep += [start + index for index in _even(grid, share - before)]
+            before, start = share, end
         return Selection(torch.tensor(keep).to(image.raster.device, non_blocking=True))
+
+
+def _even(grid: Grid, k: int) -> list[int]:
+    """k raster indices of a grid, evenly spread."""
+    if k == 0:
+        return []
+    rows, width = grid.frames * grid.height, grid.width
+    # As many rows as make the step about equal in both directions, and enough of them to hold k tokens.
+    used = min(rows, k, max(-(-k // width), round((k * rows / width) ** 0.5)))
+    bounds = [round(i * k / used) for i in range(used + 1)]
+    return [
+        row * width + column
+        for i, row in enumerate(_spread(used, rows).tolist())
+        for column in _spread(bounds[i + 1] - bounds[i], width).tolist()
+    ]
 
 
 def _spread(k: int, n: int) -> torch.Tensor:

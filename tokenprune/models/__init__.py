@@ -8,10 +8,40 @@ from torch import nn
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.models.base import Family
+from tokenprune.models.gemma3 import Gemma3
+from tokenprune.models.idefics3 import Idefics3, SmolVLM
+from tokenprune.models.internvl import InternVL
+from tokenprune.models.llama4 import Llama4
 from tokenprune.models.llava import Llava
+from tokenprune.models.llava_next import LlavaNext
+from tokenprune.models.llava_onevision import LlavaOnevision
+from tokenprune.models.paligemma import PaliGemma
 from tokenprune.models.qwen2_5_vl import Qwen25VL
+from tokenprune.models.qwen2_vl import Qwen2VL
+from tokenprune.models.qwen3_vl import Qwen3VL
+from tokenprune.models.vipllava import VipLlava
 
-FAMILIES: dict[str, Family] = {f.name: f for f in (Llava(), Qwen25VL())}
+_ALL = (
+    Llava(),
+    LlavaNext(),
+    LlavaOnevision(),
+    VipLlava(),
+    Qwen2VL(),
+    Qwen25VL(),
+    Qwen3VL(),
+    InternVL(),
+    Idefics3(),
+    SmolVLM(),
+    Gemma3(),
+    PaliGemma(),
+    Llama4(),
+)
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
+
+# Why a well-known model cannot be served.
+REFUSED = {
+    "mllama": "its images are read by cross-attention: there are no visual tokens in the sequence to prune"
+}
 
 
 def stock_model(model: object) -> nn.Module:
@@ -36,19 +66,16 @@ def find_family(model: nn.Module) -> Family:
     """
     config: Any = model.config
     kind = getattr(config, "model_type", type(model).__name__)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     for family in FAMILIES.values():
-        if kind in family.model_types and hasattr(model, "lm_head"):
-            text = getattr(config.get_text_config(), "model_type", None)
-            if family.text_types and text not in family.text_types:
-                raise UnsupportedModelError(
-                    f"{kind} with a {text!r} text model is not supported; supported: {', '.join(family.text_types)}"
-                )
+        if kind in family.model_types and head is not None:
             return family
     supported = ", ".join(sorted(t for f in FAMILIES.values() for t in f.model_types))
+    why = f": {REFUSED[kind]}" if kind in REFUSED else ""
     raise UnsupportedModelError(
-        f"{type(model).__name__} (model_type {kind!r}) is not supported; supported: {supported}, with a language head "
-        f"(the ...ForConditionalGeneration class)"
+        f"{type(model).__name__} (model_type {kind!r}) is not supported{why}; supported: {supported}, with a language "
+        f"head (the ...ForConditionalGeneration class)"
     )
 
 
-__all__ = ["FAMILIES", "Family", "find_family", "stock_model"]
+__all__ = ["FAMILIES", "REFUSED", "Family", "find_family", "stock_model"]

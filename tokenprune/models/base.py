@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,6 +16,7 @@ from tokenprune.errors import ConfigError, UnsupportedModelError
 from tokenprune.methods.base import Grid
 
 IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -24,19 +25,43 @@ class Image:
 
     Attributes:
         columns: (n,) columns of `input_ids` that hold its prunable visual tokens, in raster order.
-        grid: their layout.
+        grids: their layout, one grid per view of the image, one view after the other.
         kind: "image" or "video".
         order: its place among the call's images (or videos), as in `pixel_values`.
+        items: which of the pictures the vision tower was given (crops, frames) it consists of, as a range.
+        structural: placeholders of it that are never pruned.
     """
 
     columns: IntArray
-    grid: Grid
+    grids: tuple[Grid, ...]
     kind: str
     order: int
+    items: tuple[int, int]
+    structural: int = 0
 
     @property
     def n(self) -> int:
         return len(self.columns)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The placeholder tokens of one image, in the order of the sequence.
+
+    Attributes:
+        grids: of the prunable ones, one grid per view.
+        structural: (m,) True at tokens that are never pruned (the newlines after a row); None when there are none.
+        items: pictures (crops, frames) the vision tower is given for it.
+    """
+
+    grids: tuple[Grid, ...]
+    structural: BoolArray | None = None
+    items: int = 1
+
+    @property
+    def columns(self) -> int:
+        """Placeholders, structural ones included."""
+        return sum(g.tokens for g in self.grids) if self.structural is None else len(self.structural)
 
 
 @dataclass(frozen=True)
@@ -61,18 +86,19 @@ class Family(ABC):
     Class attributes:
         name: key of the registry.
         model_types: values of `config.model_type` it serves.
-        text_types: model types of text decoders it serves; empty for any.
         examples: checkpoints people run, for `tokenprune models`.
         published_layer: the cut's layer published for it (EntropyPrune's collapse layer), or None.
         mrope: whether positions have several axes (then `positions="compact"` is refused).
+        sizes_ahead: whether generate() hides from the model what `sizes` reads, so that it has to be noted when
+            the features are computed.
     """
 
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
-    text_types: ClassVar[tuple[str, ...]] = ()
     examples: ClassVar[tuple[str, ...]] = ()
     published_layer: ClassVar[int | None] = None
     mrope: ClassVar[bool] = False
+    sizes_ahead: ClassVar[bool] = False
 
     # -- where things are ---------------------------------------------------------------------------------------
 
@@ -94,17 +120,6 @@ class Family(ABC):
         """The self-attention module of a decoder layer, with `q_proj`, `k_proj`, `v_proj` and `head_dim`."""
         return layer.self_attn  # type: ignore[return-value]
 
-    def state_module(self, layer: nn.Module, state: str) -> nn.Module:
-        """The module whose output is a layer's "query", "key" or "value" states before rotary embedding."""
-        return getattr(self.attention(layer), f"{state[0]}_proj")
-
-    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Apply rotary embeddings to x (n, heads, d) with cos, sin (n, d'), d' <= d."""
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        width = cos.shape[-1]
-        turned = x[..., :width] * cos + rotate_half(x[..., :width]) * sin
-        return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)
-
     def vision_tap(self, model: nn.Module) -> VisionTap:
         """Queries and keys of the vision layer that yields the features.
 
@@ -123,19 +138,29 @@ class Family(ABC):
 
     @abstractmethod
     def tower_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Pixels and sizes (N, 3) of a call of the vision tower; what a size means is for `grid` to know."""
+        """Pixels and sizes (N, k) of a call of the vision tower; what a size means is for `layouts` to know."""
 
     @abstractmethod
     def sizes(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Sizes (N, 3) of the images ("image") and videos ("video") whose pixels a call of the model brings."""
+        """Sizes (N, k) of the images ("image") and videos ("video") whose pixels a call of the model brings."""
 
     @abstractmethod
-    def grid(self, model: nn.Module, size: IntArray) -> Grid:
-        """The visual tokens made of one image of that size, on the host."""
+    def layouts(self, model: nn.Module, kind: str, sizes: IntArray) -> list[Layout]:
+        """The placeholders of the images of these sizes, on the host."""
 
     @abstractmethod
     def digests(self, pixels: Tensor, sizes: Tensor) -> Tensor:
-        """(N,) int64: a hash of each image's pixels, computed on their device without copying anything off it."""
+        """(items,) int64: a hash of each picture's pixels, computed on their device without copying anything off it."""
+
+    def images(
+        self, model: nn.Module, kind: str, ids: IntArray, layouts: Sequence[Layout]
+    ) -> list[list[Image]]:
+        """The images of each row, found by their placeholders in `ids` (B, L).
+
+        Raises:
+            ConfigError: placeholders and images do not line up.
+        """
+        return locate(ids, self.token_id(model, kind), layouts, kind)
 
     def token_id(self, model: nn.Module, kind: str) -> int:
         """The placeholder's id in `input_ids`."""
@@ -148,28 +173,86 @@ class Family(ABC):
             UnsupportedModeError: says which.
         """
 
+    def to_tokens(self, model: nn.Module, patches: Tensor, image: Image) -> Tensor:
+        """Numbers (items, m) of an image's patches -> (n,) of its tokens: the mean over the patches merged into one."""
+        (grid,) = image.grids
+        rows = patches.reshape(-1, grid.merge, grid.width, grid.merge)
+        return rows.mean((1, 3)).flatten() if grid.merge > 1 else patches.flatten()
 
-def locate(ids: IntArray, token_id: int, grids: Sequence[Grid], kind: str = "image") -> list[list[Image]]:
+    def layer_features(
+        self, inputs: dict[str, Any], first: int
+    ) -> tuple[dict[str, Any], dict[int, tuple[Tensor, Tensor]]]:
+        """Take out of the text model's inputs what it would add to the states after layers `first` and later.
+
+        Returns:
+            The inputs without them, and per layer the columns (B, L) bool and the features of those columns (V, D).
+        """
+        return inputs, {}
+
+
+def locate(
+    ids: IntArray, token_id: int, layouts: Sequence[Layout], kind: str = "image", surplus: bool = False
+) -> list[list[Image]]:
     """Share out the placeholder columns of `token_id` among images, row by row, in order.
+
+    Args:
+        ids: (B, L).
+        token_id: the placeholder.
+        layouts: of the images, in order.
+        kind: "image" or "video".
+        surplus: whether layouts may be left over.
 
     Raises:
         ConfigError: placeholders and images do not line up.
     """
     rows: list[list[Image]] = []
-    order = 0
+    order = items = 0
     for row in ids:
         columns = np.flatnonzero(row == token_id).astype(np.int64)
         images, start = [], 0
         while start < len(columns):
-            n = grids[order].tokens if order < len(grids) else 0
-            if n == 0 or start + n > len(columns):
+            layout = layouts[order] if order < len(layouts) else None
+            if layout is None or layout.columns == 0 or start + layout.columns > len(columns):
                 raise ConfigError(
-                    f"the prompt's {kind} placeholders and the {len(grids)} {kind}s given do not line up; make the "
+                    f"the prompt's {kind} placeholders and the {len(layouts)} {kind}s given do not line up; make the "
                     f"inputs with the model's own processor"
                 )
-            images.append(Image(columns[start : start + n], grids[order], kind, order))
-            start, order = start + n, order + 1
+            own = columns[start : start + layout.columns]
+            start += layout.columns
+            if layout.structural is not None:
+                own = own[~layout.structural]
+            rest = layout.columns - len(own)
+            images.append(Image(own, layout.grids, kind, order, (items, items + layout.items), rest))
+            order, items = order + 1, items + layout.items
         rows.append(images)
-    if order != len(grids):
-        raise ConfigError(f"{len(grids)} {kind}s were given but the prompt has placeholders for {order}")
+    if order != len(layouts) and not surplus:
+        raise ConfigError(f"{len(layouts)} {kind}s were given but the prompt has placeholders for {order}")
     return rows
+
+
+def join(images: Sequence[Image], belongs: Callable[[Image, Image], bool]) -> list[Image]:
+    """Make one image of each series of equal crops.
+
+    Args:
+        images: the crops of a row, in order.
+        belongs: whether a crop belongs to the image of the crop before it.
+    """
+    series: list[list[Image]] = []
+    for image in images:
+        if series and belongs(series[-1][-1], image):
+            series[-1].append(image)
+        else:
+            series.append([image])
+    joined = []
+    for crops in series:
+        first, last = crops[0], crops[-1]
+        (grid,) = first.grids
+        joined.append(
+            replace(
+                first,
+                columns=np.concatenate([crop.columns for crop in crops]),
+                grids=(replace(grid, frames=len(crops)),),
+                items=(first.items[0], last.items[1]),
+            )
+        )
+    return joined

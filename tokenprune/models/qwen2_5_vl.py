@@ -1,58 +1,14 @@
-"""Qwen2.5-VL: native resolution, M-RoPE, images and videos."""
+"""Qwen2.5-VL: Qwen2-VL with windows in its vision tower, and videos timed in seconds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-
-from tokenprune.errors import ConfigError
-from tokenprune.hashing import digest, mix
-from tokenprune.methods.base import Grid
-from tokenprune.models.base import Family, IntArray
-
-_INPUTS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+from tokenprune.models.qwen2_vl import Qwen2VL
 
 
-class Qwen25VL(Family):
-    """An image of (t, h, w) patches gives t x h/2 x w/2 tokens between vision start and end."""
+class Qwen25VL(Qwen2VL):
+    """Nothing differs where we look."""
 
     name = "qwen2_5_vl"
     model_types = ("qwen2_5_vl",)
     examples = ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct")
     published_layer = 1
-    mrope = True
-
-    def vision_tower(self, model: nn.Module) -> nn.Module:
-        return self.base(model).visual  # type: ignore[return-value]
-
-    def tower_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        return args[0] if args else kwargs["hidden_states"], kwargs["grid_thw"] if len(args) < 2 else args[1]
-
-    def sizes(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        found = {}
-        for kind, (pixels, grid) in _INPUTS.items():
-            if inputs.get(pixels) is None:
-                continue
-            if inputs.get(grid) is None:
-                raise ConfigError(
-                    f"{kind}s were given without {grid}; make the inputs with the model's own processor"
-                )
-            found[kind] = inputs[grid]
-        return found
-
-    def grid(self, model: nn.Module, size: IntArray) -> Grid:
-        config: Any = model.config
-        merge = config.vision_config.spatial_merge_size
-        return Grid(int(size[0]), int(size[1]) // merge, int(size[2]) // merge)
-
-    def digests(self, pixels: Tensor, sizes: Tensor) -> Tensor:
-        # The patches of all images stand in one sequence.
-        ends = sizes.to(pixels.device).prod(-1).cumsum(0)
-        place = torch.arange(pixels.shape[0], device=pixels.device)
-        image = torch.searchsorted(ends, place, right=True)
-        starts = torch.nn.functional.pad(ends[:-1], (1, 0))
-        hashes = mix(digest(pixels) + place - starts[image])
-        return torch.zeros_like(ends).index_add_(0, image, hashes)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from tokenprune.config import PruneConfig
 from tokenprune.errors import NothingPrunedWarning, TokenPruneError, UnsupportedModeError
-from tokenprune.methods.base import Grid
-from tokenprune.models.base import Family, Image, IntArray, locate
+from tokenprune.models.base import Family, Image, IntArray
+from tokenprune.runtime.masks import attention_backend, local_attention
 from tokenprune.runtime.pruning import Pruning, prompt_digests
 from tokenprune.runtime.record import Record, attach, crop, is_static, layer_length, read
 from tokenprune.runtime.timing import Stopwatch
@@ -52,8 +52,9 @@ class Frame:
         self.shift: Tensor | None = None
         self.reason: str | None = None
         # Filled in by the layers' hooks.
-        self.stage_inputs: dict[str, Any] = {}
-        self.masks: dict[tuple[int, int, int], Any] = {}
+        self.positions: dict[tuple[int, int], dict[str, Any]] = {}
+        self.masks: dict[tuple[int, int, int, str], Any] = {}
+        self.features: dict[int, Tensor] = {}  # (B, L', D) still to be added to the output of these layers
         self.scoring, self.compacting = Stopwatch(), Stopwatch()
 
     @property
@@ -164,12 +165,20 @@ def _plan(
         mask = None if whole[:, frame.past :].all() else whole[:, frame.past :]
         frame.visible = None if whole.all() else visible
         visible = visible[:, frame.past :]
-    grids = {kind: [family.grid(model, size) for size in own] for kind, own in zip(sizes, host, strict=True)}
-    frame.rows = rows = _images(model, family, ids_host, grids, inputs)
+    encoded = set(inputs.get("mm_encoder_outputs") or {})
+    rows: list[list[Image]] = [[] for _ in ids_host]
+    for kind, own in zip(sizes, host, strict=True):
+        for row, images in zip(
+            rows, _images(model, family, kind, ids_host, own, kind in encoded), strict=True
+        ):
+            row.extend(images)
+    for row in rows:
+        row.sort(key=lambda image: int(image.columns[0]))
+    frame.rows = rows
     if not any(rows) or not config.cuts:
         return
     text: Any = family.text_model(model).config
-    pruning = Pruning(rows, config, len(family.layers(model)), ids_host, mask)
+    pruning = Pruning(model, family, rows, config, ids_host, mask)
     if not pruning.prunes:
         if _asked(config, rows):
             _nothing_pruned(frame, config, "the budget rounds to all tokens of every image")
@@ -208,19 +217,16 @@ def visual_inputs(family: Family, inputs: dict[str, Any]) -> tuple[dict[str, Ten
 
 
 def _images(
-    model: nn.Module, family: Family, ids: IntArray, grids: dict[str, list[Grid]], inputs: dict[str, Any]
+    model: nn.Module, family: Family, kind: str, ids: IntArray, sizes: IntArray, encoded: bool
 ) -> list[list[Image]]:
-    rows: list[list[Image]] = [[] for _ in ids]
-    for kind, own in grids.items():
-        times = 1
-        encoded = (inputs.get("mm_encoder_outputs") or {}).get(kind)
-        if encoded is not None:
-            # Beams: generate() encodes an image once and repeats each row's features; the facts are not repeated.
-            times = max(1, len(encoded.pooler_output) // max(1, len(own)))
-        found = locate(ids[::times], family.token_id(model, kind), own, kind)
-        for r, row in enumerate(rows):
-            row.extend(found[r // times])
-    return [sorted(row, key=lambda image: int(image.columns[0])) for row in rows]
+    layouts = family.layouts(model, kind, sizes)
+    times = 1
+    if encoded:
+        # Beams: generate() encodes an image once and repeats each row's features; what was noted is not repeated.
+        given = int((ids == family.token_id(model, kind)).sum())
+        times = max(1, given // max(1, sum(layout.columns for layout in layouts)))
+    found = family.images(model, kind, ids[::times], layouts)
+    return [found[r // times] for r in range(len(ids))]
 
 
 def _asked(config: PruneConfig, rows: list[list[Image]]) -> bool:
@@ -250,27 +256,27 @@ def _visible(frame: Frame, mask: Any) -> Tensor | None:
         known = frame.attention[:, -(frame.past + frame.length) :] != 0
         return torch.nn.functional.pad(known, (frame.past + frame.length - known.shape[1], 0), value=True)
     if isinstance(mask, dict):
-        mask = next(iter(mask.values()))
+        mask = mask.get("full_attention", next(iter(mask.values())))
     if isinstance(mask, Tensor) and mask.ndim == 4 and is_static(frame.cache):
-        # generate() prepares 4D masks for static caches; the last row of a causal mask is the padding.
-        last = mask[:, 0, -1, : frame.past + frame.length]
-        last = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
-        return last.expand(frame.batch, -1)
+        # generate() prepares 4D masks for static caches; what no row sees, not even its own, is padding.
+        mask = mask[:, 0, :, : frame.past + frame.length]
+        mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        return mask.any(1).expand(frame.batch, -1)
     return None
 
 
 def _check_window(frame: Frame, text: Any) -> None:
-    window: int | None = getattr(text, "sliding_window", None)
-    types = getattr(text, "layer_types", None)
-    if window is None or (types is not None and "sliding_attention" not in types):
+    """Flash attention is given no mask that could say where a pruned token's window ends."""
+    if "flash" not in attention_backend(text):
         return
-    length = frame.past + frame.length
-    if length > window:
-        raise UnsupportedModeError(
-            f"the conversation ({length} tokens) is longer than the model's sliding window "
-            f"({window}), within which alone "
-            f"pruning is exact; shorten it or unwrap"
-        )
+    for i in range(text.num_hidden_layers):
+        kind, span = local_attention(text, i)
+        if span is not None and frame.past + frame.length > span:
+            raise UnsupportedModeError(
+                f"the conversation ({frame.past + frame.length} tokens) is longer than the span of the model's "
+                f"{kind} layers ({span}), which flash attention cannot keep exact in a pruned prompt; load the model "
+                f"with attn_implementation='sdpa', or unwrap"
+            )
 
 
 def _to_host(tensors: list[Tensor]) -> list[IntArray]:

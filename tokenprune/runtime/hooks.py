@@ -6,6 +6,7 @@ and turns selections into shorter hidden states, masks, positions and caches.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 from collections.abc import Callable
@@ -20,12 +21,13 @@ from tokenprune.config import PruneConfig, decoder_shape
 from tokenprune.errors import TokenPruneError, UnsupportedModeError
 from tokenprune.methods.base import VisionAttention
 from tokenprune.models.base import Family
+from tokenprune.models.decoder import by_token, rotate, state_module
 from tokenprune.runtime import masks
 from tokenprune.runtime.frame import Frame, begin
 from tokenprune.runtime.outcome import Outcome, make_outcome
 from tokenprune.runtime.pruning import Key, Pruning, pick
 from tokenprune.runtime.record import Columns, attach, extend, is_static
-from tokenprune.runtime.vision import VisionFacts, attach_facts
+from tokenprune.runtime.vision import VisionFacts, attach_facts, read_facts
 
 Changed = tuple[tuple[Any, ...], dict[str, Any]] | None
 
@@ -47,6 +49,7 @@ class Runtime:
         self.outcome: Outcome | None = None
         self._local = threading.local()
         self._handles: list[RemovableHandle] = []
+        self._shadows: list[tuple[nn.Module, str]] = []
         self._sources: list[nn.Module] = []
         self._names: dict[
             nn.Module, list[str]
@@ -66,11 +69,14 @@ class Runtime:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for module, name in self._shadows:
+            vars(module).pop(name, None)
+        self._shadows.clear()
         self._sources = []
 
     def _install(self) -> None:
         model, family = self.model, self.family
-        for module in (model, family.base(model)):
+        for module in dict.fromkeys((model, family.base(model))):
             parameters = inspect.signature(type(module).forward).parameters
             self._names[module] = [name for name in parameters if name != "self"]
             self._before(module, self._enter)
@@ -80,10 +86,13 @@ class Runtime:
         self._before(family.text_model(model), self._enter_text_model)
         for i, layer in enumerate(self.layers):
             self._before(layer, partial(self._enter_layer, i))
+            self._after(layer, partial(self._leave_layer, i))
         # The features' grid is noted even when nobody scores: generate() encodes images ahead of the forward.
         tower = family.vision_tower(model)
         self._before(tower, self._enter_tower)
         self._handles.append(tower.register_forward_hook(self._leave_tower, with_kwargs=True))
+        if family.sizes_ahead:
+            self._note_sizes()
         if self.config.keep_lists is not None or not self.config.cuts:
             return
         needs = self.config.method.needs()
@@ -94,9 +103,10 @@ class Runtime:
         projected = tuple(s for s in needs.states if s != "hidden")
         for c, cut in enumerate(self.config.cuts if projected else ()):
             layer = self.layers[cut.layer - 1]
-            self._before(family.attention(layer), partial(self._catch_rope, c))
+            attention = family.attention(layer)
+            self._before(attention, partial(self._catch_rope, c))
             for state in projected:
-                self._after(family.state_module(layer, state), partial(self._catch_state, c, state))
+                self._after(state_module(attention, state), partial(self._catch_state, c, state))
         self._sources = self._scored()
 
     def _scored(self) -> list[nn.Module]:
@@ -108,8 +118,35 @@ class Runtime:
             found += [tap.query, tap.key]
         for cut in self.config.cuts:
             layer = self.layers[cut.layer - 1]
-            found += [family.state_module(layer, s) for s in needs.states if s != "hidden"]
+            found += [state_module(family.attention(layer), s) for s in needs.states if s != "hidden"]
         return found
+
+    def _note_sizes(self) -> None:
+        """Note what get_image_features is called with: generate() may call it ahead of the forward.
+
+        It is no module and takes no hook, so the instance gets one of its own, until the model is unwrapped.
+        """
+        base = self.family.base(self.model)
+        for kind in ("image", "video"):
+            name = f"get_{kind}_features"
+            stock = getattr(base, name, None)
+            if stock is None or name in vars(base):
+                continue
+            signature = inspect.signature(stock)
+
+            @functools.wraps(stock)
+            def noting(
+                *args: Any, _stock: Any = stock, _kind: str = kind, _of: Any = signature, **kwargs: Any
+            ) -> Any:
+                output = _stock(*args, **kwargs)
+                facts = read_facts(output)
+                if facts is not None:
+                    given = _of.bind_partial(*args, **kwargs).arguments
+                    facts.sizes = self.family.sizes(given).get(_kind, facts.sizes)
+                return output
+
+            setattr(base, name, noting)
+            self._shadows.append((base, name))
 
     def _before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -229,6 +266,12 @@ class Runtime:
                         given = torch.arange(frame.length, device=hidden.device)[None]
                     frame.shift = dropped[:, -1:]
                     kwargs = {**kwargs, "position_ids": given - dropped}
+            kwargs, features = self.family.layer_features(kwargs, self.config.cuts[0].layer)
+            for i, (columns, own) in features.items():
+                whole = torch.zeros_like(hidden)
+                frame.features[i] = whole.masked_scatter_(
+                    columns[..., None].to(hidden.device), own.to(hidden)
+                )
         return args, kwargs
 
     def _continue_short(self, frame: Frame, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -267,13 +310,21 @@ class Runtime:
             and self.config.cuts[frame.stage].layer == i
         ):
             hidden = self._cut(frame, hidden, kwargs)
-        elif frame.stage == 0 and (record is None or record.layers[i] is record.layers[0]):
+        elif frame.stage == 0 and (record is None or self._like_first(frame, i, hidden)):
             return None  # the model's own mask and positions are right
         mask = self._mask(frame, i, hidden, kwargs.get("attention_mask"))
-        changed = {**kwargs, **frame.stage_inputs, "attention_mask": mask}
+        changed = {**kwargs, **self._positions(frame, kwargs), "attention_mask": mask}
         if args:
             return (hidden, *args[1:]), changed
         return (), {**changed, "hidden_states": hidden}
+
+    def _like_first(self, frame: Frame, i: int, hidden: Tensor) -> bool:
+        """Whether layer i holds what layer 0 holds, by whose length the model makes its masks."""
+        assert frame.record is not None
+        columns = frame.record.layers[i]
+        if columns is not frame.record.layers[0]:
+            return False
+        return columns is None or self._within(frame, i, hidden) is None
 
     def _cut(self, frame: Frame, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         pruning, cut = frame.pruning, frame.stage
@@ -281,18 +332,37 @@ class Runtime:
         # States of the layer before that wait for the hidden states a method also needs.
         caught = getattr(self._local, "states", None) or {}
         self._select(frame, cut, hidden=hidden, **caught)
-        self._local.states = self._local.rope = None
+        self._local.states = self._local.rope = self._local.module = None
         with frame.compacting.running(hidden.device):
-            hidden, slots = pruning.apply(cut, hidden)
-            cos, sin = frame.stage_inputs.get("position_embeddings", kwargs["position_embeddings"])
-            ids = frame.stage_inputs.get("position_ids", kwargs.get("position_ids"))
-            if ids is not None and "flash" in masks.attention_backend(self.text_config):
-                ids = None  # gaps in them would be read as packed sequences; cos and sin carry the positions
-            frame.stage_inputs = {
-                "position_embeddings": (pick(cos, slots), pick(sin, slots)),
-                "position_ids": ids if ids is None else pick(ids, slots),
-            }
+            hidden, *features = pruning.apply(cut, [hidden, *frame.features.values()])
+            frame.features = dict(zip(frame.features, features, strict=True))
         return hidden
+
+    def _leave_layer(self, i: int, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        frame = self.frame
+        if frame is None or i not in frame.features:
+            return None
+        return output + frame.features.pop(i).to(output.device)
+
+    def _positions(self, frame: Frame, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Position ids and rotary embeddings of the tokens that are left, made once for all layers that share them."""
+        if not frame.stage:
+            return {}
+        assert frame.pruning is not None
+        rope, ids = kwargs["position_embeddings"], kwargs.get("position_ids")
+        key = (frame.stage, id(rope))
+        if key not in frame.positions:
+            index = frame.pruning.stages[-1].index.clamp(min=0)
+            if ids is not None and "flash" in masks.attention_backend(self.text_config):
+                ids = None  # gaps in them would be read as packed sequences; rotary embeddings carry the positions
+            frame.positions[key] = {
+                # Llama 4's is one complex tensor instead of cosines and sines.
+                "position_embeddings": pick(rope, index)
+                if isinstance(rope, Tensor)
+                else tuple(pick(x, index) for x in rope),
+                "position_ids": ids if ids is None else pick(ids, index),
+            }
+        return frame.positions[key]
 
     def _select(self, frame: Frame, cut: int, **states: Tensor) -> None:
         """Fill in the cut's selections from states (B, L', ...) of the whole sequence, where they are missing."""
@@ -322,22 +392,22 @@ class Runtime:
 
     def _state(self, pruning: Pruning, key: Key, name: str, x: Tensor) -> Tensor:
         """One image's states: (n, D) hidden, (n, heads, head_dim) otherwise, rotary applied."""
-        own = pruning.take(x, key)
         if name == "hidden":
-            return own
-        own = own.reshape(own.shape[0], -1, self.shape.head_dim)
+            return pruning.take(x, key)
+        own = pruning.take(by_token(self._local.module, name, x), key)
         if name == "value":
             return own
         # With several devices the layer's inputs are moved only inside its forward.
-        cos, sin = (pruning.take(x, key).to(own.device) for x in self._local.rope)
-        return self.family.rotary(own, cos, sin)
+        rope = self._local.rope
+        rope = pruning.take(rope, key) if isinstance(rope, Tensor) else [pruning.take(x, key) for x in rope]
+        return rotate(self._local.module, own, rope)
 
     # -- masks --------------------------------------------------------------------------------------------------
 
     def _mask(self, frame: Frame, i: int, hidden: Tensor, stock: Any) -> Any:
         """The mask of layer i, made once per call for all layers that share it."""
         columns = None if frame.record is None else frame.record.layers[i]
-        key = (id(columns), frame.stage, id(stock))
+        key = (id(columns), frame.stage, id(stock), masks.local_attention(self.text_config, i)[0])
         if key not in frame.masks:
             frame.masks[key] = self._make_mask(frame, i, hidden, stock)
         return frame.masks[key]
@@ -346,16 +416,49 @@ class Runtime:
         own = frame.pruning.stages[-1] if frame.pruning is not None and frame.stage else None
         old = None if frame.record is None else frame.record.layers[i]
         fillers = any(c is not None and c.visible is not None for c in (own, old))
-        if own is not None and frame.past == 0 and not is_static(frame.cache):
-            if stock is None:
-                return self._rebuild(frame, i, hidden, all_visible=True) if fillers else None
+        if own is not None and frame.past == 0:
             if isinstance(stock, Tensor):
-                return masks.gather(stock, own.index.clamp(min=0), own.visible)
-        if stock is None and not fillers and hidden.shape[1] == 1:
+                entries = own.length
+                if is_static(frame.cache):
+                    entries, _ = frame.cache.get_mask_sizes(own.length, i)
+                return masks.gather(stock, own.index.clamp(min=0), own.visible, entries)
+            if stock is None and not fillers and not is_static(frame.cache):
+                return None
+        within = self._within(frame, i, hidden)
+        if stock is None and within is None and not fillers and hidden.shape[1] == 1:
             return None
-        return self._rebuild(frame, i, hidden, all_visible=stock is None)
+        return self._rebuild(frame, i, hidden, all_visible=stock is None, within=within)
 
-    def _rebuild(self, frame: Frame, i: int, hidden: Tensor, all_visible: bool) -> Any:
+    def _within(self, frame: Frame, i: int, hidden: Tensor) -> Callable[..., Tensor] | None:
+        """How far back layer i looks, in original columns; None when the conversation is no longer than that."""
+        kind, span = masks.local_attention(self.text_config, i)
+        total = frame.past + frame.length
+        if span is None or total <= span:
+            return None
+        device, batch = hidden.device, frame.batch
+        old = None if frame.record is None else frame.record.layers[i]
+        own = frame.pruning.stages[-1].index if frame.pruning is not None and frame.stage else None
+        start = 0 if old is None or frame.record is None else frame.record.length
+        end = total if own is None else frame.past
+        parts = [] if old is None else [old.index.to(device)]
+        parts.append(torch.arange(start, end, device=device).expand(batch, -1))
+        if own is not None:
+            parts.append(own.to(device) + frame.past)
+        if is_static(frame.cache):
+            parts.append(torch.full((batch, total), total, device=device))  # not written yet
+        padding = torch.zeros(batch, dtype=torch.long, device=device)
+        if frame.attention is not None:
+            padding = (frame.attention.to(device) != 0).long().argmax(1)
+        return masks.reach(kind, span, torch.cat(parts, dim=1), padding)
+
+    def _rebuild(
+        self,
+        frame: Frame,
+        i: int,
+        hidden: Tensor,
+        all_visible: bool,
+        within: Callable[..., Tensor] | None = None,
+    ) -> Any:
         """Layer i's mask from scratch.
 
         Args:
@@ -363,6 +466,7 @@ class Runtime:
             i: decoder layer.
             hidden: states entering it.
             all_visible: whether the conversation is known to have no padding.
+            within: how far back the layer looks.
         """
         columns = None if frame.record is None else frame.record.layers[i]
         own = frame.pruning.stages[-1] if frame.pruning is not None and frame.stage else None
@@ -372,7 +476,7 @@ class Runtime:
         visible = None
         if is_static(frame.cache) or not open_everywhere:
             visible = self._entries(frame, i, hidden)
-        return masks.rebuild(self.text_config, hidden, visible, frame.cache, i)
+        return masks.rebuild(self.text_config, hidden, visible, frame.cache, i, within)
 
     def _entries(self, frame: Frame, i: int, hidden: Tensor) -> Tensor:
         """(B, entries + q) bool: which of layer i's cached entries and of the q new ones are real tokens."""
@@ -409,7 +513,7 @@ class Runtime:
 
     def _catch_rope(self, cut: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if self._catching(cut):
-            self._local.rope = kwargs["position_embeddings"]
+            self._local.rope, self._local.module = kwargs["position_embeddings"], module
             self._local.states = {}
 
     def _catch_state(self, cut: int, state: str, module: nn.Module, args: Any, output: Tensor) -> None:
@@ -422,7 +526,7 @@ class Runtime:
             frame = self.frame
             assert frame is not None
             self._select(frame, cut, **states)
-            self._local.states = self._local.rope = None
+            self._local.states = self._local.rope = self._local.module = None
 
     def _catching(self, cut: int) -> bool:
         frame = self.frame

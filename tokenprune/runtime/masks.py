@@ -1,12 +1,13 @@
 """Attention masks for layers that hold fewer tokens than the model thinks.
 
 Two rules, both needed. Fresh prefill: gather rows and columns of the mask the model built, which keeps whatever
-structure it has. With a cache: rebuild it with transformers' own function, sized for the layer. Neither copies
-anything from the device to the host.
+structure it has. With a cache: rebuild it with transformers' own function, sized for the layer; where a layer looks
+back only so far, distances are counted in original columns. Neither copies anything from the device to the host.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,13 +19,42 @@ def attention_backend(config: Any) -> str:
     return str(getattr(config, "_attn_implementation", None) or "eager")
 
 
-def gather(mask: Tensor, index: Tensor, visible: Tensor | None) -> Tensor:
+def local_attention(config: Any, layer: int) -> tuple[str, int | None]:
+    """A layer's type of attention, and how many columns it spans (None: all of them)."""
+    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    types = getattr(config, "layer_types", None)
+    kind = types[layer] if types else "sliding_attention" if window else "full_attention"
+    return kind, {"sliding_attention": window, "chunked_attention": chunk}.get(kind)
+
+
+def reach(kind: str, span: int, columns: Tensor, padding: Tensor) -> Callable[..., Tensor]:
+    """Which entries a layer of local attention sees, as a mask function of transformers.
+
+    Args:
+        kind: "sliding_attention" or "chunked_attention".
+        span: columns it spans.
+        columns: (B, C) original column of each entry, those to come included.
+        padding: (B,) columns of padding on the left, before the first chunk.
+    """
+
+    def window(batch: Tensor, head: Tensor, query: Tensor, entry: Tensor) -> Tensor:
+        return columns[batch, query] - columns[batch, entry] < span
+
+    def chunk(batch: Tensor, head: Tensor, query: Tensor, entry: Tensor) -> Tensor:
+        first = padding[batch]
+        return (columns[batch, query] - first) // span == (columns[batch, entry] - first) // span
+
+    return chunk if kind == "chunked_attention" else window
+
+
+def gather(mask: Tensor, index: Tensor, visible: Tensor | None, entries: int) -> Tensor:
     """Rows and columns `index` of a mask.
 
     Args:
-        mask: (B | 1, heads | 1, L, L) bool or additive, or (B, L) as flash attention takes it.
+        mask: (B | 1, heads | 1, L, L or more) bool or additive, or (B, L) as flash attention takes it.
         index: (B, L') columns, filler clamped to 0.
         visible: (B, L') False where the result must be masked; None for nowhere.
+        entries: columns of the result, the ones behind L' masked: a static cache has more than it uses.
     """
     batch = index.shape[0]
     index = index.to(mask.device)
@@ -33,7 +63,12 @@ def gather(mask: Tensor, index: Tensor, visible: Tensor | None) -> Tensor:
         return short if visible is None else short & visible.to(mask.device, short.dtype)
     mask = mask.expand(batch, -1, -1, -1)
     rows = index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
-    columns = index[:, None, None, :].expand(-1, mask.shape[1], index.shape[1], -1)
+    unused = entries - index.shape[1]
+    if unused:
+        used = torch.ones_like(index, dtype=torch.bool) if visible is None else visible.to(index.device)
+        visible = torch.nn.functional.pad(used, (0, unused))
+        index = torch.nn.functional.pad(index, (0, unused))
+    columns = index[:, None, None, :].expand(-1, mask.shape[1], rows.shape[2], -1)
     return hide(mask.gather(2, rows).gather(3, columns), visible)
 
 
@@ -47,7 +82,14 @@ def hide(mask: Tensor, visible: Tensor | None) -> Tensor:
     return mask.masked_fill(~keep, torch.finfo(mask.dtype).min)
 
 
-def rebuild(config: Any, hidden: Tensor, visible: Tensor | None, cache: Any, layer: int) -> Tensor | None:
+def rebuild(
+    config: Any,
+    hidden: Tensor,
+    visible: Tensor | None,
+    cache: Any,
+    layer: int,
+    within: Callable[..., Tensor] | None = None,
+) -> Tensor | None:
     """A causal mask for `hidden` (B, q, D) entering `layer`, over its cached entries and the q new ones.
 
     Args:
@@ -56,6 +98,7 @@ def rebuild(config: Any, hidden: Tensor, visible: Tensor | None, cache: Any, lay
         visible: (B, entries + q) bool; None when all are visible (then backends that can do without a mask do).
         cache: the call's cache or None.
         layer: decoder layer index.
+        within: see `reach`; None when the layer sees every entry there is.
     """
     if "flash" in attention_backend(config):
         return visible
@@ -67,6 +110,7 @@ def rebuild(config: Any, hidden: Tensor, visible: Tensor | None, cache: Any, lay
         None if visible is None else visible.to(hidden.device),
         cache,
         position_ids=None,
+        and_mask_function=within,
         layer_idx=layer,
         allow_is_causal_skip=visible is None,
     )

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenprune.budget import plan_counts
 from tokenprune.config import KeepLists, PruneConfig
 from tokenprune.errors import ConfigError
 from tokenprune.hashing import digest, mix
 from tokenprune.methods.base import ImageTokens, Selection
-from tokenprune.models.base import Image, IntArray
+from tokenprune.models.base import Family, Image, IntArray
 from tokenprune.runtime.record import Columns
 from tokenprune.runtime.vision import VisionFacts
 
@@ -41,27 +41,29 @@ class Pruning:
 
     def __init__(
         self,
+        model: nn.Module,
+        family: Family,
         rows: list[list[Image]],
         config: PruneConfig,
-        num_layers: int,
         ids: IntArray,
         mask: NDArray[np.bool_] | None,
     ) -> None:
         """Plan a forward.
 
         Args:
+            model, family: whose forward it is.
             rows: images by row.
             config: what to do.
-            num_layers: decoder layers.
             ids: (B, L) input_ids on the host.
             mask: (B, L) bool array, False at padding; None when there is none.
         """
+        self.model, self.family = model, family
         self.rows, self.config = rows, config
         self.batch, self.length = ids.shape
         self.images: dict[Key, Image] = {
             (r, i): image for r, row in enumerate(rows) for i, image in enumerate(row)
         }
-        self.counts = self._plan(num_layers)
+        self.counts = self._plan(len(family.layers(model)))
         self._mask = mask
         self.prunes = any(c[key] < image.n for c in self.counts for key, image in self.images.items())
         self._text = [self._text_columns(r) for r in range(self.batch)]
@@ -139,15 +141,18 @@ class Pruning:
         """
         image, raster = self.images[key], self.raster[key]
         vision = digest = None
+        first, end = image.items
         if facts is not None and facts.attention:
-            vision = facts.attention[image.order].to(raster.device)
+            vision = self.family.to_tokens(self.model, torch.stack(facts.attention[first:end]), image)
+            vision = vision.to(raster.device)
             vision = vision if len(raster) == image.n else vision.index_select(0, raster)
         if facts is not None and facts.digests is not None:
-            digest = mix(facts.digests[image.order].to(raster.device) + self.prompts[key].to(raster.device))
+            own = _combined(facts.digests[first:end]).to(raster.device)
+            digest = mix(own + self.prompts[key].to(raster.device))
         return ImageTokens(
             n=len(raster),
             raster=raster,
-            grid=image.grid,
+            grids=image.grids,
             num_heads=self.num_heads,
             vision=vision,
             digest=digest,
@@ -174,17 +179,17 @@ class Pruning:
         tensors = (selection.keep, selection.merges, selection.weights)
         self.selections[cut][key] = Selection(*(t if t is None else t.to(device) for t in tensors))  # type: ignore[arg-type]
 
-    def apply(self, cut: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def apply(self, cut: int, states: list[Tensor]) -> list[Tensor]:
         """Carry out a cut.
 
         Args:
             cut: its number.
-            hidden: (B, L, D) states entering the cut's layer.
+            states: (B, L, D) states entering the cut's layer, and features (B, L, D) that later layers will add.
 
         Returns:
-            The shortened states (B, L', D) and the slots (B, L') they were taken from (filler takes slot 0).
+            The same, shortened to (B, L', D); filler takes the values of slot 0.
         """
-        hidden = self._merge(cut, hidden)
+        states = [self._merge(cut, x) for x in states]
         merged: dict[Key, tuple[Tensor, Tensor]] = {}
         for key in self.images:
             selection = self.selections[cut].get(key)
@@ -209,12 +214,12 @@ class Pruning:
             if self.padding is not None:
                 visible &= self.padding.gather(1, index.clamp(min=0))
         slots = index if not self.stages else torch.searchsorted(self.stages[-1].index, index)
-        slots = slots.clamp(0, hidden.shape[1] - 1)
+        slots = slots.clamp(0, states[0].shape[1] - 1)
         self.stages.append(Columns(index, visible))
         for key in self.images:
             columns = self._columns[key].index_select(0, self.raster[key])
             self._slots[key] = torch.searchsorted(index[key[0]], columns)
-        return pick(hidden, slots), slots
+        return [pick(x, slots) for x in states]
 
     def dropped(self, cut: int, device: torch.device) -> Tensor:
         """(B, L) long, 1 at visual columns that the selections of the first cut drop."""
@@ -256,6 +261,13 @@ def pick(states: Tensor, slots: Tensor) -> Tensor:
     offset = torch.arange(batch, device=slots.device)[:, None] * length if rows > 1 else 0
     flat = states.reshape(rows * length, *states.shape[2:]).index_select(0, (slots + offset).reshape(-1))
     return flat.view(batch, short, *states.shape[2:])
+
+
+def _combined(digests: Tensor) -> Tensor:
+    """One hash of the hashes (m,) of the pictures an image consists of."""
+    if len(digests) == 1:
+        return digests[0]
+    return mix(digests + torch.arange(len(digests), device=digests.device)).sum()
 
 
 def _right_align(rows: Sequence[Tensor], length: int) -> Tensor:

@@ -1,0 +1,23 @@
+"""Gemma 3: a SigLIP tower pooled to a fixed number of tokens, which attend to each other in both directions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from tokenprune.models.crops import Crops, side
+
+
+class Gemma3(Crops):
+    """An image is `mm_tokens_per_image` tokens; the crops of pan-and-scan are images of their own."""
+
+    name = "gemma3"
+    model_types = ("gemma3",)
+    examples = ("google/gemma-3-4b-it", "google/gemma-3-12b-it")
+
+    def merge(self, model: nn.Module) -> int:
+        config: Any = model.config
+        vision = config.vision_config
+        return side(vision.image_size) // side(vision.patch_size) // math.isqrt(config.mm_tokens_per_image)

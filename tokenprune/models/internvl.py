@@ -1,0 +1,42 @@
+"""InternVL (the transformers classes): tiles of one size, 2 x 2 patches shuffled into a token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from tokenprune.models.base import Image, IntArray, Layout, VisionTap, join
+from tokenprune.models.crops import Crops, has_cls
+
+
+class InternVL(Crops):
+    """An image is its tiles (and their thumbnail, last), one run of placeholders; a video's frames are images."""
+
+    name = "internvl"
+    model_types = ("internvl",)
+    examples = ("OpenGVLab/InternVL3-8B-hf", "OpenGVLab/InternVL3_5-8B-HF")
+
+    def merge(self, model: nn.Module) -> int:
+        config: Any = model.config
+        return round(1 / config.downsample_ratio)
+
+    def images(
+        self, model: nn.Module, kind: str, ids: IntArray, layouts: Sequence[Layout]
+    ) -> list[list[Image]]:
+        tiles = super().images(model, kind, ids, layouts)
+        return [join(row, lambda a, b: int(b.columns[0]) == int(a.columns[-1]) + 1) for row in tiles]
+
+    def vision_layer(self, model: nn.Module) -> nn.Module:
+        config: Any = model.config
+        tower: Any = self.vision_tower(model)
+        layers = tower.encoder.layer
+        feature = config.vision_feature_layer
+        return layers[feature if feature < 0 else feature - 1]
+
+    def vision_tap(self, model: nn.Module) -> VisionTap:
+        attention: Any = self.vision_layer(model).attention
+        # The norms are identities in most checkpoints.
+        cls = has_cls(self.vision_tower(model))
+        return VisionTap(attention.q_norm, attention.k_norm, attention.num_heads, attention.scale, cls)

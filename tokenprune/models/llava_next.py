@@ -1,0 +1,79 @@
+"""LLaVA-NeXT (1.6): a base view and tiles of any resolution, a newline token after every row of the tiled image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+from tokenprune.errors import ConfigError
+from tokenprune.methods.base import Grid
+from tokenprune.models.base import BoolArray, IntArray, Layout
+from tokenprune.models.crops import Crops
+from tokenprune.models.llava import check_features
+
+
+class LlavaNext(Crops):
+    """The layout is asked of the model's own `pack_image_features`, on features that are one number wide."""
+
+    name = "llava_next"
+    model_types: ClassVar[tuple[str, ...]] = ("llava_next",)
+    examples: ClassVar[tuple[str, ...]] = (
+        "llava-hf/llava-v1.6-vicuna-7b-hf",
+        "llava-hf/llava-v1.6-mistral-7b-hf",
+    )
+    sizes_ahead = True
+
+    def merge(self, model: nn.Module) -> int:
+        return 1
+
+    def sizes(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        if inputs.get("pixel_values") is None:
+            return {}
+        sizes = inputs.get("image_sizes")
+        if sizes is None:
+            raise ConfigError(
+                "images were given without image_sizes; make the inputs with the model's own processor"
+            )
+        return {"image": torch.as_tensor(sizes)}
+
+    def layouts(self, model: nn.Module, kind: str, sizes: IntArray) -> list[Layout]:
+        return [self.layout(model, torch.from_numpy(size), self.tiles(model, size)) for size in sizes]
+
+    def tiles(self, model: nn.Module, size: IntArray) -> int:
+        """Pictures the tower is given for an image of (height, width) pixels, the base view included."""
+        config: Any = model.config
+        return image_size_to_num_patches(
+            size.tolist(), config.image_grid_pinpoints, config.vision_config.image_size
+        )
+
+    def layout(self, model: nn.Module, size: Tensor, tiles: int) -> Layout:
+        config: Any = model.config
+        length = config.vision_config.image_size
+        base = self.grid(model, length, length)
+        flags = self.pack(model, torch.zeros(tiles, base.tokens, 1), size, torch.ones(1)).bool().flatten()
+        structural: BoolArray = flags.numpy()
+        return Layout((base, *_rows(structural[base.tokens :])), structural, tiles)
+
+    def pack(self, model: nn.Module, features: Tensor, size: Tensor, newline: Tensor | None) -> Tensor:
+        """Features (tiles, m, d) of one image in the order of the sequence, (columns, d)."""
+        config: Any = model.config
+        packed, _ = self.base(model).pack_image_features(  # type: ignore[operator]
+            [features], size[None], config.vision_feature_select_strategy, image_newline=newline
+        )
+        return packed[0]
+
+    def check_call(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        check_features(model, self.vision_tower(model), inputs)
+
+
+def _rows(structural: BoolArray) -> list[Grid]:
+    """The tiled view, from where its newlines are; nothing when there is only the base view's own newline."""
+    ends = np.flatnonzero(structural)
+    if not len(ends) or ends[0] == 0:
+        return []
+    return [Grid(1, len(ends), int(ends[0]))]

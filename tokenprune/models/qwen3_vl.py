@@ -1,0 +1,26 @@
+"""Qwen3-VL: Qwen2.5-VL with deep-stack features, and timestamps between the frames of a video."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from tokenprune.models.qwen2_vl import Qwen2VL
+
+
+class Qwen3VL(Qwen2VL):
+    """After each of its first layers, features of another vision layer are added to the visual tokens' states."""
+
+    name = "qwen3_vl"
+    model_types = ("qwen3_vl",)
+    examples = ("Qwen/Qwen3-VL-4B-Instruct", "Qwen/Qwen3-VL-8B-Instruct")
+
+    def layer_features(
+        self, inputs: dict[str, Any], first: int
+    ) -> tuple[dict[str, Any], dict[int, tuple[Tensor, Tensor]]]:
+        features, columns = inputs.get("deepstack_visual_embeds"), inputs.get("visual_pos_masks")
+        if features is None or columns is None:
+            return inputs, {}
+        taken = {i: (columns, own) for i, own in enumerate(features) if i >= first}
+        return {**inputs, "deepstack_visual_embeds": features[:first]}, taken
