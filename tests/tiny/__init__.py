@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .anyres import AnyRes, OneVision, llava_next, llava_onevision
 from .base import (
     BOS,
     EOS,
@@ -40,9 +41,11 @@ from .base import (
     Family,
     make_inputs,
 )
+from .gemma import Gemma3, PaliGemma, gemma3, paligemma
 from .llava import Llava, llava, vipllava
 from .qwen import QWEN_GRIDS, Qwen, Qwen3, qwen2_5_vl, qwen2_vl, qwen3_vl
 from .records import random_cuts, random_merges
+from .tiles import Idefics, InternVL, Llama4, SmolVLM, idefics3, internvl, llama4, smolvlm
 
 __all__ = [
     "BOS",
@@ -57,13 +60,21 @@ __all__ = [
     "VISION_START",
     "VOCAB",
     "build",
+    "gemma3",
+    "idefics3",
     "inputs",
+    "internvl",
+    "llama4",
     "llava",
+    "llava_next",
+    "llava_onevision",
+    "paligemma",
     "qwen2_5_vl",
     "qwen2_vl",
     "qwen3_vl",
     "random_cuts",
     "random_merges",
+    "smolvlm",
     "vipllava",
     "visual_positions",
 ]
@@ -74,17 +85,34 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     "llava_qwen2": partial(llava, "qwen2"),
     "llava_qwen3": partial(llava, "qwen3"),
     "vipllava": vipllava,
+    "llava_next": llava_next,
+    "llava_next_mistral": partial(llava_next, "mistral"),
+    "llava_onevision": llava_onevision,
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
+    "internvl": internvl,
+    "idefics3": idefics3,
+    "smolvlm": smolvlm,
+    "gemma3": gemma3,
+    "paligemma": paligemma,
+    "llama4": llama4,
 }
 
 _LAYOUTS: dict[str, Family] = {
     "llava": Llava(),
     "vipllava": Llava(),
+    "llava_next": AnyRes(),
+    "llava_onevision": OneVision(),
     "qwen2_vl": Qwen(),
     "qwen2_5_vl": Qwen(),
     "qwen3_vl": Qwen3(),
+    "internvl": InternVL(),
+    "idefics3": Idefics(),
+    "smolvlm": SmolVLM(),
+    "gemma3": Gemma3(),
+    "paligemma": PaliGemma(),
+    "llama4": Llama4(),
 }
 
 

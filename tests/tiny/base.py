@@ -19,6 +19,7 @@ NEWLINE = FIRST_TEXT_ID  # the text between crops and frames; an ordinary id
 FRAMES = 2  # of a video
 
 _TEXT_CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+_EMBEDDINGS = ("embed_tokens", "position_embedding", "positional_embedding", "pos_embed")
 
 
 @dataclass
@@ -30,6 +31,8 @@ class Draw:
     """How many images and videos the batch had before this one."""
     alone: bool = True
     """Whether the row has no other image (LLaVA-OneVision crops only these)."""
+    last: bool = False
+    """Whether no image follows in the row."""
 
     def normal(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.generator)
@@ -116,8 +119,10 @@ def make_inputs(
     made: list[list[Piece]] = []
     for row in rows:
         made.append([])
-        draw.alone = sum(piece.startswith("image") for piece in row) == 1
-        for piece in row:
+        images = [i for i, piece in enumerate(row) if piece.startswith("image")]
+        draw.alone = len(images) == 1
+        for i, piece in enumerate(row):
+            draw.last = images[-1:] == [i]
             kind, _, detail = piece.partition(":")
             if kind == "text":
                 made[-1].append(Piece(draw.text(int(detail))))
@@ -208,7 +213,10 @@ def _draw_weights(model: nn.Module, generator: torch.Generator) -> None:
             if parameter.ndim == 1:  # norms (not exactly one: a forgotten norm must show) and biases
                 zero = name.endswith("bias") or "Gemma" in type(_owner(model, name)).__name__  # 1 + weight
                 parameter.copy_(0.1 * noise + (0.0 if zero else 1.0))
-            elif any(part in name for part in ("embed_tokens", "position_embedding", "pos_embed")):
+            elif any(
+                part in name
+                for part in ("embed_tokens", "position_embedding", "positional_embedding", "pos_embed")
+            ):
                 parameter.copy_(noise)
             else:
                 # queries and keys larger: attention logits of about +-2, neither flat nor one-hot
