@@ -196,20 +196,20 @@ def expand(
         if not isinstance(value, torch.Tensor):
             out[name] = value
             continue
-        shares = _shares(name, inputs, visual_positions, video_token_id)
+        of_rows = shares(name, inputs, visual_positions, video_token_id)
         if name == "position_ids":
             out[name] = value.repeat_interleave(times, dim=value.ndim - 2)
-        elif shares is None:
+        elif of_rows is None:
             out[name] = value.repeat_interleave(times, dim=0)
         else:
-            out[name] = torch.cat([part for row in value.split(shares) for part in [row] * times])
+            out[name] = torch.cat([part for row in value.split(of_rows) for part in [row] * times])
     return out
 
 
-def _shares(
+def shares(
     name: str, inputs: dict[str, Any], positions: Positions, video_token_id: int | None
 ) -> list[int] | None:
-    """How many entries of a tensor belong to each row, in order; None: one each."""
+    """How many entries of an input belong to each row, in order; None: it has one entry per row."""
     value, ids = inputs[name], inputs["input_ids"]
     per_image = ("pixel_values", "image_grid_thw", "image_sizes")
     per_video = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
