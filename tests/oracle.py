@@ -5,8 +5,17 @@ what pruning removes is masked instead. In decoder layer l the columns dropped a
 token that is physically gone and a token that nobody may look at give the same states everywhere else, so a
 correct runtime must agree with this forward at every position it kept.
 
-Only plain temporary pre-hooks on the decoder layers are used; they replace `attention_mask` by an explicit 4D
-additive mask and, at a cut with merges, edit the hidden states. They are removed whatever happens.
+Only plain temporary pre-hooks on the text model and its layers are used; they replace `attention_mask` by an
+explicit 4D additive mask and, at a cut with merges, edit the hidden states and the deep-stack features that
+later layers add to them. They are removed whatever happens.
+
+The mask starts from the one the stock model itself gives the layer, if it is 4D: it holds what differs from
+family to family (blocks seen both ways, windows, chunks), always in original columns. No mask means causal, or
+all of the prompt where the attention module says it is not causal (PaliGemma without token types). Any other
+kind (2D for flash, BlockMask) is taken for causal, with the layer's window if it has one.
+
+Generated ids are text: of type 0 (of PaliGemma's type 1, the suffix), seen from later columns only, whatever
+`generate` writes into its token types; it never looks at them again after the prefill.
 
 Multi-turn: the oracle is teacher-forced and full length, so it needs no notion of a turn. Give the whole
 history (prompt 1, answer 1, prompt 2, ...) as `input_ids`, the pixels (and grids) of all turns concatenated
@@ -81,8 +90,8 @@ def masked_forward(
         model's 3D index of the prompt; then one more per generated token). "forward": left to the model, as
         in a plain call. "auto": "generate" with generated ids, else "forward". `position_ids` in the inputs
         win over all.
-    base_mask: layer -> (B, L, L) bool, which columns a row sees before anything is dropped; for models whose
-        rule is not a causal one (with or without a sliding window).
+    base_mask: layer -> (B, L, L) bool, which columns a row sees before anything is dropped, in place of the
+        model's own rule.
     """
     if generated is None:
         generated = inputs["input_ids"][:, :0]
@@ -97,19 +106,22 @@ def masked_forward(
     dropped, bias = _columns(cuts, biases, visual_positions, len(layers), real)
     hidden: list[torch.Tensor] = []
     edits = {layer: _merge_matrix(i, cuts, merges, visual_positions) for i, (layer, _) in enumerate(cuts)}
-    if any(edits.values()) and hasattr(text_model, "_deepstack_process"):
-        raise NotImplementedError("merges with deep-stack features")
+    prompt = inputs["input_ids"].shape[1]
 
-    def mask_of(layer: int, dtype: torch.dtype) -> torch.Tensor:
+    def mask_of(layer: int, given: Any, dtype: torch.dtype) -> torch.Tensor:
         length = real.shape[1]
-        column = torch.arange(length, device=device)
-        if base_mask is None:
+        if base_mask is not None:
+            sees = base_mask(layer).to(device)
+        elif isinstance(given, torch.Tensor) and given.ndim == 4:
+            sees = (given if given.dtype == torch.bool else given == 0)[:, 0, :, :length]
+        else:
+            column = torch.arange(length, device=device)
             sees = (column[None, :] <= column[:, None])[None]
-            window = _window(text_model.config, layer)
+            if given is None and not getattr(layers[layer].self_attn, "is_causal", True):
+                sees = sees | ((column[None, :] < prompt) & (column[:, None] < prompt))[None]
+            window = _window(text_model.config, layer, given)
             if window is not None:  # in original columns: what was dropped still counts as distance
                 sees = sees & (column[None, :] > column[:, None] - window)[None]
-        else:
-            sees = base_mask(layer).to(device)
         sees = sees & (real & ~dropped[layer])[:, None, :]
         # A row always sees itself. For a kept row this changes nothing; a dropped or padded row would
         # otherwise see no column at all, and its NaN would spread through the vanishing weights of others (0
@@ -127,14 +139,32 @@ def masked_forward(
                 states = _merged(states, edits[layer])
             if output_hidden:
                 hidden.append(states.detach().clone())
-            return (states, *args[1:]), {**kwargs, "attention_mask": mask_of(layer, states.dtype)}
+            return (states, *args[1:]), {
+                **kwargs,
+                "attention_mask": mask_of(layer, kwargs["attention_mask"], states.dtype),
+            }
 
         return hook
+
+    def merge_deepstack(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        features = kwargs.get("deepstack_visual_embeds")
+        if features is None:
+            return None
+        where, merged = kwargs["visual_pos_masks"], []
+        for layer, feature in enumerate(features):
+            full = feature.new_zeros(*where.shape, feature.shape[-1])
+            full[where] = feature
+            for cut, _ in cuts:
+                if cut <= layer:  # this layer's features are added to states already merged
+                    full = _merged(full, edits[cut])
+            merged.append(full[where])
+        return args, {**kwargs, "deepstack_visual_embeds": merged}
 
     handles = []
     # The model keeps the offset between columns and 3D positions as an attribute: leave it as it was found.
     remembered = [(m, m.rope_deltas) for m in model.modules() if hasattr(m, "rope_deltas")]
     try:
+        handles.append(text_model.register_forward_pre_hook(merge_deepstack, with_kwargs=True))
         for index, layer in enumerate(layers):
             handles.append(layer.register_forward_pre_hook(pre_hook(index), with_kwargs=True))
         if output_hidden:
@@ -148,35 +178,61 @@ def masked_forward(
             handle.remove()
         for module, value in remembered:
             module.rope_deltas = value
-    return OracleOutput(logits, real[None] & ~dropped, inputs["input_ids"].shape[1], hidden)
+    return OracleOutput(logits, real[None] & ~dropped, prompt, hidden)
 
 
-def expand(inputs: dict[str, Any], times: int, visual_positions: Positions) -> dict[str, Any]:
+def expand(
+    inputs: dict[str, Any], times: int, visual_positions: Positions, video_token_id: int | None = None
+) -> dict[str, Any]:
     """The inputs with every row repeated `times` times in place, each copy with its own copy of the row's
     images.
 
     (Repeating pixels image by image, as one does with rows, would mix them up as soon as a row has two.)
+
+    video_token_id: needed where a batch has both images and videos, to tell them apart.
     """
-    images = [len(row) for row in visual_positions]
-    grids = inputs.get("image_grid_thw")
-    starts = torch.tensor([0, *images]).cumsum(0).tolist()
     out: dict[str, Any] = {}
     for name, value in inputs.items():
         if not isinstance(value, torch.Tensor):
             out[name] = value
-        elif name == "position_ids":
+            continue
+        of_rows = shares(name, inputs, visual_positions, video_token_id)
+        if name == "position_ids":
             out[name] = value.repeat_interleave(times, dim=value.ndim - 2)
-        elif name in ("pixel_values", "image_grid_thw", "image_sizes"):
-            parts = list(value)
-            if name == "pixel_values" and grids is not None:  # patches of all images in one long list
-                parts = list(value.split(grids.prod(-1).tolist()))
-            again = [part for a, b in itertools.pairwise(starts) for part in parts[a:b] * times]
-            out[name] = (
-                torch.cat(again) if name == "pixel_values" and grids is not None else torch.stack(again)
-            )
-        else:
+        elif of_rows is None:
             out[name] = value.repeat_interleave(times, dim=0)
+        else:
+            out[name] = torch.cat([part for row in value.split(of_rows) for part in [row] * times])
     return out
+
+
+def shares(
+    name: str, inputs: dict[str, Any], positions: Positions, video_token_id: int | None
+) -> list[int] | None:
+    """How many entries of an input belong to each row, in order; None: it has one entry per row."""
+    value, ids = inputs[name], inputs["input_ids"]
+    per_image = ("pixel_values", "image_grid_thw", "image_sizes")
+    per_video = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+    if name not in per_image + per_video:
+        return None
+    if "image_sizes" not in inputs and value.ndim == 5 and name == "pixel_values":
+        return None  # Idefics3: filled up to the same number of images for every row
+    both = "pixel_values" in inputs and "pixel_values_videos" in inputs
+    if both and video_token_id is None:
+        raise ValueError("images and videos: pass video_token_id")
+
+    def belongs(row: int, columns: torch.Tensor) -> bool:
+        return not both or (int(ids[row, columns[0]]) == video_token_id) == (name in per_video)
+
+    images = [[columns for columns in row if belongs(i, columns)] for i, row in enumerate(positions)]
+    counts = [len(row) for row in images]
+    grid = inputs.get("image_grid_thw" if name in per_image else "video_grid_thw")
+    if name.startswith("pixel_values") and grid is not None:  # patches of all images in one long list
+        return [int(part.prod(-1).sum()) for part in grid.split(counts)]
+    if len(value) == sum(counts):
+        return counts
+    tokens = [sum(map(len, row)) for row in images]  # several tiles per image, all of one size
+    return [len(value) * n // sum(tokens) for n in tokens]
 
 
 def expand_rows(per_row: Sequence[Any], times: int) -> list[Any]:
@@ -198,13 +254,15 @@ def _text_model(model: nn.Module) -> nn.Module:
     raise NotImplementedError(f"no decoder layers found in {type(model).__name__}")
 
 
-def _window(config: Any, layer: int) -> int | None:
+def _window(config: Any, layer: int, given: Any) -> int | None:
     types = getattr(config, "layer_types", None)
-    if types is not None and types[layer] not in ("full_attention", "sliding_attention"):
+    if types is None:
+        return getattr(config, "sliding_window", None)  # Mistral: the window holds everywhere
+    if types[layer] == "sliding_attention":
+        return config.sliding_window
+    if types[layer] != "full_attention" and given is not None:  # without a mask all is within one chunk
         raise NotImplementedError(f"layer {layer} is a {types[layer]} layer: pass base_mask")
-    if types is not None and types[layer] == "full_attention":
-        return None
-    return getattr(config, "sliding_window", None)  # Mistral has no layer types: the window holds everywhere
+    return None
 
 
 def _with_generated(
@@ -243,7 +301,8 @@ def _with_generated(
         out["mm_token_type_ids"] = torch.cat([types, types.new_zeros(new.shape)], dim=1)
     if "token_type_ids" in out:
         types = out["token_type_ids"]
-        out["token_type_ids"] = torch.cat([types, types[:, -1:].expand_as(new)], dim=1)
+        suffix = int(model.config.model_type == "paligemma")
+        out["token_type_ids"] = torch.cat([types, torch.full_like(new, suffix, dtype=types.dtype)], dim=1)
     return out, out["attention_mask"].bool()
 
 
