@@ -6,7 +6,6 @@ and turns selections into shorter hidden states, masks, positions and caches.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import threading
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from tokenprune.runtime.frame import Frame, begin
 from tokenprune.runtime.outcome import Outcome, make_outcome
 from tokenprune.runtime.pruning import Key, Pruning, pick
 from tokenprune.runtime.record import Columns, attach, extend, is_static
-from tokenprune.runtime.vision import VisionFacts, attach_facts, read_facts
+from tokenprune.runtime.vision import VisionFacts, attach_facts, noting_sizes
 
 Changed = tuple[tuple[Any, ...], dict[str, Any]] | None
 
@@ -122,31 +121,13 @@ class Runtime:
         return found
 
     def _note_sizes(self) -> None:
-        """Note what get_image_features is called with: generate() may call it ahead of the forward.
-
-        It is no module and takes no hook, so the instance gets one of its own, until the model is unwrapped.
-        """
+        """Put a noting function before get_image_features and get_video_features, until the model is unwrapped."""
         base = self.family.base(self.model)
         for kind in ("image", "video"):
             name = f"get_{kind}_features"
-            stock = getattr(base, name, None)
-            if stock is None or name in vars(base):
-                continue
-            signature = inspect.signature(stock)
-
-            @functools.wraps(stock)
-            def noting(
-                *args: Any, _stock: Any = stock, _kind: str = kind, _of: Any = signature, **kwargs: Any
-            ) -> Any:
-                output = _stock(*args, **kwargs)
-                facts = read_facts(output)
-                if facts is not None:
-                    given = _of.bind_partial(*args, **kwargs).arguments
-                    facts.sizes = self.family.sizes(given).get(_kind, facts.sizes)
-                return output
-
-            setattr(base, name, noting)
-            self._shadows.append((base, name))
+            if hasattr(base, name) and name not in vars(base):
+                setattr(base, name, noting_sizes(getattr(base, name), kind, self.family))
+                self._shadows.append((base, name))
 
     def _before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))

@@ -5,10 +5,15 @@ generate() may encode images ahead of the model's forward, so the facts travel w
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+
+from tokenprune.models.base import Family
 
 _ATTRIBUTE = "_tokenprune_facts"
 
@@ -18,9 +23,9 @@ class VisionFacts:
     """Of one call of the vision tower, image by image.
 
     Attributes:
-        sizes: (N, 3), see `Family.sizes`.
-        digests: (N,) int64 hashes of the pixels, or None when no method asked.
-        attention: what `Needs.vision` made of each image's attention, (n,) each.
+        sizes: (N, k), see `Family.sizes`.
+        digests: (items,) int64 hashes of the pixels, or None when no method asked.
+        attention: what `Needs.vision` made of each picture's attention, (patches,) each.
     """
 
     sizes: Tensor
@@ -35,3 +40,24 @@ def read_facts(output: Any) -> VisionFacts | None:
 def attach_facts(output: Any, facts: VisionFacts) -> None:
     # Past ModelOutput's __setattr__: its keys are the output's own.
     object.__setattr__(output, _ATTRIBUTE, facts)
+
+
+def noting_sizes(stock: Callable[..., Any], kind: str, family: Family) -> Callable[..., Any]:
+    """`stock` (get_image_features or get_video_features), which notes the sizes it is called with on its output.
+
+    generate() may call it ahead of the forward and keep its arguments to itself. It is no module and takes no hook.
+    """
+    signature = inspect.signature(stock)
+    pixels = next(iter(signature.parameters))  # older releases call a video's pixel_values, too
+
+    @functools.wraps(stock)
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        output = stock(*args, **kwargs)
+        facts = read_facts(output)
+        if facts is not None:
+            given = signature.bind_partial(*args, **kwargs).arguments
+            given["pixel_values" if kind == "image" else "pixel_values_videos"] = given.pop(pixels)
+            facts.sizes = family.sizes(given).get(kind, facts.sizes)
+        return output
+
+    return noting
