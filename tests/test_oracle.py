@@ -519,6 +519,21 @@ def test_sliding_window_counts_original_columns() -> None:
     assert not reaches_the_end([(0, [[[24]]])])
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "idefics3", "llama4"])
+def test_no_row_sees_a_later_column(family: str) -> None:
+    """Nor do padding and dropped rows, which keep their own diagonal where all before them is gone."""
+    model = build(family)
+    inputs = tiny.inputs(model, [["image", "text:3"], ["text:1", "image", "text:9"]])
+    positions = tiny.visual_positions(model, inputs)
+    keep = [[list(range(len(image) // 2, len(image))) for image in row] for row in positions]
+    changed = inputs | {"input_ids": inputs["input_ids"].clone()}
+    changed["input_ids"][:, -1] = 10 + changed["input_ids"][:, -1] % 100
+    a, b = (oracle.masked_forward(model, x, [(0, keep)], positions).logits for x in (inputs, changed))
+    assert torch.isfinite(a).all()
+    assert difference(a[:, :-1], b[:, :-1]) == 0
+    assert difference(a[:, -1], b[:, -1]) > 1e-3
+
+
 # -- it can fail -----------------------------------------------------------------------------------
 
 
