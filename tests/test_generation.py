@@ -17,7 +17,7 @@ import tiny
 import tokenprune
 
 OLD = version.parse(transformers.__version__) < version.parse("5.23")
-FAMILIES = {"llava": tiny.llava, "qwen2_5_vl": tiny.qwen2_5_vl}
+FAMILIES = tiny.FAMILIES
 CUTS: dict[str, dict[str, Any]] = {
     "before": {"method": "random", "layer": 0, "keep": 0.4},
     "layer2": {"method": "entropyprune", "layer": 2, "keep": 0.5},

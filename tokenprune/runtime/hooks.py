@@ -269,7 +269,11 @@ class Runtime:
         if isinstance(mask, Tensor) and mask.ndim == 2:
             kwargs["attention_mask"] = self._entries(frame, 0, hidden).to(mask.dtype)
         elif isinstance(mask, dict):
-            kwargs["attention_mask"] = {k: self._rebuild(frame, 0, hidden, all_visible=False) for k in mask}
+            first = [next(i for i in range(len(self.layers)) if self._kind(i) == kind) for kind in mask]
+            kwargs["attention_mask"] = {
+                kind: self._rebuild(frame, i, hidden, False, self._within(frame, i, hidden))
+                for kind, i in zip(mask, first, strict=True)
+            }
         elif mask is not None or record.layers[0].visible is not None:  # type: ignore[union-attr]
             kwargs["attention_mask"] = self._rebuild(frame, 0, hidden, all_visible=False)
         return kwargs
@@ -388,10 +392,13 @@ class Runtime:
     def _mask(self, frame: Frame, i: int, hidden: Tensor, stock: Any) -> Any:
         """The mask of layer i, made once per call for all layers that share it."""
         columns = None if frame.record is None else frame.record.layers[i]
-        key = (id(columns), frame.stage, id(stock), masks.local_attention(self.text_config, i)[0])
+        key = (id(columns), frame.stage, id(stock), self._kind(i))
         if key not in frame.masks:
             frame.masks[key] = self._make_mask(frame, i, hidden, stock)
         return frame.masks[key]
+
+    def _kind(self, i: int) -> str:
+        return masks.local_attention(self.text_config, i)[0]
 
     def _make_mask(self, frame: Frame, i: int, hidden: Tensor, stock: Any) -> Any:
         own = frame.pruning.stages[-1] if frame.pruning is not None and frame.stage else None
