@@ -265,6 +265,21 @@ def greedy_search_agrees(family: str, attention: str, rows: list) -> None:
     assert allowed.argmax(-1).equal(new)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("rows", [ROWS[1:2], ROWS], ids=["no padding", "padding"])
+@pytest.mark.parametrize("family", ["gemma3", "paligemma"])
+def test_without_token_types(family: str, rows: list, attention: str) -> None:
+    """Stock is then causal, but PaliGemma's prompt is seen both ways where sdpa gets no mask."""
+    model = build(family, attn_implementation=attention)
+    inputs = tiny.inputs(model, rows)
+    del inputs["token_type_ids"]
+    positions = tiny.visual_positions(model, inputs)
+    found = generate(model, inputs)
+    new = found.sequences[:, inputs["input_ids"].shape[1] :]
+    out = oracle.masked_forward(model, inputs, [], positions, generated=new)
+    assert difference(out.steps(), torch.stack(found.logits, 1)) <= 1e-4
+
+
 @pytest.mark.parametrize("family", WINDOWS)
 def test_sliding_windows(family: str) -> None:
     model = build(family, sliding_window=12)

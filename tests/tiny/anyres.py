@@ -3,8 +3,8 @@
 `"image:HxW"` is an image of H x W pixels; a crop is 12 pixels or `SIDE` visual tokens wide. Every row of the
 grid ends in a newline, which is a placeholder but not prunable. OneVision shrinks a large grid, shows only
 the base view and one newline where a row has several images, and ends a video with one newline. A plain
-`"image"` takes the next of `IMAGE_SIZES` in turn: nothing unpadded; a column on each
-side; a row on each side.
+`"image"` takes the next of `IMAGE_SIZES` in turn: nothing unpadded; a column on
+each side; a row on each side.
 """
 
 from __future__ import annotations

@@ -111,19 +111,24 @@ def llama4(
     heads: int = 4,
     kv_heads: int = 2,
     vision_layers: int = 2,
+    floor_scale: int = 8192,
     sliding_window: int | None = None,
     attn_implementation: str = "sdpa",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Llama4ForConditionalGeneration:
     """Every fourth layer has no rotary positions and attends fully, the others within chunks (of
-    `sliding_window` tokens); every second layer is a mixture of two experts."""
+    `sliding_window` tokens); every second layer is a mixture of two experts.
+
+    floor_scale: after every so many columns, counted in the layer, the full layers' queries grow.
+    """
     text = text_kwargs(layers, d, heads, kv_heads) | {
         "intermediate_size": d,
         "intermediate_size_mlp": 2 * d,
         "head_dim": d // heads,
         "num_local_experts": 2,
         "interleave_moe_layer_step": 2,
+        "floor_scale": floor_scale,
         "attention_chunk_size": 8192 if sliding_window is None else sliding_window,
     }
     vision = vision_kwargs(vision_layers, PIXELS) | {
