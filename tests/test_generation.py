@@ -9,7 +9,13 @@ import pytest
 import torch
 import transformers
 from packaging import version
-from transformers import DynamicCache, LlavaForConditionalGeneration, StaticCache
+from transformers import (
+    DynamicCache,
+    Llama4ForConditionalGeneration,
+    LlavaForConditionalGeneration,
+    PaliGemmaForConditionalGeneration,
+    StaticCache,
+)
 
 import judge
 import oracle
@@ -70,7 +76,12 @@ def test_modes(model: Any, cut: dict[str, Any], options: dict[str, Any], times: 
             [piece for i, piece in enumerate(row) if piece != "image" or "image" not in row[:i]]
             for row in rows
         ]
-    inputs = tiny.inputs(model, rows, pad="left")
+    if expands and isinstance(model, Llama4ForConditionalGeneration) and not OLD:
+        pytest.skip("stock generate() of this version does not expand Llama 4's image features")
+    # PaliGemma's prompt sees itself both ways, and so also what stock prompt lookup guesses in its first step: this
+    # prompt makes it guess nothing there.
+    guesses = isinstance(model, PaliGemmaForConditionalGeneration) and "prompt_lookup_num_tokens" in options
+    inputs = tiny.inputs(model, rows, pad="left", seed=int(guesses))
     torch.manual_seed(0)
     if options.get("num_beams", 1) > 1:
         expanded = options["num_beams"]
@@ -152,13 +163,14 @@ def test_interleaved_conversations(model: Any, family: str, rows: Any) -> None:
         for seed in (0, 1):
             inputs, question = _turns(model, rows, seed)
             out = model.generate(**inputs, **first)
-            rope = getattr(model.model, "rope_deltas", None)
+            inner = getattr(model, "model", model)
+            rope = getattr(inner, "rope_deltas", None)
             talks.append((inputs, question, out, tokenprune.report(model), rope))
         answers = []
         for seed, (inputs, question, out, report, rope) in enumerate(talks):
             cache = copy.deepcopy(out.past_key_values) if seed == 0 else out.past_key_values
             if rope is not None:
-                model.model.rope_deltas = rope  # the stock model's own state, one conversation at a time
+                inner.rope_deltas = rope  # the stock model's own state, one conversation at a time
             # generate() crops the last token's absence itself: the cache lacks the last generated token
             answers.append((*_second_turn(model, cache, out.sequences, inputs, question), report))
     for again, history, report in answers:
@@ -236,7 +248,7 @@ def test_cache_without_its_record_is_refused(model: Any) -> None:
 def test_manual_decode_without_masks(family: str) -> None:
     """A hand-written loop that passes neither positions nor a mask (contract 6)."""
     model = FAMILIES[family]()
-    if family == "qwen2_5_vl":
+    if family.startswith("qwen"):
         pytest.skip("the stock model computes positions from the cache here; generate() passes them")
     inputs = {k: v for k, v in tiny.inputs(model, judge.ROWS[:1]).items() if k != "attention_mask"}
     for cut in CUTS.values():
@@ -246,7 +258,9 @@ def test_manual_decode_without_masks(family: str) -> None:
             steps, ids = [], []
             for _ in range(4):
                 steps.append(out.logits[:, -1])
-                ids.append(out.logits[:, -1].argmax(-1, keepdim=True))
+                ids.append(
+                    tiny.FIRST_TEXT_ID + out.logits[:, -1, tiny.FIRST_TEXT_ID :].argmax(-1, keepdim=True)
+                )
                 out = model(input_ids=ids[-1], past_key_values=out.past_key_values)
         judged = oracle.masked_forward(
             model,

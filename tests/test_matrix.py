@@ -36,3 +36,17 @@ def test_prefill_and_greedy(family: str, batch: str, cut: str, attention: str) -
     assert judge.prefill_difference(model, inputs, **CUTS[cut]) <= judge.TOLERANCE
     greedy = {"do_sample": False, "max_new_tokens": 3}
     assert judge.generate_difference(model, inputs, greedy, **CUTS[cut])[0] <= judge.TOLERANCE
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_prompt_that_sees_itself_both_ways_without_a_mask(cut: str) -> None:
+    """PaliGemma without token types and padding: its attention is given no mask, and that is not a causal one."""
+    model = tiny.build("paligemma")
+    inputs = tiny.inputs(model, [["image", "text:12"], ["image", "text:12"]])
+    del inputs["token_type_ids"], inputs["attention_mask"]
+    positions = tiny.visual_positions(model, inputs)
+    lists = [tiny.random_cuts(positions, [3], [share])[0][1] for share in (0.6, 0.3)]
+    ragged = {"layer": 2, "keep_lists": [[lists[0][0], lists[1][1]]]}
+    assert len(lists[0][0][0]) != len(lists[1][1][0])
+    for arguments in (CUTS[cut], {"method": "random", **ragged}):
+        assert judge.prefill_difference(model, inputs, **arguments) <= judge.TOLERANCE

@@ -89,6 +89,7 @@ class Family(ABC):
         examples: checkpoints people run, for `tokenprune models`.
         published_layer: the cut's layer published for it (EntropyPrune's collapse layer), or None.
         mrope: whether positions have several axes (then `positions="compact"` is refused).
+        first_position: position id of the first token.
         sizes_ahead: whether generate() hides from the model what `sizes` reads, so that it has to be noted when
             the features are computed.
     """
@@ -98,6 +99,7 @@ class Family(ABC):
     examples: ClassVar[tuple[str, ...]] = ()
     published_layer: ClassVar[int | None] = None
     mrope: ClassVar[bool] = False
+    first_position: ClassVar[int] = 0
     sizes_ahead: ClassVar[bool] = False
 
     # -- where things are ---------------------------------------------------------------------------------------

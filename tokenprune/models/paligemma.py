@@ -13,6 +13,7 @@ class PaliGemma(Crops):
     name = "paligemma"
     model_types = ("paligemma",)
     examples = ("google/paligemma-3b-mix-224", "google/paligemma2-3b-mix-224")
+    first_position = 1
 
     def merge(self, model: nn.Module) -> int:
         return 1

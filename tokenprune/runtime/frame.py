@@ -38,7 +38,7 @@ class Frame:
 
     def __init__(self, owner: nn.Module, batch: int, length: int, cache: Any) -> None:
         self.owner, self.batch, self.length, self.cache = owner, batch, length, cache
-        self.base_entered = self.text_entered = False
+        self.base_entered = self.text_entered = self.positions_given = False
         self.past = 0
         self.record: Record | None = None
         self.attention: Tensor | None = None
@@ -81,6 +81,7 @@ def begin(
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:
         frame.attention = mask
+    frame.positions_given = inputs.get("position_ids") is not None
     layers = len(family.layers(model))
     sizes, facts = visual_inputs(family, inputs)
     visual = bool(sizes)
@@ -132,9 +133,9 @@ def _check_continuation(frame: Frame, family: Family, inputs: dict[str, Any], vi
         # Without a mask there is no padding: the last position is the last column. (One copy from the device, for
         # continuations of several tokens only, and the step after one.)
         position = position_ids[0] if position_ids.ndim == 3 else position_ids
-        past = int(position[0, -1]) + 1 - frame.length
+        past = int(position[0, -1]) + 1 - family.first_position - frame.length
     record.verify = frame.length > 1
-    if past < record.length or past > frame.past:
+    if past < record.settled or past > frame.past:
         raise UnsupportedModeError(
             "a further turn after a cut before the LLM is not supported: the cache's length no "
             "longer tells which tokens "
@@ -143,6 +144,8 @@ def _check_continuation(frame: Frame, family: Family, inputs: dict[str, Any], vi
     if past < frame.past:
         crop(frame.cache, record, past)
         frame.past = past
+    if past < record.length:
+        record.cut_to(past)
 
 
 def _plan(

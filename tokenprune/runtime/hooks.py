@@ -200,7 +200,14 @@ class Runtime:
                 cuts = [sum(cut.layer <= i for cut in self.config.cuts) for i in range(len(self.layers))]
                 new = [pruning.stages[c - 1] if c else None for c in cuts]
                 record = extend(
-                    frame.record, frame.past, frame.visible, frame.batch, new, frame.length, frame.shift
+                    frame.record,
+                    frame.past,
+                    frame.visible,
+                    frame.batch,
+                    new,
+                    frame.length,
+                    pruning.last + 1,
+                    frame.shift,
                 )
                 attach(frame.cache, record)
             if frame.labels is not None:
@@ -259,20 +266,21 @@ class Runtime:
         """Decode after a cut before the LLM: even layer 0 holds fewer entries than the mask has columns."""
         record = frame.record
         assert record is not None
-        if kwargs.get("position_ids") is None:
-            kwargs["position_ids"] = torch.arange(
-                frame.past, frame.past + frame.length, device=hidden.device
-            )[None]
+        if not frame.positions_given:  # what the model would make of the cache's length is wrong
+            first = frame.past + self.family.first_position
+            kwargs["position_ids"] = torch.arange(first, first + frame.length, device=hidden.device)[None]
         if record.shift is not None:
             kwargs["position_ids"] = kwargs["position_ids"] - record.shift.to(hidden.device)
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2:
             kwargs["attention_mask"] = self._entries(frame, 0, hidden).to(mask.dtype)
         elif isinstance(mask, dict):
-            first = [next(i for i in range(len(self.layers)) if self._kind(i) == kind) for kind in mask]
+            example = {self._kind(i): i for i in reversed(range(len(self.layers)))}
             kwargs["attention_mask"] = {
-                kind: self._rebuild(frame, i, hidden, False, self._within(frame, i, hidden))
-                for kind, i in zip(mask, first, strict=True)
+                kind: self._rebuild(
+                    frame, example[kind], hidden, False, self._within(frame, example[kind], hidden)
+                )
+                for kind in mask
             }
         elif mask is not None or record.layers[0].visible is not None:  # type: ignore[union-attr]
             kwargs["attention_mask"] = self._rebuild(frame, 0, hidden, all_visible=False)
@@ -410,8 +418,11 @@ class Runtime:
                 if is_static(frame.cache):
                     entries, _ = frame.cache.get_mask_sizes(own.length, i)
                 return masks.gather(stock, own.index.clamp(min=0), own.visible, entries)
-            if stock is None and not fillers and not is_static(frame.cache):
-                return None
+            if stock is None and not is_static(frame.cache):
+                if not fillers:
+                    return None
+                if not getattr(self.family.attention(self.layers[i]), "is_causal", True):
+                    return masks.hide(torch.ones(1, 1, 1, own.length, dtype=torch.bool), own.visible)
         within = self._within(frame, i, hidden)
         if stock is None and within is None and not fillers and hidden.shape[1] == 1:
             return None
@@ -555,8 +566,7 @@ class Runtime:
 
 def _after_last_image(pruning: Pruning, index: Tensor) -> Tensor:
     """Columns counted from the left, as the caller sees them, in the shortened sequence."""
-    last = max(int(image.columns[-1]) for image in pruning.images.values())
-    if any(0 <= column <= last for column in index.tolist()):
+    if any(0 <= column <= pruning.last for column in index.tolist()):
         raise UnsupportedModeError(
             "logits_to_keep may only name columns after the last image of a pruned prompt"
         )

@@ -37,6 +37,7 @@ class Pruning:
         length: columns of this forward's input.
         stages: after each cut carried out so far, the columns the sequence still holds.
         lengths: length of the sequence after each cut (host).
+        last: the last visual column of any row.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Pruning:
         self.images: dict[Key, Image] = {
             (r, i): image for r, row in enumerate(rows) for i, image in enumerate(row)
         }
+        self.last = max(int(image.columns[-1]) for image in self.images.values())
         self.counts = self._plan(len(family.layers(model)))
         self._mask = mask
         self.prunes = any(c[key] < image.n for c in self.counts for key, image in self.images.items())

@@ -36,15 +36,28 @@ class Record:
 
     Attributes:
         length: columns of the unpruned conversation that are described; later ones are all present.
+        settled: columns up to the last one that was pruned; behind them every layer holds every column.
         layers: one entry per decoder layer; None means the layer holds every column.
         shift: (B, 1) positions to take off after a cut with `positions="compact"`, or None.
     """
 
     length: int
+    settled: int
     layers: list[Columns | None]
     shift: Tensor | None = None
     after: int = 0  # columns added since to a static cache, whose own length only the device knows
     verify: bool = False  # whether the last continuation may have been cropped since
+
+    def cut_to(self, past: int) -> None:
+        """Forget the last columns described: the cache was cropped to `past` columns, none of them pruned since."""
+        gone = self.length - past
+        seen: dict[int, Columns] = {}
+        for i, columns in enumerate(self.layers):
+            if columns is not None and id(columns) not in seen:
+                visible = None if columns.visible is None else columns.visible[:, :-gone]
+                seen[id(columns)] = Columns(columns.index[:, :-gone], visible)
+            self.layers[i] = None if columns is None else seen[id(columns)]
+        self.length = past
 
     def removed(self, layer: int) -> int:
         columns = self.layers[layer]
@@ -101,10 +114,12 @@ def read(cache: Any, num_layers: int, batch: int) -> Record | None:
         # transformers before 5.23 crops to an absolute length, which leaves the shorter layers too long.
         crop(cache, record, past)
         last = layer_length(cache, num_layers - 1)
-    if past != last + record.removed(num_layers - 1) or past < record.length:
+    if past != last + record.removed(num_layers - 1) or past < record.settled:
         raise UnsupportedModeError(
             "this cache was cropped into a pruned prompt, so its record no longer fits; start again from the prompt"
         )
+    if past < record.length:
+        record.cut_to(past)
     columns = record.layers[num_layers - 1]
     if columns is not None and columns.index.shape[0] != batch:
         if columns.index.shape[0] != 1:
@@ -133,7 +148,7 @@ def _expand(record: Record, batch: int) -> Record:
             seen[id(columns)] = Columns(columns.index.expand(batch, -1), visible)
         layers.append(None if columns is None else seen[id(columns)])
     shift = None if record.shift is None else record.shift.expand(batch, -1)
-    return Record(record.length, layers, shift)
+    return Record(record.length, record.settled, layers, shift)
 
 
 def extend(
@@ -143,6 +158,7 @@ def extend(
     batch: int,
     new: list[Columns | None],
     length: int,
+    settled: int,
     shift: Tensor | None,
 ) -> Record:
     """The record after a forward that added `length` columns, of which layer i kept `new[i]`.
@@ -154,6 +170,7 @@ def extend(
         batch: B.
         new: per layer, the kept columns counted from this forward's first column; None for all of them.
         length: columns of this forward.
+        settled: columns of it up to the last visual token.
         shift: see `Record.shift`.
     """
     described = past.length if past is not None else 0
@@ -166,7 +183,7 @@ def extend(
             start = described if old is not None else 0
             joined[key] = _join(old, start, past_length, visible, own, length, batch)
         layers.append(joined[key])
-    return Record(past_length + length, layers, shift)
+    return Record(past_length + length, past_length + settled, layers, shift)
 
 
 def _join(
