@@ -224,6 +224,31 @@ def test_second_image_in_second_turn() -> None:
     assert judge.difference_at(second.index, logits, wanted, two["attention_mask"]) <= judge.TOLERANCE
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llava", "llava_qwen3", "vipllava", "llava_next", "gemma3"])
+def test_new_image_in_a_later_turn(name: str, attention: str) -> None:
+    """A conversation in two calls equals the same columns in one, kept tokens held fixed (contract 9)."""
+    window = {"sliding_window": 20} if name == "gemma3" else {}
+    model = tiny.build(name, attn_implementation=attention, **window)
+    whole = tiny.inputs(model, [["text:3", "image", "text:4", "image", "text:5"]])
+    positions = tiny.visual_positions(model, whole)
+    (layer, lists), *_ = tiny.random_cuts(positions, [2], [0.5])
+    arguments = {"method": "random", "layer": layer}
+    with tokenprune.pruned(model, **arguments, keep_lists=[lists]), torch.no_grad():
+        wanted = model(**whole).logits
+    split = int(positions[0][0][-1]) + 3
+    first = {k: v[:, :split] if v.ndim == 2 and k != "image_sizes" else v[:1] for k, v in whole.items()}
+    second = {k: v[:, split:] if v.ndim == 2 and k != "image_sizes" else v[1:] for k, v in whole.items()}
+    second |= {k: whole[k] for k in ("attention_mask", "token_type_ids") if k in whole}
+    cache = DynamicCache(config=model.config.get_text_config())
+    with tokenprune.pruned(model, **arguments, keep_lists=[[lists[0][:1]]]), torch.no_grad():
+        model(**first, past_key_values=cache)
+        with tokenprune.override(model, keep_lists=[[lists[0][1:]]]):
+            second["position_ids"] = torch.arange(split, whole["input_ids"].shape[1])[None]
+            found = model(**second, past_key_values=cache).logits
+    assert float((found - wanted[:, -found.shape[1] :]).abs().max()) <= judge.TOLERANCE
+
+
 def test_turn_after_a_cut_before_the_llm_is_refused(model: Any) -> None:
     with tokenprune.pruned(model, **CUTS["before"]):
         inputs, question = _turns(model, judge.ROWS[:1], 0)

@@ -175,6 +175,18 @@ class Family(ABC):
             UnsupportedModeError: says which.
         """
 
+    def blocks(self, inputs: Mapping[str, Any], total: int) -> Tensor | None:
+        """Which tokens attend to each other both ways in a later turn.
+
+        Args:
+            inputs: of the call.
+            total: columns of the conversation, those of the call included.
+
+        Returns:
+            (B, total) the number of a token's block, -1 for none; None when attention is causal.
+        """
+        return None
+
     def to_tokens(self, model: nn.Module, patches: Tensor, image: Image) -> Tensor:
         """Numbers (items, m) of an image's patches -> (n,) of its tokens: the mean over the patches merged into one."""
         (grid,) = image.grids

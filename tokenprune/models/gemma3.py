@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tokenprune.models.crops import Crops, side
 
@@ -21,3 +23,11 @@ class Gemma3(Crops):
         config: Any = model.config
         vision = config.vision_config
         return side(vision.image_size) // side(vision.patch_size) // math.isqrt(config.mm_tokens_per_image)
+
+    def blocks(self, inputs: Mapping[str, Any], total: int) -> Tensor | None:
+        types = inputs.get("token_type_ids")
+        if types is None:
+            return None
+        image = torch.nn.functional.pad(types == 1, (total - types.shape[1], 0))
+        first = image & ~torch.nn.functional.pad(image, (1, -1))
+        return torch.where(image, first.long().cumsum(1), -1)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from tokenprune.models.crops import Crops
 
@@ -17,3 +21,9 @@ class PaliGemma(Crops):
 
     def merge(self, model: nn.Module) -> int:
         return 1
+
+    def blocks(self, inputs: Mapping[str, Any], total: int) -> Tensor | None:
+        types = inputs.get("token_type_ids")
+        if types is None:
+            return None
+        return torch.where(torch.nn.functional.pad(types, (total - types.shape[1], 0), value=1) == 0, 0, -1)

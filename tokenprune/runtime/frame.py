@@ -29,6 +29,7 @@ class Frame:
         past: unpruned columns of the conversation before it.
         record: what the cache's layers held before it, or None when nothing had been pruned.
         attention: (B, past + length) 2D mask as given, or None.
+        blocks: see `Family.blocks`.
         visible: (B, past + length) bool, False at padding; None where there is none. Known when the call prunes.
         rows: images by row; empty rows for a text-only prompt; None when this call continues one.
         pruning: the plan, when this call prunes.
@@ -42,6 +43,7 @@ class Frame:
         self.past = 0
         self.record: Record | None = None
         self.attention: Tensor | None = None
+        self.blocks: Tensor | None = None
         self.visible: Tensor | None = None
         self.rows: list[list[Image]] | None = None
         self.pruning: Pruning | None = None
@@ -159,6 +161,7 @@ def _plan(
 ) -> None:
     """Settle spans and counts from the call's one device-to-host copy."""
     family.check_call(model, inputs)
+    frame.blocks = family.blocks(inputs, frame.past + frame.length) if frame.past else None
     visible = _visible(frame, inputs.get("attention_mask"))
     host = _to_host([ids, *([] if visible is None else [visible]), *sizes.values()])
     ids_host = host.pop(0)

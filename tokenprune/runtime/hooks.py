@@ -21,11 +21,12 @@ from tokenprune.errors import TokenPruneError, UnsupportedModeError
 from tokenprune.methods.base import VisionAttention
 from tokenprune.models.base import Family
 from tokenprune.models.decoder import by_token, rotate, state_module
-from tokenprune.runtime import masks
 from tokenprune.runtime.frame import Frame, begin
+from tokenprune.runtime.layer_masks import LayerMasks
+from tokenprune.runtime.masks import attention_backend
 from tokenprune.runtime.outcome import Outcome, make_outcome
 from tokenprune.runtime.pruning import Key, Pruning, pick
-from tokenprune.runtime.record import Columns, attach, extend, is_static
+from tokenprune.runtime.record import Columns, attach, extend
 from tokenprune.runtime.vision import VisionFacts, attach_facts, noting_sizes
 
 Changed = tuple[tuple[Any, ...], dict[str, Any]] | None
@@ -45,6 +46,7 @@ class Runtime:
         self.layers = list(family.layers(model))
         self.text_config: Any = family.text_model(model).config
         self.shape = decoder_shape(model, family)
+        self.masks = LayerMasks(self.text_config, family.attention(self.layers[0]))
         self.outcome: Outcome | None = None
         self._local = threading.local()
         self._handles: list[RemovableHandle] = []
@@ -273,17 +275,14 @@ class Runtime:
             kwargs["position_ids"] = kwargs["position_ids"] - record.shift.to(hidden.device)
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2:
-            kwargs["attention_mask"] = self._entries(frame, 0, hidden).to(mask.dtype)
+            kwargs["attention_mask"] = self.masks.entries(frame, 0, hidden).to(mask.dtype)
         elif isinstance(mask, dict):
-            example = {self._kind(i): i for i in reversed(range(len(self.layers)))}
+            example = {self.masks.kind(i): i for i in reversed(range(len(self.layers)))}
             kwargs["attention_mask"] = {
-                kind: self._rebuild(
-                    frame, example[kind], hidden, False, self._within(frame, example[kind], hidden)
-                )
-                for kind in mask
+                kind: self.masks.rebuild(frame, example[kind], hidden, all_visible=False) for kind in mask
             }
         elif mask is not None or record.layers[0].visible is not None:  # type: ignore[union-attr]
-            kwargs["attention_mask"] = self._rebuild(frame, 0, hidden, all_visible=False)
+            kwargs["attention_mask"] = self.masks.rebuild(frame, 0, hidden, all_visible=False)
         return kwargs
 
     # -- decoder layers -----------------------------------------------------------------------------------------
@@ -303,21 +302,21 @@ class Runtime:
             and self.config.cuts[frame.stage].layer == i
         ):
             hidden = self._cut(frame, hidden, kwargs)
-        elif frame.stage == 0 and (record is None or self._like_first(frame, i, hidden)):
+        elif frame.stage == 0 and (record is None or self._like_first(frame, i)):
             return None  # the model's own mask and positions are right
-        mask = self._mask(frame, i, hidden, kwargs.get("attention_mask"))
+        mask = self.masks.of_layer(frame, i, hidden, kwargs.get("attention_mask"))
         changed = {**kwargs, **self._positions(frame, kwargs), "attention_mask": mask}
         if args:
             return (hidden, *args[1:]), changed
         return (), {**changed, "hidden_states": hidden}
 
-    def _like_first(self, frame: Frame, i: int, hidden: Tensor) -> bool:
+    def _like_first(self, frame: Frame, i: int) -> bool:
         """Whether layer i holds what layer 0 holds, by whose length the model makes its masks."""
         assert frame.record is not None
         columns = frame.record.layers[i]
         if columns is not frame.record.layers[0]:
             return False
-        return columns is None or self._within(frame, i, hidden) is None
+        return columns is None or not self.masks.looks_back(frame, i)
 
     def _cut(self, frame: Frame, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         pruning, cut = frame.pruning, frame.stage
@@ -346,7 +345,7 @@ class Runtime:
         key = (frame.stage, id(rope))
         if key not in frame.positions:
             index = frame.pruning.stages[-1].index.clamp(min=0)
-            if ids is not None and "flash" in masks.attention_backend(self.text_config):
+            if ids is not None and "flash" in attention_backend(self.text_config):
                 ids = None  # gaps in them would be read as packed sequences; rotary embeddings carry the positions
             frame.positions[key] = {
                 # Llama 4's is one complex tensor instead of cosines and sines.
@@ -394,119 +393,6 @@ class Runtime:
         rope = self._local.rope
         rope = pruning.take(rope, key) if isinstance(rope, Tensor) else [pruning.take(x, key) for x in rope]
         return rotate(self._local.module, own, rope)
-
-    # -- masks --------------------------------------------------------------------------------------------------
-
-    def _mask(self, frame: Frame, i: int, hidden: Tensor, stock: Any) -> Any:
-        """The mask of layer i, made once per call for all layers that share it."""
-        columns = None if frame.record is None else frame.record.layers[i]
-        key = (id(columns), frame.stage, id(stock), self._kind(i))
-        if key not in frame.masks:
-            frame.masks[key] = self._make_mask(frame, i, hidden, stock)
-        return frame.masks[key]
-
-    def _kind(self, i: int) -> str:
-        return masks.local_attention(self.text_config, i)[0]
-
-    def _make_mask(self, frame: Frame, i: int, hidden: Tensor, stock: Any) -> Any:
-        own = frame.pruning.stages[-1] if frame.pruning is not None and frame.stage else None
-        old = None if frame.record is None else frame.record.layers[i]
-        fillers = any(c is not None and c.visible is not None for c in (own, old))
-        if own is not None and frame.past == 0:
-            if isinstance(stock, Tensor):
-                entries = own.length
-                if is_static(frame.cache):
-                    entries, _ = frame.cache.get_mask_sizes(own.length, i)
-                return masks.gather(stock, own.index.clamp(min=0), own.visible, entries)
-            if stock is None and not is_static(frame.cache):
-                if not fillers:
-                    return None
-                if not getattr(self.family.attention(self.layers[i]), "is_causal", True):
-                    return masks.hide(torch.ones(1, 1, 1, own.length, dtype=torch.bool), own.visible)
-        within = self._within(frame, i, hidden)
-        if stock is None and within is None and not fillers and hidden.shape[1] == 1:
-            return None
-        return self._rebuild(frame, i, hidden, all_visible=stock is None, within=within)
-
-    def _within(self, frame: Frame, i: int, hidden: Tensor) -> Callable[..., Tensor] | None:
-        """How far back layer i looks, in original columns; None when the conversation is no longer than that."""
-        kind, span = masks.local_attention(self.text_config, i)
-        total = frame.past + frame.length
-        if span is None or total <= span:
-            return None
-        device, batch = hidden.device, frame.batch
-        old = None if frame.record is None else frame.record.layers[i]
-        own = frame.pruning.stages[-1].index if frame.pruning is not None and frame.stage else None
-        start = 0 if old is None or frame.record is None else frame.record.length
-        end = total if own is None else frame.past
-        parts = [] if old is None else [old.index.to(device)]
-        parts.append(torch.arange(start, end, device=device).expand(batch, -1))
-        if own is not None:
-            parts.append(own.to(device) + frame.past)
-        if is_static(frame.cache):
-            parts.append(torch.full((batch, total), total, device=device))  # not written yet
-        padding = torch.zeros(batch, dtype=torch.long, device=device)
-        if frame.attention is not None:
-            padding = (frame.attention.to(device) != 0).long().argmax(1)
-        return masks.reach(kind, span, torch.cat(parts, dim=1), padding)
-
-    def _rebuild(
-        self,
-        frame: Frame,
-        i: int,
-        hidden: Tensor,
-        all_visible: bool,
-        within: Callable[..., Tensor] | None = None,
-    ) -> Any:
-        """Layer i's mask from scratch.
-
-        Args:
-            frame: the call.
-            i: decoder layer.
-            hidden: states entering it.
-            all_visible: whether the conversation is known to have no padding.
-            within: how far back the layer looks.
-        """
-        columns = None if frame.record is None else frame.record.layers[i]
-        own = frame.pruning.stages[-1] if frame.pruning is not None and frame.stage else None
-        open_everywhere = all_visible and not any(
-            c is not None and c.visible is not None for c in (own, columns)
-        )
-        visible = None
-        if is_static(frame.cache) or not open_everywhere:
-            visible = self._entries(frame, i, hidden)
-        return masks.rebuild(self.text_config, hidden, visible, frame.cache, i, within)
-
-    def _entries(self, frame: Frame, i: int, hidden: Tensor) -> Tensor:
-        """(B, entries + q) bool: which of layer i's cached entries and of the q new ones are real tokens."""
-        old = None if frame.record is None else frame.record.layers[i]
-        own = frame.pruning.stages[-1] if frame.pruning is not None and frame.stage else None
-        given = frame.attention
-        if given is not None and given.shape[1] != frame.past + frame.length:
-            given = None
-        parts: list[Tensor | int] = []
-        start = 0
-        if old is not None and frame.record is not None:
-            parts.append(old.length if old.visible is None else old.visible)
-            start = frame.record.length
-        end = frame.past if own is not None else frame.past + frame.length
-        parts.append(max(0, end - start) if given is None else given[:, start:end] != 0)
-        if own is not None:
-            parts.append(own.length if own.visible is None else own.visible)
-        if is_static(frame.cache):
-            # Its masks span the whole allocation; what is not written yet, causality hides.
-            used = sum(p if isinstance(p, int) else p.shape[1] for p in parts)
-            parts.append(max(0, int(frame.cache.layers[i].get_max_length()) - used))
-        device = hidden.device
-        return torch.cat(
-            [
-                torch.ones(frame.batch, p, dtype=torch.bool, device=device)
-                if isinstance(p, int)
-                else p.to(device)
-                for p in parts
-            ],
-            dim=1,
-        )
 
     # -- states for the methods ---------------------------------------------------------------------------------
 

@@ -89,6 +89,7 @@ def rebuild(
     cache: Any,
     layer: int,
     within: Callable[..., Tensor] | None = None,
+    blocks: Tensor | None = None,
 ) -> Tensor | None:
     """A causal mask for `hidden` (B, q, D) entering `layer`, over its cached entries and the q new ones.
 
@@ -99,6 +100,7 @@ def rebuild(
         cache: the call's cache or None.
         layer: decoder layer index.
         within: see `reach`; None when the layer sees every entry there is.
+        blocks: (B, entries + q) entries of one block attend to each other both ways; -1 for no block.
     """
     if "flash" in attention_backend(config):
         return visible
@@ -111,6 +113,7 @@ def rebuild(
         cache,
         position_ids=None,
         and_mask_function=within,
+        block_sequence_ids=blocks,
         layer_idx=layer,
         allow_is_causal_skip=visible is None,
     )
