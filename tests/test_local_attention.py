@@ -41,3 +41,16 @@ def test_beyond_the_window(name: str, cut: str, attention: str, window: int) -> 
     for mode in MODES.values():
         options = {"do_sample": False, "max_new_tokens": 4, **mode}
         assert judge.generate_difference(model, inputs, options, **CUTS[cut])[0] <= judge.TOLERANCE
+
+
+@pytest.mark.parametrize("chunk", [16, 200], ids="chunk={}".format)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("cut", CUTS)
+def test_chunks_and_temperature(cut: str, attention: str, chunk: int) -> None:
+    """Llama 4: chunks end among dropped tokens; queries far into the conversation are scaled by their column."""
+    model = tiny.llama4(sliding_window=chunk, floor_scale=8, attn_implementation=attention)
+    inputs = tiny.inputs(model, ROWS, pad="left")
+    assert judge.prefill_difference(model, inputs, **CUTS[cut]) <= judge.TOLERANCE
+    for mode in MODES.values():
+        options = {"do_sample": False, "max_new_tokens": 4, **mode}
+        assert judge.generate_difference(model, inputs, options, **CUTS[cut])[0] <= judge.TOLERANCE

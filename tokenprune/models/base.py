@@ -187,6 +187,10 @@ class Family(ABC):
         """
         return None
 
+    def temperature(self, attention: nn.Module, columns: Tensor) -> Tensor | None:
+        """By what a layer multiplies its queries at these columns of the conversation; None where it does not."""
+        return None
+
     def to_tokens(self, model: nn.Module, patches: Tensor, image: Image) -> Tensor:
         """Numbers (items, m) of an image's patches -> (n,) of its tokens: the mean over the patches merged into one."""
         (grid,) = image.grids

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.models.base import Image, IntArray, Layout, VisionTap, join
@@ -42,6 +43,12 @@ class Llama4(Crops):
             starts = np.cumsum(row == config.boi_token_index)
             rows.append(join(tiles, lambda a, b, s=starts: s[a.columns[0]] == s[b.columns[0]]))  # type: ignore[misc]
         return rows
+
+    def temperature(self, attention: nn.Module, columns: Tensor) -> Tensor | None:
+        layer: Any = attention
+        if layer.use_rope or not layer.attn_temperature_tuning:
+            return None
+        return torch.log1p(torch.floor((columns.float() + 1) / layer.floor_scale)) * layer.attn_scale + 1
 
     def vision_tap(self, model: nn.Module) -> VisionTap:
         raise UnsupportedModelError("the vision attention of llama4 models is not available yet")

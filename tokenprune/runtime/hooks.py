@@ -22,7 +22,7 @@ from tokenprune.methods.base import VisionAttention
 from tokenprune.models.base import Family
 from tokenprune.models.decoder import by_token, rotate, state_module
 from tokenprune.runtime.frame import Frame, begin
-from tokenprune.runtime.layer_masks import LayerMasks
+from tokenprune.runtime.layer_masks import LayerMasks, columns
 from tokenprune.runtime.masks import attention_backend
 from tokenprune.runtime.outcome import Outcome, make_outcome
 from tokenprune.runtime.pruning import Key, Pruning, pick
@@ -88,6 +88,9 @@ class Runtime:
         for i, layer in enumerate(self.layers):
             self._before(layer, partial(self._enter_layer, i))
             self._after(layer, partial(self._leave_layer, i))
+            attention: Any = family.attention(layer)
+            if family.temperature(attention, torch.zeros(1)) is not None:
+                self._after(attention.q_proj, partial(self._rescale, i, attention))
         # The features' grid is noted even when nobody scores: generate() encodes images ahead of the forward.
         tower = family.vision_tower(model)
         self._before(tower, self._enter_tower)
@@ -335,6 +338,20 @@ class Runtime:
         if frame is None or i not in frame.features:
             return None
         return output + frame.features.pop(i).to(output.device)
+
+    def _rescale(
+        self, i: int, attention: nn.Module, module: nn.Module, args: Any, output: Tensor
+    ) -> Tensor | None:
+        """Queries whose temperature the layer tells from its cache's length get that of their original columns."""
+        frame = self.frame
+        if frame is None or (not frame.stage and (frame.record is None or frame.record.layers[i] is None)):
+            return None
+        original = columns(frame, i, output.device)
+        assumed = torch.arange(original.shape[1], device=output.device)
+        wanted, made = (self.family.temperature(attention, x) for x in (original, assumed))
+        assert wanted is not None and made is not None
+        ratio = (wanted / made)[:, -output.shape[1] :, None]
+        return (output * ratio).to(output.dtype)
 
     def _positions(self, frame: Frame, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Position ids and rotary embeddings of the tokens that are left, made once for all layers that share them."""

@@ -123,28 +123,42 @@ class LayerMasks:
         )
 
     def _columns(self, frame: Frame, i: int, hidden: Tensor) -> Tensor:
-        """(B, entries + q): the original columns of layer i's entries; of a static cache's unwritten ones, the end."""
-        device, total = hidden.device, frame.past + frame.length
-        old, own = _cached(frame, i), _new(frame)
-        start = 0 if old is None or frame.record is None else frame.record.length
-        end = total if own is None else frame.past
-        parts = [] if old is None else [old.index.to(device)]
-        parts.append(torch.arange(start, end, device=device).expand(frame.batch, -1))
-        if own is not None:
-            parts.append(own.index.to(device) + frame.past)
-        if is_static(frame.cache):
-            allocated = int(frame.cache.layers[i].get_max_length())
-            parts.append(torch.full((frame.batch, max(total, allocated)), total, device=device))
-        return torch.cat(parts, dim=1)
+        """(B, entries + q) as `columns` gives them; of a static cache's unwritten entries, the end."""
+        known = columns(frame, i, hidden.device)
+        if not is_static(frame.cache):
+            return known
+        total = frame.past + frame.length
+        unwritten = max(total, int(frame.cache.layers[i].get_max_length()))
+        return torch.cat([known, known.new_full((frame.batch, unwritten), total)], dim=1)
 
     def _within(self, frame: Frame, i: int, hidden: Tensor) -> Callable[..., Tensor]:
         """How far back layer i looks, in original columns."""
         kind, span = masks.local_attention(self.text_config, i)
         assert span is not None
-        padding = torch.zeros(frame.batch, dtype=torch.long, device=hidden.device)
-        if frame.attention is not None:
-            padding = (frame.attention.to(hidden.device) != 0).long().argmax(1)
-        return masks.reach(kind, span, self._columns(frame, i, hidden), padding)
+        padding = _padding(frame)
+        if padding is None:
+            padding = torch.zeros(frame.batch, dtype=torch.long)
+        return masks.reach(kind, span, self._columns(frame, i, hidden), padding.to(hidden.device))
+
+
+def columns(frame: Frame, i: int, device: torch.device) -> Tensor:
+    """(B, entries + q): the original columns of layer i's cached entries and of the q new ones."""
+    old, own = _cached(frame, i), _new(frame)
+    start = 0 if old is None or frame.record is None else frame.record.length
+    end = frame.past + frame.length if own is None else frame.past
+    parts = [] if old is None else [old.index.to(device)]
+    parts.append(torch.arange(start, end, device=device).expand(frame.batch, -1))
+    if own is not None:
+        parts.append(own.index.to(device) + frame.past)
+    return torch.cat(parts, dim=1)
+
+
+def _padding(frame: Frame) -> Tensor | None:
+    """(B,) columns of padding before each row's first token."""
+    known = frame.visible if frame.attention is None else frame.attention != 0
+    if known is not None:
+        return known.long().argmax(1)
+    return None if frame.record is None else frame.record.padding
 
 
 def _new(frame: Frame) -> Columns | None:

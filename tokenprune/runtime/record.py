@@ -38,12 +38,14 @@ class Record:
         length: columns of the unpruned conversation that are described; later ones are all present.
         settled: columns up to the last one that was pruned; behind them every layer holds every column.
         layers: one entry per decoder layer; None means the layer holds every column.
+        padding: (B,) columns of padding before each row's first token, or None where there is none.
         shift: (B, 1) positions to take off after a cut with `positions="compact"`, or None.
     """
 
     length: int
     settled: int
     layers: list[Columns | None]
+    padding: Tensor | None = None
     shift: Tensor | None = None
     after: int = 0  # columns added since to a static cache, whose own length only the device knows
     verify: bool = False  # whether the last continuation may have been cropped since
@@ -147,8 +149,9 @@ def _expand(record: Record, batch: int) -> Record:
             visible = None if columns.visible is None else columns.visible.expand(batch, -1)
             seen[id(columns)] = Columns(columns.index.expand(batch, -1), visible)
         layers.append(None if columns is None else seen[id(columns)])
+    padding = None if record.padding is None else record.padding.expand(batch)
     shift = None if record.shift is None else record.shift.expand(batch, -1)
-    return Record(record.length, record.settled, layers, shift)
+    return Record(record.length, record.settled, layers, padding, shift)
 
 
 def extend(
@@ -183,7 +186,10 @@ def extend(
             start = described if old is not None else 0
             joined[key] = _join(old, start, past_length, visible, own, length, batch)
         layers.append(joined[key])
-    return Record(past_length + length, past_length + settled, layers, shift)
+    padding = past.padding if past is not None else None
+    if visible is not None:
+        padding = visible.long().argmax(1)
+    return Record(past_length + length, past_length + settled, layers, padding, shift)
 
 
 def _join(
