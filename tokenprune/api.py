@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 import transformers
 
 from tokenprune.budget import BudgetMeaning, Cut, Keep
-from tokenprune.config import KeepLists, Positions, PruneConfig, check_cuts, make_config
+from tokenprune.config import Allocation, KeepLists, Positions, PruneConfig, check_cuts, make_config
 from tokenprune.errors import ConfigError, TokenPruneError, UnsupportedModelError
 from tokenprune.methods import Method
 from tokenprune.models import find_family, stock_model
@@ -40,6 +40,8 @@ def wrap(
     positions: Positions = "keep",
     strict: bool = False,
     keep_lists: KeepLists | None = None,
+    allocation: Allocation = "image",
+    frame_floor: int = 0,
     **parameters: Any,
 ) -> ModelT:
     """Prune visual tokens in every later call of `model`.
@@ -59,6 +61,8 @@ def wrap(
         positions: "keep" the original position ids, or "compact" them (cuts before the LLM with 1-D RoPE only).
         strict: raise instead of warning when a call prunes nothing although the budget asked for it.
         keep_lists: force what is kept: keep_lists[cut][row][image] = ascending raster indices.
+        allocation: "image": every image has a budget of its own; "pooled": a prompt's images share the sum of theirs.
+        frame_floor: tokens that every frame of a video, and every view of an image, keeps at least.
         **parameters: of the method.
 
     Returns:
@@ -93,6 +97,8 @@ def wrap(
         "positions": positions,
         "strict": strict,
         "keep_lists": keep_lists,
+        "allocation": allocation,
+        "frame_floor": frame_floor,
         **parameters,
     }
     family = find_family(inner)
@@ -161,7 +167,10 @@ def override(model: ModelT, **changes: Any) -> Iterator[ModelT]:
             _switch(runtime, before)
 
 
-_COMMON = ("method", "keep", "layer", "cuts", "budget", "positions", "strict", "keep_lists")
+_COMMON = (
+    *("method", "keep", "layer", "cuts", "budget", "positions", "strict", "keep_lists"),
+    *("allocation", "frame_floor"),
+)
 
 
 def _switch(runtime: Runtime, config: PruneConfig) -> None:

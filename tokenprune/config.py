@@ -11,11 +11,12 @@ from torch import nn
 
 from tokenprune.budget import BudgetMeaning, Cut, Keep, average_floor, check_keep
 from tokenprune.errors import BudgetError, ConfigError
-from tokenprune.methods import DecoderShape, Method, NoPruning, make_method
+from tokenprune.methods import DecoderShape, Method, NoPruning, ScoreMethod, make_method
 from tokenprune.models.base import Family
 from tokenprune.models.decoder import check_states
 
 Positions = Literal["keep", "compact"]
+Allocation = Literal["image", "pooled"]
 # keep_lists[cut][row][image] = kept raster indices
 KeepLists = Sequence[Sequence[Sequence[Any]]]
 
@@ -33,6 +34,8 @@ class PruneConfig:
         strict: raise instead of warning when nothing was pruned.
         keep_lists: forced keep lists, or None.
         layer_reason: where the cut's layer came from, for the report.
+        allocation: whether each image has a budget of its own, or a prompt's images share one.
+        frame_floor: tokens that every frame of a video, and every view of an image, keeps at least.
     """
 
     method: Method
@@ -43,6 +46,8 @@ class PruneConfig:
     strict: bool
     keep_lists: KeepLists | None
     layer_reason: str
+    allocation: Allocation = "image"
+    frame_floor: int = 0
 
 
 def make_config(
@@ -57,6 +62,8 @@ def make_config(
     positions: Positions = "keep",
     strict: bool = False,
     keep_lists: KeepLists | None = None,
+    allocation: Allocation = "image",
+    frame_floor: int = 0,
     **parameters: Any,
 ) -> PruneConfig:
     """Check every argument of `wrap` against the model, before anything is touched.
@@ -73,6 +80,14 @@ def make_config(
         raise ConfigError(f"budget must be 'average' or 'after_cut', not {budget!r}")
     if positions not in ("keep", "compact"):
         raise ConfigError(f"positions must be 'keep' or 'compact', not {positions!r}")
+    if allocation not in ("image", "pooled"):
+        raise ConfigError(f"allocation must be 'image' or 'pooled', not {allocation!r}")
+    if isinstance(frame_floor, bool) or not isinstance(frame_floor, int) or frame_floor < 0:
+        raise ConfigError(f"frame_floor must be a number of tokens, 0 or more, not {frame_floor!r}")
+    if frame_floor and not isinstance(made, ScoreMethod):
+        raise ConfigError(
+            f"frame_floor needs a method that scores tokens; {made.name!r} does not: leave it out"
+        )
     if not isinstance(strict, bool):
         raise ConfigError(f"strict must be True or False, not {strict!r}")
     if isinstance(made, NoPruning):
@@ -115,7 +130,9 @@ def make_config(
             f"positions='compact' is offered for cuts before the LLM (layer=0) of models with one position per token; "
             f"here the cuts are at {', '.join(str(c.layer) for c in checked)} of a {family.name} model: use 'keep'"
         )
-    return PruneConfig(made, checked, keep, budget, positions, strict, keep_lists, reason)
+    return PruneConfig(
+        made, checked, keep, budget, positions, strict, keep_lists, reason, allocation, frame_floor
+    )
 
 
 def decoder_shape(model: nn.Module, family: Family) -> DecoderShape:

@@ -11,8 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from tokenprune.budget import average_kept
+from tokenprune.models.base import Image
 from tokenprune.runtime.flops import decoder_flops
 from tokenprune.runtime.outcome import Outcome
+from tokenprune.runtime.pruning import unpool
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,7 @@ class Report:
     @property
     def keep_lists(self) -> list[list[list[list[int]]]]:
         """keep_lists[cut][row][image]: kept raster indices, in the form `wrap(keep_lists=...)` takes."""
-        return [
-            [[cut[r, i].tolist() for i in range(len(row))] for r, row in enumerate(self._outcome.rows)]
-            for cut in self._outcome.kept
-        ]
+        return _keep_lists(self._outcome)
 
     @property
     def merges(self) -> list[dict[tuple[int, int], tuple[Tensor, Tensor]]]:
@@ -195,9 +194,14 @@ def make_report(outcome: Outcome) -> Report:
     config = outcome.config
     num_layers = len(outcome.lengths)
     images = []
+    lists = _keep_lists(outcome) if outcome.pooled else []
     for r, row in enumerate(outcome.rows):
         for i, image in enumerate(row):
-            kept = tuple(counts[r, i] for counts in outcome.counts)
+            kept = (
+                tuple(counts[r, i] for counts in outcome.counts)
+                if not lists
+                else tuple(len(x[r][i]) for x in lists)
+            )
             merged = tuple(len(cut[r, i][0]) if (r, i) in cut else 0 for cut in outcome.merged)
             average = average_kept(image.n, num_layers, config.cuts, kept) if kept else float(image.n)
             grids = tuple((g.frames, g.height, g.width) for g in image.grids)
@@ -225,6 +229,15 @@ def make_report(outcome: Outcome) -> Report:
         reason=outcome.reason,
         _outcome=outcome,
     )
+
+
+def _keep_lists(outcome: Outcome) -> list[list[list[list[int]]]]:
+    def row_of(cut: dict[tuple[int, int], Tensor], r: int, row: list[Image]) -> list[list[int]]:
+        if outcome.pooled and row:
+            return unpool(cut[r, 0].tolist(), row)
+        return [cut[r, i].tolist() for i in range(len(row))]
+
+    return [[row_of(cut, r, row) for r, row in enumerate(outcome.rows)] for cut in outcome.kept]
 
 
 def _shape(grid: tuple[int, int, int]) -> str:

@@ -121,6 +121,7 @@ class ImageTokens:
         num_heads: attention heads of the decoder.
         vision: (n,) what `Needs.vision` returned for the remaining tokens.
         digest: scalar int64 tensor, on the device.
+        frame_floor: tokens every frame (or view) has to keep.
     """
 
     n: int
@@ -133,6 +134,18 @@ class ImageTokens:
     hidden: Tensor | None = None
     vision: Tensor | None = None
     digest: Tensor | None = None
+    frame_floor: int = 0
+
+    @property
+    def frames(self) -> int:
+        """Frames of all views."""
+        return sum(grid.frames for grid in self.grids)
+
+    def frame(self) -> Tensor:
+        """(n,) the frame (counted over all views) each remaining token lies in."""
+        sizes = [grid.height * grid.width for grid in self.grids for _ in range(grid.frames)]
+        ends = torch.tensor(sizes).cumsum(0).to(self.raster.device, non_blocking=True)
+        return torch.searchsorted(ends, self.raster, right=True)
 
 
 @dataclass(frozen=True)
@@ -185,7 +198,10 @@ class Method(ABC):
 
 @dataclass(frozen=True)
 class ScoreMethod(Method):
-    """A method that keeps the k tokens of largest score; equal scores: the lower index wins."""
+    """A method that keeps the k tokens of largest score; equal scores: the lower index wins.
+
+    With a `frame_floor` the best tokens of every frame come first.
+    """
 
     @abstractmethod
     def score(self, image: ImageTokens) -> Tensor:
@@ -193,7 +209,22 @@ class ScoreMethod(Method):
 
     def select(self, image: ImageTokens, k: int) -> Selection:
         order = self.score(image).sort(descending=True, stable=True).indices
+        if image.frame_floor:
+            beyond = _rank_in_frame(image, order) >= image.frame_floor
+            order = order[beyond[order].long().sort(stable=True).indices]
         return Selection(order[:k].sort().values)
+
+
+def _rank_in_frame(image: ImageTokens, order: Tensor) -> Tensor:
+    """(n,) place of each token among those of its frame, the best being 0."""
+    frame = image.frame()
+    by_frame = order[frame[order].sort(stable=True).indices]
+    sizes = torch.zeros(image.frames, dtype=torch.long, device=frame.device).index_add_(
+        0, frame, torch.ones_like(frame)
+    )
+    start = sizes.cumsum(0) - sizes
+    place = torch.arange(image.n, device=frame.device)
+    return torch.empty_like(place).index_copy_(0, by_frame, place - start[frame[by_frame]])
 
 
 @dataclass(frozen=True)

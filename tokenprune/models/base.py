@@ -30,6 +30,7 @@ class Image:
         order: its place among the call's images (or videos), as in `pixel_values`.
         items: which of the pictures the vision tower was given (crops, frames) it consists of, as a range.
         structural: placeholders of it that are never pruned.
+        parts: the images pooled into this one (`allocation="pooled"`); empty for an image as it came.
     """
 
     columns: IntArray
@@ -38,6 +39,7 @@ class Image:
     order: int
     items: tuple[int, int]
     structural: int = 0
+    parts: tuple[Image, ...] = ()
 
     @property
     def n(self) -> int:

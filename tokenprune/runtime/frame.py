@@ -197,7 +197,7 @@ def _plan(
     pruning.num_heads = text.num_attention_heads
     pruning.padding = visible if mask is not None else None
     if config.method.needs().digest and config.keep_lists is None:
-        pruning.prompts = prompt_digests(ids, mask, rows)
+        pruning.prompts = prompt_digests(ids, mask, pruning.rows)
     frame.pruning = pruning
 
 

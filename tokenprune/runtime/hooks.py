@@ -390,8 +390,7 @@ class Runtime:
                     name: self._state(pruning, key, name, x) for name, x in states.items() if name in needed
                 }
                 k = pruning.counts[cut][key]
-                facts = frame.facts.get(pruning.images[key].kind)
-                selection = method.select(pruning.view(key, facts, **own), k)
+                selection = method.select(pruning.view(key, frame.facts, **own), k)
                 if selection.keep.shape != (k,):
                     raise TokenPruneError(
                         f"method {method.name!r} returned {tuple(selection.keep.shape)} indices where "

@@ -19,6 +19,7 @@ class Outcome:
     """Attributes:
     config: the configuration that ran.
     rows: images by row.
+    pooled: whether `counts` and `kept` are of each row's images together.
     counts: per cut, tokens each (row, image) kept.
     kept: per cut, raster indices each (row, image) kept (device tensors).
     merged: per cut, (pairs, weights) by raster index where tokens were merged.
@@ -33,6 +34,7 @@ class Outcome:
 
     config: PruneConfig
     rows: list[list[Image]]
+    pooled: bool
     counts: list[dict[Key, int]]
     kept: list[dict[Key, Tensor]]
     merged: list[dict[Key, tuple[Tensor, Tensor]]]
@@ -59,6 +61,7 @@ def make_outcome(config: PruneConfig, text_config: Any, num_layers: int, frame: 
     return Outcome(
         config=config,
         rows=frame.rows,
+        pooled=pruning is not None and pruning.pooled,
         counts=[] if pruning is None else pruning.counts,
         kept=[] if pruning is None else pruning.kept,
         merged=[] if pruning is None else pruning.merged,

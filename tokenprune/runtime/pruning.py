@@ -7,7 +7,7 @@ one device-to-host copy; from then on only device tensors are touched.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tokenprune.budget import plan_counts
+from tokenprune.budget import Cut, Keep, plan_counts
 from tokenprune.config import KeepLists, PruneConfig
-from tokenprune.errors import ConfigError
+from tokenprune.errors import BudgetError, ConfigError, TokenPruneError
 from tokenprune.hashing import digest, mix
 from tokenprune.methods.base import ImageTokens, Selection
 from tokenprune.models.base import Family, Image, IntArray
@@ -59,6 +59,9 @@ class Pruning:
             mask: (B, L) bool array, False at padding; None when there is none.
         """
         self.model, self.family = model, family
+        # Forced lists say themselves what each image keeps.
+        self.pooled = config.allocation == "pooled" and config.keep_lists is None
+        rows = [pool(row) for row in rows] if self.pooled else rows
         self.rows, self.config = rows, config
         self.batch, self.length = ids.shape
         self.images: dict[Key, Image] = {
@@ -94,7 +97,16 @@ class Pruning:
             return check_keep_lists(config.keep_lists, self.rows)
         counts: list[dict[Key, int]] = [{} for _ in config.cuts]
         for key, image in self.images.items():
-            for c, k in enumerate(plan_counts(image.n, num_layers, config.cuts, config.keep, config.budget)):
+            own = len(image.parts) or 1  # a number of tokens is one per image
+            cuts = tuple(Cut(cut.layer, _times(cut.keep, own)) for cut in config.cuts)
+            planned = plan_counts(image.n, num_layers, cuts, _times(config.keep, own), config.budget)
+            frames = sum(grid.frames for grid in image.grids)
+            if planned and config.frame_floor * frames > planned[-1]:
+                raise BudgetError(
+                    f"frame_floor={config.frame_floor} takes {config.frame_floor * frames} tokens for the {frames} "
+                    f"frames of a {image.kind} that keeps {planned[-1]}; keep more, or lower the floor"
+                )
+            for c, k in enumerate(planned):
                 counts[c][key] = k
         return counts
 
@@ -133,24 +145,27 @@ class Pruning:
             return row.narrow(0, int(image.columns[0]), image.n)  # a view: nothing is copied
         return row.index_select(0, self._slots[key].to(row.device))
 
-    def view(self, key: Key, facts: VisionFacts | None, /, **states: Tensor) -> ImageTokens:
+    def view(self, key: Key, facts: Mapping[str, VisionFacts], /, **states: Tensor) -> ImageTokens:
         """What the method sees of an image at this cut.
 
         Args:
             key: (row, image).
-            facts: what the vision tower's hook noted of images of this kind.
+            facts: what the vision tower's hook noted, by kind of image.
             states: (n, ...) of its remaining tokens, by name.
         """
         image, raster = self.images[key], self.raster[key]
         vision = digest = None
-        first, end = image.items
-        if facts is not None and facts.attention:
-            vision = self.family.to_tokens(self.model, torch.stack(facts.attention[first:end]), image)
-            vision = vision.to(raster.device)
+        noted = [(facts.get(part.kind), part) for part in image.parts or (image,)]
+        if all(own is not None and own.attention for own, _ in noted):
+            vision = torch.cat(
+                [self._vision(own, part).to(raster.device) for own, part in noted if own is not None]
+            )
             vision = vision if len(raster) == image.n else vision.index_select(0, raster)
-        if facts is not None and facts.digests is not None:
-            own = _combined(facts.digests[first:end]).to(raster.device)
-            digest = mix(own + self.prompts[key].to(raster.device))
+        if all(own is not None and own.digests is not None for own, _ in noted):
+            hashes = [_combined(own.digests[slice(*part.items)]) for own, part in noted if own is not None]  # type: ignore[index]
+            digest = mix(
+                _combined(torch.stack(hashes)).to(raster.device) + self.prompts[key].to(raster.device)
+            )
         return ImageTokens(
             n=len(raster),
             raster=raster,
@@ -158,8 +173,12 @@ class Pruning:
             num_heads=self.num_heads,
             vision=vision,
             digest=digest,
+            frame_floor=self.config.frame_floor,
             **states,
         )
+
+    def _vision(self, facts: VisionFacts, image: Image) -> Tensor:
+        return self.family.to_tokens(self.model, torch.stack(facts.attention[slice(*image.items)]), image)
 
     def wants(self, cut: int) -> list[Key]:
         """Images that lose tokens at a cut and have no selection yet (all of those of a forced list are set)."""
@@ -177,6 +196,11 @@ class Pruning:
 
     def store(self, cut: int, key: Key, selection: Selection) -> None:
         """Keep a selection, on the plan's device: with several devices the scored layer's may be another."""
+        if selection.merges is not None and self.images[key].parts:
+            raise TokenPruneError(
+                f"method {self.config.method.name!r} merges tokens, which allocation='pooled' does not offer; use "
+                f"allocation='image'"
+            )
         device = self.raster[key].device
         tensors = (selection.keep, selection.merges, selection.weights)
         self.selections[cut][key] = Selection(*(t if t is None else t.to(device) for t in tensors))  # type: ignore[arg-type]
@@ -263,6 +287,29 @@ def pick(states: Tensor, slots: Tensor) -> Tensor:
     offset = torch.arange(batch, device=slots.device)[:, None] * length if rows > 1 else 0
     flat = states.reshape(rows * length, *states.shape[2:]).index_select(0, (slots + offset).reshape(-1))
     return flat.view(batch, short, *states.shape[2:])
+
+
+def pool(row: list[Image]) -> list[Image]:
+    """The images of a row as one, which keeps its columns in order."""
+    if len(row) < 2:
+        return row
+    columns = np.concatenate([image.columns for image in row])
+    grids = tuple(grid for image in row for grid in image.grids)
+    structural = sum(image.structural for image in row)
+    return [Image(columns, grids, row[0].kind, row[0].order, row[0].items, structural, tuple(row))]
+
+
+def unpool(kept: Sequence[int], row: Sequence[Image]) -> list[list[int]]:
+    """Raster indices of a pooled image -> those of each of the row's images."""
+    lists, start = [], 0
+    for image in row:
+        lists.append([index - start for index in kept if start <= index < start + image.n])
+        start += image.n
+    return lists
+
+
+def _times(keep: Keep | None, images: int) -> Keep | None:
+    return keep * images if isinstance(keep, int) else keep
 
 
 def _combined(digests: Tensor) -> Tensor:
