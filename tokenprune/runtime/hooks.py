@@ -21,12 +21,13 @@ from tokenprune.errors import TokenPruneError, UnsupportedModeError
 from tokenprune.methods.base import VisionAttention
 from tokenprune.models.base import Family
 from tokenprune.models.decoder import by_token, rotate, state_module
+from tokenprune.runtime import compiled
 from tokenprune.runtime.frame import Frame, begin
 from tokenprune.runtime.layer_masks import LayerMasks, columns
 from tokenprune.runtime.masks import attention_backend
 from tokenprune.runtime.outcome import Outcome, make_outcome
 from tokenprune.runtime.pruning import Key, Pruning, pick
-from tokenprune.runtime.record import Columns, attach, extend
+from tokenprune.runtime.record import Columns, attach, extend, record_of
 from tokenprune.runtime.vision import VisionFacts, attach_facts, noting_sizes
 
 Changed = tuple[tuple[Any, ...], dict[str, Any]] | None
@@ -60,6 +61,7 @@ class Runtime:
 
     def install(self) -> None:
         """Register the hooks; after an error none is left."""
+        compiled.forget()
         try:
             self._install()
         except BaseException:
@@ -67,6 +69,7 @@ class Runtime:
             raise
 
     def remove(self) -> None:
+        compiled.forget()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -80,21 +83,19 @@ class Runtime:
         for module in dict.fromkeys((model, family.base(model))):
             parameters = inspect.signature(type(module).forward).parameters
             self._names[module] = [name for name in parameters if name != "self"]
-            self._before(module, self._enter)
-            self._handles.append(
-                module.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
-            )
-        self._before(family.text_model(model), self._enter_text_model)
+            self._before(module, self._enter, self._step)
+            self._after(module, self._leave, self._step, always_call=True)
+        self._before(family.text_model(model), self._enter_text_model, self._step_text_model)
         for i, layer in enumerate(self.layers):
-            self._before(layer, partial(self._enter_layer, i))
-            self._after(layer, partial(self._leave_layer, i))
+            self._before(layer, partial(self._enter_layer, i), partial(self._step_layer, i))
+            self._after(layer, partial(self._leave_layer, i), _nothing_in_a_step)
             attention: Any = family.attention(layer)
             if family.temperature(attention, torch.zeros(1)) is not None:
                 self._after(attention.q_proj, partial(self._rescale, i, attention))
         # The features' grid is noted even when nobody scores: generate() encodes images ahead of the forward.
         tower = family.vision_tower(model)
         self._before(tower, self._enter_tower)
-        self._handles.append(tower.register_forward_hook(self._leave_tower, with_kwargs=True))
+        self._after(tower, self._leave_tower)
         if family.sizes_ahead:
             self._note_sizes()
         if self.config.keep_lists is not None or not self.config.cuts:
@@ -108,9 +109,12 @@ class Runtime:
         for c, cut in enumerate(self.config.cuts if projected else ()):
             layer = self.layers[cut.layer - 1]
             attention = family.attention(layer)
-            self._before(attention, partial(self._catch_rope, c))
+            self._before(attention, partial(self._catch_rope, c), _nothing_in_a_step)
             for state in projected:
-                self._after(state_module(attention, state), partial(self._catch_state, c, state))
+                hook = partial(self._catch_state, c, state)
+                self._after(
+                    state_module(attention, state), hook, partial(_no_state_in_a_step, attention, state)
+                )
         self._sources = self._scored()
 
     def _scored(self) -> list[nn.Module]:
@@ -134,11 +138,20 @@ class Runtime:
                 setattr(base, name, noting_sizes(getattr(base, name), kind, self.family))
                 self._shadows.append((base, name))
 
-    def _before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    def _before(
+        self, module: nn.Module, hook: Callable[..., Any], quick: Callable[..., Any] | None = None
+    ) -> None:
+        self._handles.append(module.register_forward_pre_hook(compiled.either(hook, quick), with_kwargs=True))
 
-    def _after(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        self._handles.append(module.register_forward_hook(hook))
+    def _after(
+        self,
+        module: nn.Module,
+        hook: Callable[..., Any],
+        quick: Callable[..., Any] | None = None,
+        always_call: bool = False,
+    ) -> None:
+        chosen = compiled.either(hook, quick)
+        self._handles.append(module.register_forward_hook(chosen, with_kwargs=True, always_call=always_call))
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
         raise TokenPruneError(
@@ -234,6 +247,31 @@ class Runtime:
             return (loss, *output)
         return type(output)(**{**dict(output), "loss": loss})
 
+    # -- the same, of a decoding step under torch.compile --------------------------------------------------------
+
+    def _step(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any = None) -> Any:
+        inputs = {**kwargs, **dict(zip(self._names[module], args, strict=False))}
+        ids = inputs.get("input_ids")
+        cache = inputs.get("past_key_values")
+        if ids is None or not compiled.is_step(self.text_config, ids.shape[1], cache):
+            return NotImplemented
+        record = record_of(cache)
+        if record is not None:
+            record.compiled = True
+        return None
+
+    def _step_text_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        length = kwargs["inputs_embeds"].shape[1]
+        if not compiled.is_step(self.text_config, length, kwargs.get("past_key_values")):
+            return NotImplemented
+        return args, compiled.positions(kwargs)
+
+    def _step_layer(self, i: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if not compiled.is_step(self.text_config, hidden.shape[1], kwargs.get("past_key_values")):
+            return NotImplemented
+        return args, compiled.mask(i, hidden, kwargs, self.text_config)
+
     # -- the text model -----------------------------------------------------------------------------------------
 
     def _enter_text_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
@@ -241,7 +279,7 @@ class Runtime:
         if frame is not None and frame.text_entered:
             self._local.frame = frame = None  # left behind by a call that was interrupted
         if frame is None:
-            return None
+            return _done(self._step_text_model(module, args, kwargs))
         frame.text_entered = True
         hidden = kwargs["inputs_embeds"]
         frame.cache = kwargs.get("past_key_values", frame.cache)
@@ -295,7 +333,7 @@ class Runtime:
     ) -> Changed:
         frame = self.frame
         if frame is None:
-            return None
+            return _done(self._step_layer(i, module, args, kwargs))
         frame.cache = kwargs.get("past_key_values", frame.cache)  # the text model may just have made it
         record, pruning = frame.record, frame.pruning
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -333,14 +371,16 @@ class Runtime:
             frame.features = dict(zip(frame.features, features, strict=True))
         return hidden
 
-    def _leave_layer(self, i: int, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    def _leave_layer(
+        self, i: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor
+    ) -> Tensor | None:
         frame = self.frame
         if frame is None or i not in frame.features:
             return None
         return output + frame.features.pop(i).to(output.device)
 
     def _rescale(
-        self, i: int, attention: nn.Module, module: nn.Module, args: Any, output: Tensor
+        self, i: int, attention: nn.Module, module: nn.Module, args: Any, kwargs: Any, output: Tensor
     ) -> Tensor | None:
         """Queries whose temperature the layer tells from its cache's length get that of their original columns."""
         frame = self.frame
@@ -417,7 +457,9 @@ class Runtime:
             self._local.rope, self._local.module = kwargs["position_embeddings"], module
             self._local.states = {}
 
-    def _catch_state(self, cut: int, state: str, module: nn.Module, args: Any, output: Tensor) -> None:
+    def _catch_state(
+        self, cut: int, state: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor
+    ) -> None:
         """Score as soon as the last state a method needs is there; nothing but its selection is kept."""
         if not self._catching(cut):
             return
@@ -438,7 +480,7 @@ class Runtime:
     def _enter_tower(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._local.caught, self._local.attention = {}, []
 
-    def _catch_vision(self, which: str, module: nn.Module, args: Any, output: Tensor) -> None:
+    def _catch_vision(self, which: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         """Reduce each image's attention to the floats the method wants, as soon as queries and keys are there."""
         caught = self._local.caught
         caught[which] = output.unflatten(-1, (self.tap.heads, -1)).transpose(1, 2)
@@ -473,3 +515,20 @@ def _after_last_image(pruning: Pruning, index: Tensor) -> Tensor:
             "logits_to_keep may only name columns after the last image of a pruned prompt"
         )
     return torch.where(index < 0, index, index - (pruning.length - pruning.lengths[-1]))
+
+
+def _nothing_in_a_step(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any = None) -> Any:
+    """For hooks that only a prompt needs."""
+    states = args[0] if args else kwargs["hidden_states"]
+    return None if states.shape[1] == 1 else NotImplemented
+
+
+def _no_state_in_a_step(
+    attention: nn.Module, state: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor
+) -> Any:
+    return None if by_token(attention, state, output).shape[1] == 1 else NotImplemented
+
+
+def _done(changed: Any) -> Any:
+    """Of a call whose beginning was compiled and is not: what a step needs, or nothing."""
+    return None if changed is NotImplemented else changed

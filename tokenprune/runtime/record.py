@@ -48,6 +48,7 @@ class Record:
     padding: Tensor | None = None
     shift: Tensor | None = None
     after: int = 0  # columns added since to a static cache, whose own length only the device knows
+    compiled: bool = False  # whether torch.compile may have run steps that `after` does not count
     verify: bool = False  # whether the last continuation may have been cropped since
 
     def cut_to(self, past: int) -> None:
@@ -81,6 +82,10 @@ def layer_length(cache: Any, layer: int) -> int:
     return int(cache.get_seq_length(layer))
 
 
+def record_of(cache: Any) -> Record | None:
+    return getattr(cache, _ATTRIBUTE, None)
+
+
 def attach(cache: Any, record: Record | None) -> None:
     if record is None:
         cache.__dict__.pop(_ATTRIBUTE, None)
@@ -96,8 +101,10 @@ def read(cache: Any, num_layers: int, batch: int) -> Record | None:
     """
     if cache is None or not getattr(cache, "layers", None):
         return None
-    record: Record | None = getattr(cache, _ATTRIBUTE, None)
+    record = record_of(cache)
     if is_static(cache):
+        if record is not None and record.compiled:
+            record.after = layer_length(cache, 0) + record.removed(0) - record.length
         return record
     first, last = layer_length(cache, 0), layer_length(cache, num_layers - 1)
     if first == 0 and last == 0:  # a cache that was reset

@@ -1,0 +1,96 @@
+"""Decoding under torch.compile with a static cache: the hooks' work as a few tensor operations that keep no state.
+
+What a step needs was laid down with the prompt's record; nothing here depends on how far the conversation is, so a
+step is compiled once, without a break. Whatever else happens under torch.compile (prompts, growing caches, layers that
+look back only so far) breaks the graph at the hook and runs as without compilation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor
+
+from tokenprune.runtime.masks import attention_backend, local_attention
+from tokenprune.runtime.record import Columns, is_static, record_of
+
+
+def either(hook: Callable[..., Any], quick: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """A hook for compiled and for ordinary calls.
+
+    Args:
+        hook: for ordinary calls.
+        quick: for compiled ones; returns NotImplemented where the hook itself has to run.
+    """
+    slow = torch.compiler.disable(hook)
+
+    def choose(*given: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return hook(*given)
+        done = NotImplemented if quick is None else quick(*given)
+        return slow(*given) if done is NotImplemented else done
+
+    return choose
+
+
+def forget() -> None:
+    """Drop what the process has compiled so far, if anything.
+
+    Compiled code does not notice hooks that come and go: what was compiled before `wrap` would run without them, and
+    silently wrong on a pruned cache.
+    """
+    if torch._dynamo.utils.counters["frames"]["total"]:
+        torch.compiler.reset()
+
+
+def is_step(config: Any, length: int, cache: Any) -> bool:
+    """Whether a call is a decoding step that can be compiled whole.
+
+    Args:
+        config: of the text model.
+        length: columns of the call.
+        cache: of the call.
+    """
+    if length != 1 or not is_static(cache):
+        return False
+    if record_of(cache) is None:
+        return True
+    spans = [local_attention(config, i)[1] for i in range(config.num_hidden_layers)]
+    fits = all(span is None or cache.layers[i].get_max_length() < span for i, span in enumerate(spans))
+    return fits and "flash" not in attention_backend(config)
+
+
+def positions(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The text model's inputs of a step, with the positions of a renumbered prompt."""
+    record = record_of(kwargs["past_key_values"])
+    ids = kwargs.get("position_ids")
+    if record is None or record.shift is None or ids is None:
+        return kwargs
+    return {**kwargs, "position_ids": ids - record.shift.to(ids.device)}
+
+
+def mask(i: int, hidden: Tensor, kwargs: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Layer i's inputs of a step, with a mask over what its cache holds."""
+    cache: Any = kwargs["past_key_values"]
+    record = record_of(cache)
+    columns = None if record is None else record.layers[i]
+    if columns is None:
+        return kwargs
+    length = int(cache.layers[i].get_max_length())
+    written = torch.arange(length, device=hidden.device) <= torch.as_tensor(
+        cache.get_seq_length(i), device=hidden.device
+    )
+    sees = (written & _real(columns, length, hidden.device))[:, None, None, :]
+    if attention_backend(config) != "sdpa":
+        sees = torch.zeros_like(sees, dtype=hidden.dtype).masked_fill(~sees, torch.finfo(hidden.dtype).min)
+    return {**kwargs, "attention_mask": sees}
+
+
+def _real(columns: Columns, length: int, device: torch.device) -> Tensor:
+    """(B, length) False at filler and padding."""
+    if columns.visible is None:
+        return torch.ones(columns.index.shape[0], length, dtype=torch.bool, device=device)
+    return torch.nn.functional.pad(columns.visible.to(device), (0, length - columns.length), value=True)
