@@ -22,7 +22,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench table fuzz clean
+.PHONY: matrix help demo test check format bench table fuzz clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ bench: $(STAMP) ## Time pruned against ideal prefill on this machine (BENCH_ARGS
 
 table: $(STAMP) ## Make the table method x retention x accuracy (TABLE_ARGS=...)
 	$(BIN)/python -m tokenprune_eval.table $(TABLE_ARGS)
+
+matrix: $(STAMP) ## Make the table of what works, family by family, and put it into the README (MATRIX_ARGS=...)
+	$(BIN)/python -m tokenprune_eval.matrix --csv eval/results/matrix.csv --readme README.md $(MATRIX_ARGS)
 
 # A pipe hides pytest's exit status from sh, hence the status file. The seed makes a run repeatable.
 fuzz: $(STAMP) ## Run every property with 10,000 examples; hours; summary in eval/results/fuzz.txt
