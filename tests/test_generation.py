@@ -11,13 +11,12 @@ import transformers
 from packaging import version
 from transformers import (
     DynamicCache,
-    Llama4ForConditionalGeneration,
-    LlavaForConditionalGeneration,
     PaliGemmaForConditionalGeneration,
     StaticCache,
 )
 
 import judge
+import limits
 import oracle
 import tiny
 import tokenprune
@@ -70,14 +69,9 @@ def test_greedy(model: Any, cut: dict[str, Any], rows: Any) -> None:
 def test_modes(model: Any, cut: dict[str, Any], options: dict[str, Any], times: int) -> None:
     rows = judge.ROWS[:1] if "prompt_lookup_num_tokens" in options else judge.ROWS
     expands = "num_beams" in options or "num_return_sequences" in options
-    if expands and isinstance(model, LlavaForConditionalGeneration) and OLD:
-        # Stock generate() of these versions mixes up a row's images when it expands the batch.
-        rows = [
-            [piece for i, piece in enumerate(row) if piece != "image" or "image" not in row[:i]]
-            for row in rows
-        ]
-    if expands and isinstance(model, Llama4ForConditionalGeneration) and not OLD:
-        pytest.skip("stock generate() of this version does not expand Llama 4's image features")
+    limits.check(model, options)
+    if expands:
+        rows = limits.expandable(model, rows)
     # PaliGemma's prompt sees itself both ways, and so also what stock prompt lookup guesses in its first step: this
     # prompt makes it guess nothing there.
     guesses = isinstance(model, PaliGemmaForConditionalGeneration) and "prompt_lookup_num_tokens" in options

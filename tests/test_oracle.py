@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+import limits
 import oracle
 import tiny
 
@@ -292,31 +293,10 @@ def test_sliding_windows(family: str) -> None:
     assert difference(out.steps(), torch.stack(generate(wide, inputs).logits, 1)) > 1e-2
 
 
-def expandable(model: Any, rows: list[list[str]]) -> list[list[str]]:
-    """Rows that stock expands rightly for beams.
-
-    Releases before `_expand_multimodal_outputs` repeat pixels image by image (tile by tile, frame by frame)
-    where they are not Qwen's or Idefics3's, so that the two images of a row end up in different rows.
-    Llama4 alone breaks in the later ones: its features have another name and are not repeated at all.
-    """
-    kind = model.config.model_type
-    if hasattr(model, "_expand_multimodal_outputs"):
-        if kind == "llama4":
-            pytest.skip("stock does not repeat Llama4's image features for beams")
-        return rows
-    if kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm"):
-        return rows
-    if kind == "internvl" and rows == VIDEOS:
-        pytest.skip("stock repeats frame by frame")
-    image = "image:1x1" if kind in ("internvl", "llama4") else "image"
-    one = [["text:3", image, "text:6"], ["text:7"], [image, "text:2"]]
-    return rows if rows == VIDEOS else one
-
-
 @each(ROWS, VIDEOS)
 def test_beams(family: str, rows: list) -> None:
     model = build(family)
-    inputs = tiny.inputs(model, expandable(model, rows))
+    inputs = tiny.inputs(model, limits.expandable(model, rows))
     positions = tiny.visual_positions(model, inputs)
     found = generate(model, inputs, num_beams=3, num_return_sequences=2, output_scores=True)
     new = found.sequences[:, inputs["input_ids"].shape[1] :]

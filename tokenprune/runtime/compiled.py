@@ -8,6 +8,7 @@ look back only so far) breaks the graph at the hook and runs as without compilat
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,15 +26,17 @@ def either(hook: Callable[..., Any], quick: Callable[..., Any] | None = None) ->
         hook: for ordinary calls.
         quick: for compiled ones; returns NotImplemented where the hook itself has to run.
     """
-    slow = torch.compiler.disable(hook)
+    # Not a closure: copying or pickling a wrapped model has to come upon the runtime, which refuses it by name.
+    return partial(_choose, hook, quick, torch.compiler.disable(hook))
 
-    def choose(*given: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            return hook(*given)
-        done = NotImplemented if quick is None else quick(*given)
-        return slow(*given) if done is NotImplemented else done
 
-    return choose
+def _choose(
+    hook: Callable[..., Any], quick: Callable[..., Any] | None, slow: Callable[..., Any], *given: Any
+) -> Any:
+    if not torch.compiler.is_compiling():
+        return hook(*given)
+    done = NotImplemented if quick is None else quick(*given)
+    return slow(*given) if done is NotImplemented else done
 
 
 def forget() -> None:

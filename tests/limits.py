@@ -1,0 +1,45 @@
+"""What stock generate() cannot do, by family and version, so that nothing is asked of a pruned model that it cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+Rows = list[list[str]]
+
+
+def expandable(model: Any, rows: Rows) -> Rows:
+    """Rows that stock expands rightly for beams and returned sequences.
+
+    Releases before `_expand_multimodal_outputs` repeat pixels image by image (tile by tile, frame by frame)
+    where they are not Qwen's or Idefics3's, so that the two images of a row end up in different rows.
+    Llama4 alone breaks in the later ones: its features have another name and are not repeated at all.
+    """
+    kind = model.config.model_type
+    video = any("video" in piece for row in rows for piece in row)
+    if not old(model):
+        if kind == "llama4":
+            pytest.skip("stock does not repeat Llama4's image features")
+        return rows
+    if kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm"):
+        return rows
+    if kind == "internvl" and video:
+        pytest.skip("stock repeats frame by frame")
+    image = "image:1x1" if kind in ("internvl", "llama4") else "image"
+    return rows if video else [["text:3", image, "text:6"], ["text:7"], [image, "text:2"]]
+
+
+def check(model: Any, options: dict[str, Any]) -> None:
+    """Skip a way of generating that stock itself gets wrong or refuses."""
+    kind = model.config.model_type
+    if old(model) and kind == "llama4" and options.get("cache_implementation") == "static":
+        pytest.skip("stock of this version cannot make Llama4's masks for a static cache")
+    if old(model) and kind == "paligemma" and options.get("use_cache") is False:
+        pytest.skip(
+            "stock of this version takes what PaliGemma generates for its prompt, which sees itself both ways"
+        )
+
+
+def old(model: Any) -> bool:
+    return not hasattr(model, "_expand_multimodal_outputs")
