@@ -382,7 +382,7 @@ def _no_processor(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "advice"),
     [
-        (_text_only, "is a 'llama' model, which cannot be pruned; supported: gemma3, idefics3, internvl, llama4, llava,"),
+        (_text_only, "is a 'llama' model, which cannot be pruned; supported: gemma3, idefics3, internvl, "),
         (_empty, "give a model folder"),
         (_nonsense, "give a model folder"),
         (_no_processor, "give a "),

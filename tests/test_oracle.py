@@ -314,7 +314,7 @@ def test_beams(family: str, rows: list) -> None:
 @pytest.mark.parametrize("family", TWO)
 def test_returned_sequences(family: str) -> None:
     model = build(family)
-    inputs = tiny.inputs(model, expandable(model, ROWS))
+    inputs = tiny.inputs(model, limits.expandable(model, ROWS))
     positions = tiny.visual_positions(model, inputs)
     torch.manual_seed(0)
     found = generate(model, inputs, do_sample=True, num_return_sequences=3)
