@@ -248,10 +248,16 @@ def make(family: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
 # -- every family -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("attention", "tolerance"), [("eager", 1e-6), ("sdpa", 2e-6)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_equal_eager(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every probability of every picture, and every token's share of them."""
-    model, inputs = make(family)
+def test_rows_equal_eager(
+    family: str, attention: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every probability of every picture, and every token's share of them.
+
+    With sdpa the layers before round differently.
+    """
+    model, inputs = make(family, attn_implementation=attention)
     Watching.seen.clear()
     Watching.scores.clear()
     with tokenprune.pruned(model, Watching(), layer=0, keep=0.5, budget="after_cut"), torch.no_grad():
@@ -261,11 +267,11 @@ def test_rows_equal_eager(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(maps) == len(Watching.seen)
     for own, m in zip(Watching.seen, maps, strict=True):
         rows = own.rows(torch.arange(m.shape[1]))
-        torch.testing.assert_close(rows, m, atol=1e-6, rtol=0)
+        torch.testing.assert_close(rows, m, atol=tolerance, rtol=0)
     scores = [score for row in expected_scores(stock, inputs, monkeypatch, layer) for score in row]
     assert len(scores) == len(Watching.scores)
     for own, score in zip(Watching.scores, scores, strict=True):
-        torch.testing.assert_close(own, score, atol=1e-6, rtol=0)
+        torch.testing.assert_close(own, score, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("how", ["forward", "generate", "beams"])
@@ -273,6 +279,10 @@ def test_rows_equal_eager(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keeps_the_same(family: str, cuts: Any, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a forward, in generate() (which may encode ahead), with beams, and after an earlier cut."""
+    if how == "beams" and OLD and not family.startswith("qwen"):
+        pytest.skip("this version's generate() repeats images one by one")
+    if how == "beams" and family == "llama4":
+        pytest.skip("the stock model's generate() gives the beams too few features")
     model, inputs = make(family)
     with tokenprune.pruned(model, Attention(cls=False), cuts=cuts), torch.no_grad():
         if how == "forward":
@@ -282,8 +292,6 @@ def test_keeps_the_same(family: str, cuts: Any, how: str, monkeypatch: pytest.Mo
             model.generate(**inputs, max_new_tokens=2, do_sample=False, num_beams=beams)
         lists = tokenprune.report(model).keep_lists
     if how == "beams":
-        if OLD and not family.startswith("qwen"):
-            pytest.skip("this version's generate() repeats images one by one")
         assert [kept[::2] for kept in lists] == [kept[1::2] for kept in lists]
         lists = [kept[::2] for kept in lists]
     stock = tiny.build(family, attn_implementation="eager")
