@@ -250,7 +250,7 @@ def make(family: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
 
 @pytest.mark.parametrize(("attention", "tolerance"), [("eager", 1e-6), ("sdpa", 2e-6)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_equal_eager(
+def test_rows_and_tokens(
     family: str, attention: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every probability of every picture, and every token's share of them.

@@ -49,8 +49,9 @@ class DecoderShape:
 
 @dataclass(frozen=True)
 class VisionAttention:
-    """Queries and keys of the vision layer whose output becomes the image's features, for one image.
+    """Queries and keys of the vision layer whose output becomes the features, for one picture.
 
+    That is what the tower attends within: an image, or one of its crops, or a frame of a video.
     Only the rows a method asks for are ever computed; an n x n map is not materialised.
 
     Attributes:
@@ -106,8 +107,8 @@ class Needs:
 
     Attributes:
         states: "query" / "key" (post-RoPE), "value": of layer K - 1; "hidden": the states entering layer K.
-        vision: a function from `VisionAttention` to n floats, evaluated inside the vision tower's hook; its result
-            is `ImageTokens.vision`.
+        vision: a function from `VisionAttention` to a float per patch, evaluated inside the vision tower's hook;
+            `ImageTokens.vision` is its results, averaged as the model merges patches into tokens.
         digest: whether a seed made from the image's pixels and the prompt is wanted.
     """
 

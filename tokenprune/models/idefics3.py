@@ -41,7 +41,8 @@ class Idefics3(Crops):
         real = call.tower.get("patch_attention_mask")
         if real is None:
             return crops
-        return [[replace(own, real=r)] for (own,), r in zip(crops, real.flatten(1), strict=True)]
+        real = real.flatten(1).to(call.outputs[0].device)
+        return [[replace(own, real=r)] for (own,), r in zip(crops, real, strict=True)]
 
 
 class SmolVLM(Idefics3):
