@@ -49,8 +49,9 @@ class DecoderShape:
 
 @dataclass(frozen=True)
 class VisionAttention:
-    """Queries and keys of the vision layer whose output becomes the image's features, for one image.
+    """Queries and keys of the vision layer whose output becomes the features, for one picture.
 
+    That is what the tower attends within: an image, or one of its crops, or a frame of a video.
     Only the rows a method asks for are ever computed; an n x n map is not materialised.
 
     Attributes:
@@ -58,17 +59,21 @@ class VisionAttention:
         key: (heads, m, head_dim).
         scale: factor on the dot products.
         has_cls: whether token 0 is a CLS token.
+        real: (m,) bool, False at patches of padding, to which nothing attends; None where there are none.
     """
 
     query: Tensor
     key: Tensor
     scale: float
     has_cls: bool
+    real: Tensor | None = None
 
     def rows(self, index: Tensor) -> Tensor:
         """Attention probabilities of the given query tokens, (heads, len(index), m), float32."""
-        logits = self.query[:, index].float() @ self.key.float().transpose(1, 2)
-        return (logits * self.scale).softmax(-1)
+        logits = self.query[:, index].float() @ self.key.float().transpose(1, 2) * self.scale
+        if self.real is not None:
+            logits = logits.masked_fill(~self.real, float("-inf"))
+        return logits.softmax(-1)
 
     def cls_row(self) -> Tensor:
         """Attention from CLS to each patch, mean over heads, (n,).
@@ -82,14 +87,18 @@ class VisionAttention:
         return self.rows(first)[:, 0, 1:].mean(0)
 
     def received(self, chunk: int = 256) -> Tensor:
-        """Mean attention each patch receives from all patches, (n,): c[j] = mean_i A[i, j], mean over heads."""
+        """Mean attention each patch receives from all patches, (n,): c[j] = mean_i A[i, j], mean over heads.
+
+        Patches of padding neither give nor receive any.
+        """
         start = int(self.has_cls)
-        m = self.query.shape[1]
-        total = torch.zeros(m, dtype=torch.float32, device=self.query.device)
+        m, device = self.query.shape[1], self.query.device
+        gives = torch.ones(m, device=device) if self.real is None else self.real.float()
+        total = torch.zeros(m, device=device)
         for low in range(start, m, chunk):
-            index = torch.arange(low, min(low + chunk, m), device=self.query.device)
-            total += self.rows(index).mean(0).sum(0)
-        return total[start:] / (m - start)
+            index = torch.arange(low, min(low + chunk, m), device=device)
+            total += gives[low : low + chunk] @ self.rows(index).mean(0)
+        return total[start:] / gives[start:].sum()
 
 
 @dataclass(frozen=True)
@@ -98,8 +107,8 @@ class Needs:
 
     Attributes:
         states: "query" / "key" (post-RoPE), "value": of layer K - 1; "hidden": the states entering layer K.
-        vision: a function from `VisionAttention` to n floats, evaluated inside the vision tower's hook; its result
-            is `ImageTokens.vision`.
+        vision: a function from `VisionAttention` to a float per patch, evaluated inside the vision tower's hook;
+            `ImageTokens.vision` is its results, averaged as the model merges patches into tokens.
         digest: whether a seed made from the image's pixels and the prompt is wanted.
     """
 

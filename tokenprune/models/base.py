@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tokenprune.errors import ConfigError, UnsupportedModelError
-from tokenprune.methods.base import Grid
+from tokenprune.methods.base import Grid, VisionAttention
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -31,6 +31,7 @@ class Image:
         items: which of the pictures the vision tower was given (crops, frames) it consists of, as a range.
         structural: placeholders of it that are never pruned.
         parts: the images pooled into this one (`allocation="pooled"`); empty for an image as it came.
+        size: what `Layout.size` says.
     """
 
     columns: IntArray
@@ -40,6 +41,7 @@ class Image:
     items: tuple[int, int]
     structural: int = 0
     parts: tuple[Image, ...] = ()
+    size: tuple[int, ...] = ()
 
     @property
     def n(self) -> int:
@@ -54,11 +56,13 @@ class Layout:
         grids: of the prunable ones, one grid per view.
         structural: (m,) True at tokens that are never pruned (the newlines after a row); None when there are none.
         items: pictures (crops, frames) the vision tower is given for it.
+        size: its height and width in pixels, where the family's `to_tokens` has to know.
     """
 
     grids: tuple[Grid, ...]
     structural: BoolArray | None = None
     items: int = 1
+    size: tuple[int, ...] = ()
 
     @property
     def columns(self) -> int:
@@ -67,14 +71,37 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class VisionTap:
-    """Where the vision tower's queries and keys can be had: two Linear modules whose outputs are (B, m, h * d)."""
+class VisionCall:
+    """What was caught of one call of the vision tower.
 
-    query: nn.Module
-    key: nn.Module
-    heads: int
-    scale: float
-    has_cls: bool
+    Attributes:
+        tower, attention: keyword arguments of the tower, and of the attention module of the tap.
+        outputs: of the tap's sources, in their order.
+        sizes: (N, k) of the pictures, on the host, for taps that are `packed`; see `Family.sizes`.
+    """
+
+    tower: Mapping[str, Any]
+    attention: Mapping[str, Any]
+    outputs: Sequence[Tensor]
+    sizes: IntArray | None = None
+
+
+@dataclass(frozen=True)
+class VisionTap:
+    """Where the queries and keys of one layer of the vision tower can be had.
+
+    Attributes:
+        attention: the layer's attention module; its arguments are noted (rotary embeddings, for example).
+        sources: modules inside it whose outputs its queries and keys are made of.
+        read: what they say, per picture (see `Image.items`): the attention of each part that attends within
+            itself, the frames of a video for example, patches in the order that `Family.to_tokens` takes.
+        packed: whether pictures stand in one sequence, so that `read` has to know their sizes.
+    """
+
+    attention: nn.Module
+    sources: tuple[nn.Module, ...]
+    read: Callable[[VisionCall], Iterable[Sequence[VisionAttention]]]
+    packed: bool = False
 
 
 def rotate_half(x: Tensor) -> Tensor:
@@ -242,7 +269,8 @@ def locate(
             if layout.structural is not None:
                 own = own[~layout.structural]
             rest = layout.columns - len(own)
-            images.append(Image(own, layout.grids, kind, order, (items, items + layout.items), rest))
+            crops = (items, items + layout.items)
+            images.append(Image(own, layout.grids, kind, order, crops, rest, size=layout.size))
             order, items = order + 1, items + layout.items
         rows.append(images)
     if order != len(layouts) and not surplus:

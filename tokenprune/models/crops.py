@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.hashing import digest
-from tokenprune.methods.base import Grid
-from tokenprune.models.base import Family, IntArray, Layout, VisionTap
+from tokenprune.methods.base import Grid, VisionAttention
+from tokenprune.models.base import Family, IntArray, Layout, VisionCall, VisionTap
 
 
 class Crops(Family):
@@ -45,24 +46,40 @@ class Crops(Family):
     def digests(self, pixels: Tensor, sizes: Tensor) -> Tensor:
         return digest(pixels)
 
-    def vision_layer(self, model: nn.Module) -> nn.Module:
-        """The layer of the vision tower whose output becomes the features."""
-        config: Any = model.config
-        layers = vision_layers(self.vision_tower(model))
-        feature = getattr(config, "vision_feature_layer", -1)
-        feature = feature if isinstance(feature, int) else feature[-1]
-        # hidden_states[i] is the output of layer i - 1; entry 0 is the embedding.
-        index = (feature if feature >= 0 else len(layers) + 1 + feature) - 1
-        if index < 0:
-            raise UnsupportedModelError(
-                "vision_feature_layer=0 reads the embeddings: there is no attention to use"
-            )
-        return layers[index]
-
     def vision_tap(self, model: nn.Module) -> VisionTap:
-        attention: Any = self.vision_layer(model).self_attn
-        cls = has_cls(self.vision_tower(model))
-        return VisionTap(attention.q_proj, attention.k_proj, attention.num_heads, attention.scale, cls)
+        """Of the vision layer whose output becomes the features."""
+        tower = self.vision_tower(model)
+        feature = feature_layer(model.config)
+        try:
+            attentions = self.vision_attentions(tower)
+            # hidden_states[i] is the output of layer i - 1; entry 0 is the embedding.
+            index = (feature if feature >= 0 else len(attentions) + 1 + feature) - 1
+            if index < 0:
+                raise UnsupportedModelError(
+                    "vision_feature_layer=0 reads the embeddings: there is no attention to use"
+                )
+            sources = self.vision_sources(attentions[index])
+        except AttributeError as error:
+            raise UnsupportedModelError(
+                f"the vision attention of {self.name} models with a {type(tower).__name__} is not available; use a "
+                f"method that does not need it"
+            ) from error
+        read = partial(self.attend, attentions[index], has_cls(tower))
+        return VisionTap(attentions[index], sources, read)
+
+    def vision_attentions(self, tower: nn.Module) -> list[nn.Module]:
+        """The attention module of each of the tower's layers."""
+        inner: Any = getattr(tower, "vision_model", tower)
+        return [layer.self_attn for layer in inner.encoder.layers]
+
+    def vision_sources(self, attention: Any) -> tuple[nn.Module, nn.Module]:
+        """The modules whose outputs (crops, m, heads * head_dim) are the queries and keys."""
+        return attention.q_proj, attention.k_proj
+
+    def attend(self, attention: Any, cls: bool, call: VisionCall) -> list[list[VisionAttention]]:
+        """The attention of each crop."""
+        query, key = (by_head(x, attention.num_heads) for x in call.outputs)
+        return [[VisionAttention(q, k, attention.scale, cls)] for q, k in zip(query, key, strict=True)]
 
 
 def crop_sizes(pixels: Tensor) -> Tensor:
@@ -76,9 +93,16 @@ def side(size: Any) -> int:
     return int(size if isinstance(size, int) else size[0])
 
 
-def vision_layers(tower: nn.Module) -> nn.ModuleList:
-    inner: Any = getattr(tower, "vision_model", tower)
-    return inner.encoder.layers
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """(crops, m, heads * d) -> (crops, heads, m, d)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def feature_layer(config: Any) -> int:
+    """The entry of the tower's hidden states that becomes the features; of several, the last listed one."""
+    names = ("vision_feature_layer", "vision_feature_layers")  # the second of VipLLaVA in older releases
+    feature = next((getattr(config, name) for name in names if hasattr(config, name)), -1)
+    return int(feature if isinstance(feature, int) else feature[-1])
 
 
 def has_cls(tower: nn.Module) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import nn
 
-from tokenprune.models.base import Image, IntArray, Layout, locate
+from tokenprune.methods.base import VisionAttention
+from tokenprune.models.base import Image, IntArray, Layout, VisionCall, locate
 from tokenprune.models.crops import Crops
 
 
@@ -33,6 +35,14 @@ class Idefics3(Crops):
     ) -> list[list[Image]]:
         # Rows with fewer crops are padded with empty ones, which the tower never sees.
         return locate(ids, self.token_id(model, kind), layouts, kind, surplus=True)
+
+    def attend(self, attention: Any, cls: bool, call: VisionCall) -> list[list[VisionAttention]]:
+        crops = super().attend(attention, cls, call)
+        real = call.tower.get("patch_attention_mask")
+        if real is None:
+            return crops
+        real = real.flatten(1).to(call.outputs[0].device)
+        return [[replace(own, real=r)] for (own,), r in zip(crops, real, strict=True)]
 
 
 class SmolVLM(Idefics3):

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from tokenprune.models.base import Image, IntArray, Layout, VisionTap, join
-from tokenprune.models.crops import Crops, has_cls
+from tokenprune.models.base import Image, IntArray, Layout, join
+from tokenprune.models.crops import Crops
 
 
 class InternVL(Crops):
@@ -28,15 +28,8 @@ class InternVL(Crops):
         tiles = super().images(model, kind, ids, layouts)
         return [join(row, lambda a, b: int(b.columns[0]) == int(a.columns[-1]) + 1) for row in tiles]
 
-    def vision_layer(self, model: nn.Module) -> nn.Module:
-        config: Any = model.config
-        tower: Any = self.vision_tower(model)
-        layers = tower.encoder.layer
-        feature = config.vision_feature_layer
-        return layers[feature if feature < 0 else feature - 1]
+    def vision_attentions(self, tower: Any) -> list[nn.Module]:
+        return [layer.attention for layer in tower.encoder.layer]
 
-    def vision_tap(self, model: nn.Module) -> VisionTap:
-        attention: Any = self.vision_layer(model).attention
-        # The norms are identities in most checkpoints.
-        cls = has_cls(self.vision_tower(model))
-        return VisionTap(attention.q_norm, attention.k_norm, attention.num_heads, attention.scale, cls)
+    def vision_sources(self, attention: Any) -> tuple[nn.Module, nn.Module]:
+        return attention.q_norm, attention.k_norm  # identities in most checkpoints

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokenprune.errors import UnsupportedModelError
-from tokenprune.models.base import Image, IntArray, Layout, VisionTap, join
-from tokenprune.models.crops import Crops
+from tokenprune.methods.base import VisionAttention
+from tokenprune.models.base import Image, IntArray, Layout, VisionCall, join
+from tokenprune.models.crops import Crops, by_head
 
 
 class Llama4(Crops):
@@ -50,5 +50,17 @@ class Llama4(Crops):
             return None
         return torch.log1p(torch.floor((columns.float() + 1) / layer.floor_scale)) * layer.attn_scale + 1
 
-    def vision_tap(self, model: nn.Module) -> VisionTap:
-        raise UnsupportedModelError("the vision attention of llama4 models is not available yet")
+    def vision_attentions(self, tower: Any) -> list[nn.Module]:
+        return [layer.self_attn for layer in tower.model.layers]
+
+    def attend(self, attention: Any, cls: bool, call: VisionCall) -> list[list[VisionAttention]]:
+        rotary = call.attention["freqs_ci"]
+        # The CLS token comes last in this tower.
+        query, key = (turn(by_head(x, attention.num_heads), rotary).roll(1, dims=2) for x in call.outputs)
+        return [[VisionAttention(q, k, attention.scaling, cls)] for q, k in zip(query, key, strict=True)]
+
+
+def turn(x: Tensor, rotary: Tensor) -> Tensor:
+    """Apply the vision layers' rotary embedding, complex (m, 1, d / 2), to x (crops, heads, m, d)."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * rotary.to(x.device).squeeze(1)).flatten(-2).type_as(x)

@@ -33,9 +33,10 @@ class Llava(Crops):
 def check_features(model: nn.Module, tower: nn.Module, inputs: Mapping[str, Any]) -> None:
     """Refuse features other than those the config promises."""
     config: Any = model.config
-    feature = inputs.get("vision_feature_layer")
-    if feature is not None and feature != config.vision_feature_layer:
-        raise UnsupportedModeError("set vision_feature_layer in the config before wrapping, not in the call")
+    for name in ("vision_feature_layer", "vision_feature_layers"):
+        feature = inputs.get(name)
+        if feature is not None and feature != getattr(config, name, None):
+            raise UnsupportedModeError(f"set {name} in the config before wrapping, not in the call")
     strategy = inputs.get("vision_feature_select_strategy") or getattr(
         config, "vision_feature_select_strategy", None
     )

@@ -12,9 +12,12 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from tokenprune.errors import ConfigError
 from tokenprune.methods.base import Grid
-from tokenprune.models.base import BoolArray, IntArray, Layout
+from tokenprune.models.base import BoolArray, Image, IntArray, Layout
 from tokenprune.models.crops import Crops
 from tokenprune.models.llava import check_features
+
+# pack_image_features puts its lengths on the device of the first features: a wait for the device, if it is another.
+_FIRST = torch.zeros(1, 1, 1)
 
 
 class LlavaNext(Crops):
@@ -57,15 +60,22 @@ class LlavaNext(Crops):
         base = self.grid(model, length, length)
         flags = self.pack(model, torch.zeros(tiles, base.tokens, 1), size, torch.ones(1)).bool().flatten()
         structural: BoolArray = flags.numpy()
-        return Layout((base, *_rows(structural[base.tokens :])), structural, tiles)
+        grids = (base, *_rows(structural[base.tokens :]))
+        return Layout(grids, structural, tiles, tuple(size.tolist()))
 
     def pack(self, model: nn.Module, features: Tensor, size: Tensor, newline: Tensor | None) -> Tensor:
         """Features (tiles, m, d) of one image in the order of the sequence, (columns, d)."""
         config: Any = model.config
         packed, _ = self.base(model).pack_image_features(  # type: ignore[operator]
-            [features], size[None], config.vision_feature_select_strategy, image_newline=newline
+            [_FIRST, features],
+            size.expand(2, -1),
+            config.vision_feature_select_strategy,
+            image_newline=newline,
         )
-        return packed[0]
+        return packed[1]
+
+    def to_tokens(self, model: nn.Module, patches: Tensor, image: Image) -> Tensor:
+        return self.pack(model, patches[..., None], torch.tensor(image.size), None).flatten()
 
     def check_call(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         check_features(model, self.vision_tower(model), inputs)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.methods.base import Grid
-from tokenprune.models.base import IntArray, Layout
-from tokenprune.models.llava_next import LlavaNext
+from tokenprune.models.base import Image, IntArray, Layout
+from tokenprune.models.llava_next import _FIRST, LlavaNext
 
 
 class LlavaOnevision(LlavaNext):
@@ -58,6 +58,14 @@ class LlavaOnevision(LlavaNext):
     def pack(self, model: nn.Module, features: Tensor, size: Tensor, newline: Tensor | None) -> Tensor:
         config: Any = model.config
         packed, _ = self.base(model).pack_image_features(  # type: ignore[operator]
-            [features], size[None], image_newline=newline, vision_aspect_ratio=config.vision_aspect_ratio
+            [_FIRST, features],
+            size.expand(2, -1),
+            image_newline=newline,
+            vision_aspect_ratio=config.vision_aspect_ratio,
         )
-        return packed[0]
+        return packed[1]
+
+    def to_tokens(self, model: nn.Module, patches: Tensor, image: Image) -> Tensor:
+        if image.kind == "image":
+            return super().to_tokens(model, patches, image)
+        return self.base(model).apply_pooling(patches[..., None]).flatten()  # type: ignore[operator]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -10,8 +12,8 @@ from torch import Tensor, nn
 
 from tokenprune.errors import ConfigError
 from tokenprune.hashing import digest, mix
-from tokenprune.methods.base import Grid
-from tokenprune.models.base import Family, IntArray, Layout
+from tokenprune.methods.base import Grid, VisionAttention
+from tokenprune.models.base import Family, Image, IntArray, Layout, VisionCall, VisionTap, rotate_half
 
 _INPUTS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 
@@ -55,3 +57,35 @@ class Qwen2VL(Family):
         starts = torch.nn.functional.pad(ends[:-1], (1, 0))
         hashes = mix(digest(pixels) + place - starts[image])
         return torch.zeros_like(ends).index_add_(0, image, hashes)
+
+    def vision_tap(self, model: nn.Module) -> VisionTap:
+        tower: Any = self.vision_tower(model)
+        attention = tower.blocks[self.vision_layer(tower)].attn
+        return VisionTap(attention, (attention.qkv,), partial(self.attend, tower, attention), packed=True)
+
+    def vision_layer(self, tower: Any) -> int:
+        """The last: its output becomes the features."""
+        return -1
+
+    def attend(self, tower: Any, attention: Any, call: VisionCall) -> list[list[VisionAttention]]:
+        """The attention of each frame, by image or video: a frame attends within itself."""
+        assert call.sizes is not None
+        query, key, _ = call.outputs[0].unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
+        query, key = (turn(x, *call.attention["position_embeddings"]).transpose(0, 1) for x in (query, key))
+        patches = [h * w for t, h, w in call.sizes.tolist() for _ in range(t)]
+        frames = (
+            VisionAttention(q, k, attention.scaling, has_cls=False)
+            for q, k in zip(query.split(patches, dim=1), key.split(patches, dim=1), strict=True)
+        )
+        return [list(islice(frames, t)) for t in call.sizes[:, 0].tolist()]
+
+    def to_tokens(self, model: nn.Module, patches: Tensor, image: Image) -> Tensor:
+        # The patches of a token stand one after the other.
+        return patches.reshape(-1, image.grids[0].merge ** 2).mean(1)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply the vision layers' rotary embedding (m, d) to x (m, heads, d), in float32 as they do."""
+    cos, sin = (part.to(x.device).float().unsqueeze(1) for part in (cos, sin))
+    wide = x.float()
+    return (wide * cos + rotate_half(wide) * sin).to(x.dtype)

@@ -6,7 +6,7 @@ from tokenprune.models.llava import Llava
 
 
 class VipLlava(Llava):
-    """As LLaVA-1.5; the attention of its last feature layer stands for the tower's."""
+    """As LLaVA-1.5; the attention of the last one in its list of feature layers stands for the tower's."""
 
     name = "vipllava"
     model_types = ("vipllava",)

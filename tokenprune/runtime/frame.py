@@ -35,6 +35,7 @@ class Frame:
         pruning: the plan, when this call prunes.
         reason: why nothing is pruned although the budget asks for it.
         kinds, facts: the kinds of visual input it brings, and what the vision tower's hook noted of them.
+        sizes: of its images and videos, as given and on the host.
     """
 
     def __init__(self, owner: nn.Module, batch: int, length: int, cache: Any) -> None:
@@ -49,6 +50,7 @@ class Frame:
         self.pruning: Pruning | None = None
         self.kinds: tuple[str, ...] = ()
         self.facts: dict[str, VisionFacts] = {}
+        self.sizes: list[tuple[Tensor, IntArray]] = []
         self.labels: Tensor | None = None
         self.loss_options: dict[str, Any] = {}
         self.shift: Tensor | None = None
@@ -171,6 +173,7 @@ def _plan(
         mask = None if whole[:, frame.past :].all() else whole[:, frame.past :]
         frame.visible = None if whole.all() else visible
         visible = visible[:, frame.past :]
+    frame.sizes = list(zip(sizes.values(), host, strict=True))
     encoded = set(inputs.get("mm_encoder_outputs") or {})
     rows: list[list[Image]] = [[] for _ in ids_host]
     for kind, own in zip(sizes, host, strict=True):

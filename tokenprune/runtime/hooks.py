@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -18,8 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tokenprune.config import PruneConfig, decoder_shape
 from tokenprune.errors import TokenPruneError, UnsupportedModeError
-from tokenprune.methods.base import VisionAttention
-from tokenprune.models.base import Family
+from tokenprune.models.base import Family, VisionCall, VisionTap
 from tokenprune.models.decoder import by_token, rotate, state_module
 from tokenprune.runtime import compiled
 from tokenprune.runtime.frame import Frame, begin
@@ -28,7 +28,7 @@ from tokenprune.runtime.masks import attention_backend
 from tokenprune.runtime.outcome import Outcome, make_outcome
 from tokenprune.runtime.pruning import Key, Pruning, pick
 from tokenprune.runtime.record import Columns, attach, extend, record_of
-from tokenprune.runtime.vision import VisionFacts, attach_facts, noting_sizes
+from tokenprune.runtime.vision import VisionFacts, attach_facts, noting_sizes, sizes_on_host
 
 Changed = tuple[tuple[Any, ...], dict[str, Any]] | None
 
@@ -53,6 +53,7 @@ class Runtime:
         self._handles: list[RemovableHandle] = []
         self._shadows: list[tuple[nn.Module, str]] = []
         self._sources: list[nn.Module] = []
+        self.tap: VisionTap | None = None
         self._names: dict[
             nn.Module, list[str]
         ] = {}  # forward parameters of the modules a call may begin with
@@ -103,8 +104,9 @@ class Runtime:
         needs = self.config.method.needs()
         if needs.vision is not None:
             self.tap = family.vision_tap(model)
-            self._after(self.tap.query, partial(self._catch_vision, "query"))
-            self._after(self.tap.key, partial(self._catch_vision, "key"))
+            self._before(self.tap.attention, self._enter_vision)
+            for source in self.tap.sources:
+                self._after(source, self._catch_vision)
         projected = tuple(s for s in needs.states if s != "hidden")
         for c, cut in enumerate(self.config.cuts if projected else ()):
             layer = self.layers[cut.layer - 1]
@@ -120,10 +122,9 @@ class Runtime:
     def _scored(self) -> list[nn.Module]:
         """The modules whose outputs the method scores."""
         model, family, needs = self.model, self.family, self.config.method.needs()
-        found = []
+        found: list[nn.Module] = []
         if needs.vision is not None:
-            tap = family.vision_tap(model)
-            found += [tap.query, tap.key]
+            found += family.vision_tap(model).sources
         for cut in self.config.cuts:
             layer = self.layers[cut.layer - 1]
             found += [state_module(family.attention(layer), s) for s in needs.states if s != "hidden"]
@@ -478,21 +479,34 @@ class Runtime:
     # -- the vision tower ---------------------------------------------------------------------------------------
 
     def _enter_tower(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._local.caught, self._local.attention = {}, []
+        self._local.attention, self._local.vision, self._local.caught = [], None, {}
+        if self.tap is None:
+            return
+        sizes = None
+        if self.tap.packed:  # once per call, before its layers
+            _, given = self.family.tower_input(args, kwargs)
+            sizes = sizes_on_host(given, [] if self.frame is None else self.frame.sizes)
+        self._local.vision = VisionCall(kwargs, {}, (), sizes)
 
-    def _catch_vision(self, which: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        """Reduce each image's attention to the floats the method wants, as soon as queries and keys are there."""
+    def _enter_vision(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if getattr(self._local, "vision", None) is not None:
+            self._local.vision = replace(self._local.vision, attention=kwargs)
+
+    def _catch_vision(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        """Reduce each picture's attention to the floats the method wants, as soon as queries and keys are there."""
+        call, tap = getattr(self._local, "vision", None), self.tap
+        if call is None or tap is None:
+            return
         caught = self._local.caught
-        caught[which] = output.unflatten(-1, (self.tap.heads, -1)).transpose(1, 2)
-        if len(caught) < 2:
+        caught[module] = output
+        if len(caught) < len(tap.sources):
             return
         reduce = self.config.method.needs().vision
         assert reduce is not None
         with torch.no_grad():
-            for query, key in zip(caught["query"], caught["key"], strict=True):
-                own = VisionAttention(query, key, self.tap.scale, self.tap.has_cls)
-                self._local.attention.append(reduce(own))
-        self._local.caught = {}
+            for parts in tap.read(replace(call, outputs=[caught[source] for source in tap.sources])):
+                self._local.attention.append(torch.cat([reduce(own) for own in parts]))
+        self._local.vision, self._local.caught = None, {}
 
     def _leave_tower(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         frame = self.frame
