@@ -37,6 +37,7 @@ def compiling(**options: Any) -> CompileConfig:
 )
 def test_generate_compiles_its_steps(family: str, cut: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.build(family)
+    limits.check(model, STATIC)
     inputs = tiny.inputs(model, judge.ROWS, pad="left")
     calls = []
     stock = type(model).get_compiled_call

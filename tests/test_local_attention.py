@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import judge
+import limits
 import tiny
 
 ROWS = [["text:9", "image", "text:8"], ["text:3"], ["text:2", "image", "image", "text:4"]]
@@ -52,5 +53,7 @@ def test_chunks_and_temperature(cut: str, attention: str, chunk: int) -> None:
     inputs = tiny.inputs(model, ROWS, pad="left")
     assert judge.prefill_difference(model, inputs, **CUTS[cut]) <= judge.TOLERANCE
     for mode in MODES.values():
+        if "cache_implementation" in mode and limits.old(model):
+            continue  # stock of this version cannot make Llama 4's masks for it
         options = {"do_sample": False, "max_new_tokens": 4, **mode}
         assert judge.generate_difference(model, inputs, options, **CUTS[cut])[0] <= judge.TOLERANCE
