@@ -9,6 +9,7 @@ import torch
 from transformers import CompileConfig, StaticCache
 
 import judge
+import limits
 import oracle
 import tiny
 import tokenprune
