@@ -11,13 +11,19 @@ def eigenvalues(z: Tensor) -> Tensor:
     return torch.linalg.svdvals(z.double()).square() / z.shape[0]
 
 
-def von_neumann(z: Tensor) -> float:
+def shares(z: Tensor) -> list[float]:
+    """The eigenvalues over their sum."""
     values = [float(v) for v in eigenvalues(z)]
+    return [v / sum(values) for v in values]
+
+
+def von_neumann(z: Tensor) -> float:
+    values = shares(z)
     return -sum(v * math.log(v) for v in values if v > 0) / math.log(max(2, len(values)))
 
 
 def renyi(z: Tensor, alpha: float = 2.0) -> float:
-    values = [float(v) for v in eigenvalues(z)]
+    values = shares(z)
     return math.log(sum(v**alpha for v in values)) / ((1 - alpha) * math.log(max(2, len(values))))
 
 

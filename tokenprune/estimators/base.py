@@ -34,7 +34,8 @@ class Estimator(ABC):
 
         Args:
             tokens: (..., n, D), n >= 2, as they are: `prepare` centres and normalises them first where that is
-                wanted. Float64 is computed in float64; anything else in float32, except where that is not enough.
+                wanted, and `estimate` does both. Float64 is computed in float64; anything else in float32, except
+                where that is not enough.
 
         Returns:
             (...) of the tokens' device: float64 for float64, else float32. NaN for a set with a NaN or an infinity.
@@ -136,6 +137,11 @@ def small_gram(tokens: Tensor, *, exact: bool = False) -> Tensor:
 def is_positive(value: object) -> bool:
     """Whether a parameter is a finite number above 0."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def density(eigenvalues: Tensor) -> Tensor:
+    """Eigenvalues (..., m) over their sum, so that entropies hold on raw tokens too; NaN for tokens all zero."""
+    return eigenvalues / eigenvalues.sum(-1, keepdim=True)
 
 
 def entropy(p: Tensor) -> Tensor:

@@ -9,21 +9,22 @@ from typing import ClassVar
 from torch import Tensor
 
 from tokenprune.errors import ConfigError
-from tokenprune.estimators.base import SpectralEstimator, entropy, is_positive, small_gram
+from tokenprune.estimators.base import SpectralEstimator, density, entropy, is_positive, small_gram
 
 
 @dataclass(frozen=True)
 class Renyi(SpectralEstimator):
-    """S_alpha = log(sum lambda^alpha) / ((1 - alpha) log m), lambda the m = min(n, D) eigenvalues of Z Z^T / n.
+    """S_alpha = log(sum lambda^alpha) / ((1 - alpha) log m), lambda the m = min(n, D) eigenvalues of
+    Z Z^T / tr(Z Z^T).
 
     Paper: Giraldo et al., "Measures of entropy from data using infinitely divisible kernels", arXiv 1211.2459.
-    Range: [0, 1] on prepared tokens (trace 1).
-    Cost: alpha = 2 is - log ||Z Z^T / n||_F^2 / log m and needs no eigenvalues; otherwise as the von Neumann entropy,
-    which is the limit alpha -> 1.
+    Range: [0, 1].
+    Cost: alpha = 2 is - log (||Z Z^T||_F^2 / tr(Z Z^T)^2) / log m and needs no eigenvalues; otherwise as the von
+    Neumann entropy, which is the limit alpha -> 1.
     Blind to: as the von Neumann entropy; the larger alpha, the less it sees of anything but the largest eigenvalues.
 
     Args:
-        alpha: order, > 0. Untraced spectra need alpha != 1 in the limit's place.
+        alpha: order, > 0; 1 is the von Neumann entropy.
     """
 
     name: ClassVar[str] = "renyi"
@@ -39,10 +40,12 @@ class Renyi(SpectralEstimator):
         if self.alpha != 2:
             return super()._estimate(tokens)
         gram = small_gram(tokens)
-        return -gram.square().sum((-2, -1)).log() / math.log(max(2, gram.shape[-1]))
+        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return -(gram.square().sum((-2, -1)) / trace.square()).log() / math.log(max(2, gram.shape[-1]))
 
     def of_spectrum(self, eigenvalues: Tensor) -> Tensor:
         size = math.log(max(2, eigenvalues.shape[-1]))
+        p = density(eigenvalues)
         if self.alpha == 1:
-            return entropy(eigenvalues) / size
-        return eigenvalues.pow(self.alpha).sum(-1).log() / ((1 - self.alpha) * size)
+            return entropy(p) / size
+        return p.pow(self.alpha).sum(-1).log() / ((1 - self.alpha) * size)
