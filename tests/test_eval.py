@@ -15,11 +15,12 @@ import tokenprune
 from tokenprune.runtime.flops import decoder_flops
 from tokenprune.testbed import evaluate, evaluation_set
 from tokenprune.testbed.evaluate import wilson_interval
+from tokenprune.testbed.language import make_inputs
 from tokenprune.testbed.modeling import build_model, build_processor
-from tokenprune_eval import table
+from tokenprune_eval import separation, table
 from tokenprune_eval.bench import Bench, append, parse_batch, verdict
 from tokenprune_eval.cached import CachedProcessor, cached_features
-from tokenprune_eval.cells import Cell, grid
+from tokenprune_eval.cells import SOURCES, Cell, grid
 from tokenprune_eval.geometry import GEOMETRIES, build, fix_features, prompts
 from tokenprune_eval.ideal import prepare
 from tokenprune_eval.memory import peak_bytes
@@ -235,8 +236,8 @@ def test_results_survive_a_kill(tmp_path: Path) -> None:
 
 
 class _FakeTestbed:
-    def __init__(self, name: str, questions: int, batch_size: int) -> None:
-        self.digest, self.samples = name, evaluation_set(questions)
+    def __init__(self, name: str, scenes: Any, questions: int, batch_size: int) -> None:
+        self.digest, self.scenes, self.samples = name, scenes, evaluation_set(questions, scenes=scenes)
 
 
 def _fake_row(cell: Cell, model: str) -> tuple[dict[str, str], list[bool]]:
@@ -249,6 +250,7 @@ def _fake_row(cell: Cell, model: str) -> tuple[dict[str, str], list[bool]]:
         "keep": str(cell.keep or ""),
         "model": model,
         "question_seed": "0",
+        "scenes": "plain",
         "kv_bytes_per_prompt": "2048",
     }
     return _row(cell.key, **values), [cell.method == "entropyprune"] * 7
@@ -272,7 +274,7 @@ def test_table_resumes(
     options = [
         "--csv",
         path,
-        *"--questions 7 --budgets 0.5 --layers 1 --seeds 2 --rounds 0 --model m".split(),
+        *"--questions 7 --budgets 0.5 --layers 1 --seeds 2 --rounds 0 --model m --scenes plain".split(),
     ]
     limit = 3
     with pytest.raises(KeyboardInterrupt):
@@ -306,8 +308,45 @@ def test_cached_features_change_no_answer(method: str) -> None:
 
 
 def test_unreachable_budget_is_a_row() -> None:
-    testbed = table.Testbed("random", 7, 7)
+    testbed = table.Testbed("random", "mosaic", 10, 10)
     row, correct = testbed.evaluate(Cell("uniform", (), 2, 0.11))
     assert correct is None
     assert row["status"] == "unreachable"
     assert float(row["floor"]) == pytest.approx((2 * 144 + 14) / (16 * 144), abs=1e-4)
+
+
+# -- how well scores tell objects from ground -------------------------------------------------------------------------
+
+
+def test_auc_counts_pairs() -> None:
+    scores = torch.tensor([0.1, 0.5, 0.5, 0.9, 0.2])
+    is_object = torch.tensor([False, True, False, True, False])
+    pairs = [(0.5 if a == b else float(a > b)) for a in scores[is_object] for b in scores[~is_object]]
+    assert separation.auc(scores, is_object) == pytest.approx(sum(pairs) / len(pairs))
+    assert separation.auc(is_object.float(), is_object) == 1.0
+
+
+def test_energy_in_the_mean() -> None:
+    one = torch.tensor([[3.0, 4.0]]).expand(5, -1)
+    assert separation.energy_in_mean(one) == pytest.approx(1.0)
+    assert separation.energy_in_mean(torch.eye(4)) == pytest.approx(0.25)
+
+
+def test_separation_reads_the_states_a_method_sees() -> None:
+    torch.manual_seed(0)
+    model, processor = build_model(3).eval(), build_processor()
+    scenes, samples = separation.draw(2, "mosaic")
+    labels = torch.zeros(2, 144, dtype=torch.long)
+    labels[:, ::7] = 1
+    inputs = make_inputs(processor, samples)
+    rows = separation.measure(model, inputs, labels, 2)
+    assert [row["state"] for row in rows] == list(SOURCES)
+    with torch.inference_mode():
+        states = model(**inputs, output_hidden_states=True).hidden_states[2]
+        columns = (inputs["input_ids"] == model.config.image_token_id).nonzero(as_tuple=True)
+    norms = states[columns].norm(dim=-1)[labels.flatten() == 1]
+    assert float(rows[-1]["norm object"]) == pytest.approx(norms.median().item(), rel=1e-3)
+    (projector,) = separation.measure(model, inputs, labels, 0)
+    assert "auc none" not in projector
+    assert 0 <= float(projector["ground energy in its mean"]) <= 1
+    assert len(scenes) == 2 and not tokenprune.is_wrapped(model)

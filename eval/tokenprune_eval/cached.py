@@ -8,8 +8,6 @@ from typing import Any
 
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tokenprune.testbed.questions import Sample, prompt_text
-
 
 class CachedProcessor:
     """A processor that remembers the batches it has made.
@@ -35,18 +33,11 @@ class CachedProcessor:
             )
         return self._batches[key][0]
 
+    def apply_chat_template(self, *args: Any, **options: Any) -> Any:
+        return self._processor.apply_chat_template(*args, **options)
+
     def batch_decode(self, *args: Any, **options: Any) -> Any:
         return self._processor.batch_decode(*args, **options)
-
-    def inputs(self, samples: Sequence[Sample]) -> Any:
-        """One batch of prompts."""
-        return self(
-            images=[image for s in samples for image in s.images],
-            text=[prompt_text(s.question, len(s.images)) for s in samples],
-            return_tensors="pt",
-            padding=True,
-            add_special_tokens=False,
-        )
 
 
 @contextmanager

@@ -24,7 +24,6 @@ from tokenprune.analysis.layers import read_layers
 from tokenprune.analysis.plots import plot_collapse
 from tokenprune.estimators import ESTIMATORS
 from tokenprune.testbed import load
-from tokenprune.testbed.modeling import build_model
 from tokenprune_eval import machine
 
 CASES = ("trained", "untrained", "trained, images of noise")
@@ -49,12 +48,14 @@ def noise_images(samples: Sequence[CalibrationSample], seed: int) -> list[Calibr
     ]
 
 
-def measure(case: str, images: int, seed: int) -> tuple[dict[str, Collapse], dict[str, list[float]]]:
+def measure(
+    case: str, images: int, seed: int, name: str = "small"
+) -> tuple[dict[str, Collapse], dict[str, list[float]]]:
     """By estimator: what was found, and the text tokens' mean curve."""
-    model, processor = load()
+    model, processor = load(name)
     if case == "untrained":
         torch.manual_seed(seed)
-        model = build_model(model.config.text_config.num_hidden_layers).eval()
+        model = type(model)(model.config).eval()
     samples = load_calibration("testbed", images, seed=seed)
     if "noise" in case:
         samples = noise_images(samples, seed)
@@ -89,6 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", default="small", help="small (default), smol, or a folder")
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--csv", type=Path)
@@ -98,7 +100,7 @@ def main() -> None:
     drawn: dict[str, Collapse] = {}
     texts: dict[str, list[float]] = {}
     for case in CASES:
-        found, text = measure(case, options.images, options.seed)
+        found, text = measure(case, options.images, options.seed, options.model)
         table += rows(case, found, text)
         for estimator in ("von_neumann", "diffusion"):
             drawn[f"{case}: {estimator}"] = found[estimator]

@@ -102,12 +102,13 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--model", default="small", help="small (default), smol, or a folder")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
 
     from tokenprune.testbed import evaluation_set, load
 
-    model, processor = load()
+    model, processor = load(options.model)
     samples = [s for s in evaluation_set(10 * options.images) if len(s.images) == 1][: options.images]
     calls = [
         processor(

@@ -28,7 +28,7 @@ def summarise(results: Results, layers: Sequence[int], families: Sequence[str]) 
         f"layers; kept is per image, after the cut. Prefill is one batch of 8 prompts, vision tower included; KV is "
         f"per prompt; FLOPs are the decoder's in prefill, against none."
     ]
-    clusters = _scenes(int(first["questions"]), int(first["question_seed"]))
+    clusters = _scenes(int(first["questions"]), int(first["question_seed"]), first["scenes"])
     for layer in layers:
         here = [row for row in results.rows.values() if row["layer"] in ("", str(layer))]
         if any(row["layer"] for row in here):
@@ -40,9 +40,9 @@ def summarise(results: Results, layers: Sequence[int], families: Sequence[str]) 
     return "\n\n".join(parts)
 
 
-def _scenes(questions: int, seed: int) -> list[int]:
+def _scenes(questions: int, seed: int, scenes: Any) -> list[int]:
     """One label per question, equal for questions about one scene."""
-    samples = evaluation_set(questions, seed=seed)
+    samples = evaluation_set(questions, seed=seed, scenes=scenes)
     labels = {id(s.images[-1]): i for i, s in enumerate(samples)}
     return [labels[id(s.images[-1])] for s in samples]
 

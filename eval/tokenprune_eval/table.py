@@ -26,6 +26,9 @@ import tokenprune
 from tokenprune.budget import average_floor
 from tokenprune.methods import make_method
 from tokenprune.testbed import FAMILIES, evaluate, evaluation_set, load
+from tokenprune.testbed.language import make_inputs
+from tokenprune.testbed.questions import families_of
+from tokenprune.testbed.scenes import DEFAULT_SCENES, SCENE_KINDS, SceneKind
 from tokenprune_eval import machine
 from tokenprune_eval.cached import CachedProcessor, cached_features
 from tokenprune_eval.cells import METHODS, NORMALIZATIONS, SOURCES, Cell, grid
@@ -46,7 +49,7 @@ COLUMNS = [
         "prefill_ratio",
         "prefill_ratio p20",
     ),
-    *("prefill_ratio p80", "seconds", "model", "question_seed", *machine.FIELDS),
+    *("prefill_ratio p80", "seconds", "model", "scenes", "question_seed", *machine.FIELDS),
 ]
 TIMED = [name for name in COLUMNS if name.startswith("prefill")]
 
@@ -55,17 +58,18 @@ class Testbed:
     """A model, its processor and the questions, in one process.
 
     Args:
-        name: "testbed" for the bundled model, "random" for the same without training, or a folder.
+        name: of `tokenprune.testbed.load`, or "random": the small model without training.
+        scenes: that questions are asked about.
         questions: how many.
         batch_size: prompts per batch.
     """
 
     __test__ = False  # not for pytest
 
-    def __init__(self, name: str, questions: int, batch_size: int) -> None:
+    def __init__(self, name: str, scenes: SceneKind, questions: int, batch_size: int) -> None:
         self.model, processor = _load(name)
         self.processor = CachedProcessor(processor)
-        self.samples = evaluation_set(questions, seed=QUESTION_SEED)
+        self.scenes, self.samples = scenes, evaluation_set(questions, seed=QUESTION_SEED, scenes=scenes)
         self.batch_size = batch_size
         self.digest = _digest(self.model)
 
@@ -81,6 +85,7 @@ class Testbed:
             "status": "ok",
             "questions": str(len(self.samples)),
             "model": self.digest,
+            "scenes": self.scenes,
             "question_seed": str(QUESTION_SEED),
             **machine.describe(),
         }
@@ -133,7 +138,7 @@ class Testbed:
         picked = [s for s in self.samples if len(s.images) == 1]
         words = len(picked[0].question.split())
         picked = [s for s in picked if len(s.question.split()) == words][:prompts]
-        inputs = self.processor.inputs(picked)
+        inputs = make_inputs(self.processor, picked)
 
         def prefill(state: object) -> object:
             return self.model(**inputs, use_cache=True, logits_to_keep=1)
@@ -158,7 +163,7 @@ def _load(name: str) -> tuple[Any, Any]:
 
         torch.manual_seed(0)
         return build_model().eval(), build_processor()
-    return load(path=None if name == "testbed" else name)
+    return load(name)
 
 
 def _digest(model: torch.nn.Module) -> str:
@@ -172,10 +177,10 @@ def _digest(model: torch.nn.Module) -> str:
 _testbed: Testbed | None = None  # one per worker process
 
 
-def _start_worker(name: str, questions: int, batch_size: int, threads: int) -> None:
+def _start_worker(name: str, scenes: SceneKind, questions: int, batch_size: int, threads: int) -> None:
     global _testbed
     torch.set_num_threads(threads)
-    _testbed = Testbed(name, questions, batch_size)
+    _testbed = Testbed(name, scenes, questions, batch_size)
 
 
 def _work(cell: Cell) -> tuple[dict[str, str], list[bool] | None]:
@@ -184,11 +189,11 @@ def _work(cell: Cell) -> tuple[dict[str, str], list[bool] | None]:
 
 
 def rows(
-    cells: Sequence[Cell], name: str, questions: int, batch_size: int, workers: int
+    cells: Sequence[Cell], name: str, scenes: SceneKind, questions: int, batch_size: int, workers: int
 ) -> Iterator[tuple[dict[str, str], list[bool] | None]]:
     """Rows of cells as they are done, in any order when there are several workers."""
     threads = max(1, torch.get_num_threads() // workers)
-    given = (name, questions, batch_size, threads)
+    given = (name, scenes, questions, batch_size, threads)
     if workers == 1:
         _start_worker(*given)
         yield from map(_work, cells)
@@ -217,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Make the table, go on with it, or print it."""
     parser = argparse.ArgumentParser(description="Accuracy of pruning methods on the testbed.")
     parser.add_argument(
-        "--questions", type=int, default=2002, help="divisible by 7 gives equal families (default: 2002)"
+        "--questions", type=int, default=2000, help="divisible by 10 gives equal families (default: 2000)"
     )
     parser.add_argument(
         "--budgets", type=float, nargs="+", default=[0.5, 0.33, 0.22, 0.11], help="average retentions"
@@ -230,9 +235,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--normalizations", nargs="+", choices=NORMALIZATIONS, default=NORMALIZATIONS, help="of entropyprune"
     )
     parser.add_argument(
-        "--model", default="testbed", help="testbed (default), random (not trained), or a folder"
+        "--model",
+        default="small",
+        help="small (default), smol, random (not trained), a folder, an adapter's file",
     )
-    parser.add_argument("--csv", type=Path, default=Path("eval/results/testbed_table.csv"))
+    parser.add_argument("--scenes", choices=SCENE_KINDS, default=DEFAULT_SCENES)
+    parser.add_argument("--csv", type=Path, help="(default: eval/results/table_MODEL.csv)")
     parser.add_argument(
         "--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: 2)"
     )
@@ -243,10 +251,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="keep the rows that are in the CSV already")
     parser.add_argument("--summary", action="store_true", help="only print the CSV as Markdown")
     options = parser.parse_args(argv)
-    results = Results(options.csv, COLUMNS)
+    families = families_of(options.scenes)
+    results = Results(options.csv or Path(f"eval/results/table_{options.model}.csv"), COLUMNS)
     if options.summary:
         results.load()
-        print(summarise(results, options.layers, FAMILIES))
+        print(summarise(results, options.layers, families))
         return
 
     cells = grid(
@@ -257,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.sources,
         options.normalizations,
     )
-    testbed = Testbed(options.model, options.questions, options.batch_size)
+    testbed = Testbed(options.model, options.scenes, options.questions, options.batch_size)
     if options.resume:
         results.load()
     _check_same(results, testbed)
@@ -266,7 +275,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{len(open_cells)} of {len(cells)} rows to do, {len(testbed.samples)} questions each", flush=True)
     started = time.perf_counter()
     for done, (row, correct) in enumerate(
-        rows(open_cells, options.model, options.questions, options.batch_size, options.workers), start=1
+        rows(
+            open_cells,
+            options.model,
+            options.scenes,
+            options.questions,
+            options.batch_size,
+            options.workers,
+        ),
+        start=1,
     ):
         results.add(row, correct)
         accuracy = (
@@ -279,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results.write(cell.key for cell in cells)
     if options.rounds:
         fill_times(results, testbed, cells, options.rounds)
-    print(summarise(results, options.layers, FAMILIES))
+    print(summarise(results, options.layers, families))
 
 
 def _check_same(results: Results, testbed: Testbed) -> None:
@@ -290,6 +307,7 @@ def _check_same(results: Results, testbed: Testbed) -> None:
     """
     expected = {
         "model": testbed.digest,
+        "scenes": testbed.scenes,
         "questions": str(len(testbed.samples)),
         "question_seed": str(QUESTION_SEED),
     }

@@ -13,7 +13,9 @@ from tokenprune.testbed.dense import (
     patch_objects,
     pixel_values,
 )
-from tokenprune.testbed.modeling import BOS, IMAGE, NUM_VISUAL_TOKENS, build_model
+from tokenprune.testbed.grounds import COLUMN_WORDS, GROUNDS, ROW_WORDS, TINT_NAMES
+from tokenprune.testbed.language import PATCH_WORDS
+from tokenprune.testbed.modeling import BOS, IMAGE, NUM_VISUAL_TOKENS, SMALL, build_model
 from tokenprune.testbed.packing import IGNORE, answer_loss, make_batch
 from tokenprune.testbed.scenes import GLYPH_SIZE, make_scene
 from tokenprune.testbed.train import Phase, cosine, grow_depth
@@ -29,9 +31,10 @@ def _features(model, batch):
     return model.model.vision_tower(batch.pixels).last_hidden_state[:, 1:]
 
 
+@pytest.mark.parametrize("scenes", ["plain", "mosaic"])
 @pytest.mark.parametrize("two_images", [False, True])
-def test_isolated_questions_equal_single_prompts(model, two_images):
-    batch = make_batch(np.random.default_rng(1), 2, two_images=two_images)
+def test_isolated_questions_equal_single_prompts(model, two_images, scenes):
+    batch = make_batch(np.random.default_rng(1), 2, SMALL, two_images=two_images, scenes=scenes)
     images = 1 + two_images
     total, count = 0.0, 0
     with torch.inference_mode():
@@ -52,7 +55,7 @@ def test_isolated_questions_equal_single_prompts(model, two_images):
 
 
 def test_chained_questions_equal_one_long_prompt(model):
-    batch = make_batch(np.random.default_rng(1), 1, chained=True)
+    batch = make_batch(np.random.default_rng(1), 1, SMALL, chained=True)
     with torch.inference_mode():
         packed = answer_loss(model, batch, _features(model, batch))[0]
         ids = torch.cat([torch.tensor([BOS] + [IMAGE] * NUM_VISUAL_TOKENS), batch.ids[0]])[None]
@@ -64,7 +67,7 @@ def test_chained_questions_equal_one_long_prompt(model):
 def test_kept_tokens_show_the_objects_first(model):
     scene = make_scene(np.random.default_rng(7), num_objects=3)
     shown = {i for i, owner in enumerate(patch_objects(scene)) if owner >= 0}
-    batch = make_batch(np.random.default_rng(3), 4, visual_tokens=60)
+    batch = make_batch(np.random.default_rng(3), 4, SMALL, visual_tokens=60)
     assert batch.kept.shape == (4, 60)
     assert (batch.kept.diff(dim=1) > 0).all()
     assert 6 <= len(shown) <= 27
@@ -83,8 +86,30 @@ def test_patch_objects_follow_the_boxes():
         assert not (away == index).any()
 
 
+def test_patches_of_the_ground_name_what_was_drawn_there():
+    scenes = [make_scene(np.random.default_rng([4, i]), num_objects=5, scenes="mosaic") for i in range(6)]
+    targets = dense_targets(scenes)
+    for i, scene in enumerate(scenes):
+        cells = np.array(scene.ground.cells).reshape(3, 3)
+        for patch in range(NUM_VISUAL_TOKENS):
+            y, x = divmod(patch, 12)
+            said = {
+                role: words[index] if (index := int(getattr(targets, role)[i, patch])) >= 0 else None
+                for role, words in PATCH_WORDS.items()
+            }
+            if targets.background[i, patch]:
+                kind = cells[y // 4, x // 4]
+                row, column = ROW_WORDS[y // 4], COLUMN_WORDS[x // 4]
+                expected = (kind, scene.ground.tints[kind], row, column)
+                assert tuple(said.values()) == expected
+            else:
+                assert said["kind"] not in GROUNDS and said["color"] not in TINT_NAMES
+    plain = dense_targets([make_scene(np.random.default_rng(4), num_objects=5)])
+    assert (plain.kind[plain.background] == IGNORE).all()
+
+
 def test_growing_keeps_the_function(model):
-    batch = make_batch(np.random.default_rng(2), 2)
+    batch = make_batch(np.random.default_rng(2), 2, SMALL)
     grown = grow_depth(model, 5).eval()
     assert len(grown.model.language_model.layers) == 5
     with torch.inference_mode():
@@ -93,7 +118,11 @@ def test_growing_keeps_the_function(model):
 
 
 def test_dense_loss_reaches_tower_projector_and_words(model):
-    scenes = list(dense_scenes(np.random.default_rng(0), 2))
+    scenes = [
+        scene
+        for kind in ("mosaic", "plain")
+        for scene in dense_scenes(np.random.default_rng(0), 2, scenes=kind)
+    ]
     loss, accuracy = DenseHead()(model, pixel_values([s.image for s in scenes]), dense_targets(scenes))
     loss.backward()
     for module in (
@@ -102,7 +131,7 @@ def test_dense_loss_reaches_tower_projector_and_words(model):
         model.get_input_embeddings(),
     ):
         assert sum(float(p.grad.abs().sum()) for p in module.parameters() if p.grad is not None) > 0
-    assert set(accuracy) == {"object", "kind", "place"}
+    assert set(accuracy) == {"object", "kind", "ground", "place"}
     model.zero_grad()
 
 

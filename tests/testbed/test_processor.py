@@ -8,9 +8,18 @@ from transformers import AutoProcessor
 
 from tokenprune.testbed import evaluation_set
 from tokenprune.testbed.dense import pixel_values
-from tokenprune.testbed.modeling import BOS, EOS, IMAGE, NUM_VISUAL_TOKENS, PAD, WORD_IDS, build_processor
-from tokenprune.testbed.packing import encode
-from tokenprune.testbed.questions import QA, prompt_text
+from tokenprune.testbed.language import chat_prompt
+from tokenprune.testbed.modeling import (
+    BOS,
+    EOS,
+    IMAGE,
+    NUM_VISUAL_TOKENS,
+    PAD,
+    SMALL,
+    WORD_IDS,
+    build_processor,
+)
+from tokenprune.testbed.questions import QA
 from tokenprune.testbed.scenes import make_scene
 
 
@@ -27,8 +36,10 @@ def image():
 
 
 def test_prompt_is_encoded_word_by_word(processor, image):
-    inputs = processor(images=[image], text=[prompt_text("where is the star ?")], return_tensors="pt")
-    question, _ = encode(QA("where is the star ?", "top left", "position"))
+    inputs = processor(
+        images=[image], text=[chat_prompt(processor, "where is the star ?")], return_tensors="pt"
+    )
+    question, _ = SMALL.ids(QA("where is the star ?", "top left", "position"))
     assert inputs["input_ids"][0].tolist() == [BOS] + [IMAGE] * NUM_VISUAL_TOKENS + question
     assert WORD_IDS["<pad>"] == PAD == processor.tokenizer.pad_token_id
     assert processor.tokenizer.eos_token_id == EOS
@@ -41,13 +52,18 @@ def test_a_96_pixel_image_passes_unscaled(processor, image):
 
 def test_other_sizes_are_resized_whole(processor, image):
     large = Image.fromarray(image).resize((300, 200))
-    inputs = processor(images=[large], text=[prompt_text("where is the star ?")], return_tensors="pt")
+    inputs = processor(
+        images=[large], text=[chat_prompt(processor, "where is the star ?")], return_tensors="pt"
+    )
     assert inputs["pixel_values"].shape == (1, 3, 96, 96)
     assert (inputs["input_ids"] == IMAGE).sum() == NUM_VISUAL_TOKENS
 
 
 def test_two_images_and_left_padding(processor, image):
-    texts = [prompt_text("which digit is new ?", 2), prompt_text("how many digits ?", 1)]
+    texts = [
+        chat_prompt(processor, "which digit is new ?", 2),
+        chat_prompt(processor, "how many digits ?", 1),
+    ]
     inputs = processor(images=[image] * 3, text=texts, return_tensors="pt", padding=True)
     assert (inputs["input_ids"] == IMAGE).sum(1).tolist() == [2 * NUM_VISUAL_TOKENS, NUM_VISUAL_TOKENS]
     assert inputs["pixel_values"].shape[0] == 3
@@ -58,15 +74,10 @@ def test_two_images_and_left_padding(processor, image):
 
 @pytest.mark.parametrize("num_images", [1, 2])
 def test_chat_template_gives_the_training_prompt(processor, image, num_images):
-    content = [{"type": "image"}] * num_images + [{"type": "text", "text": "which digit is new ?"}]
-    chat = [{"role": "user", "content": content}]
-    text = processor.apply_chat_template(chat, add_generation_prompt=True)
-    by_hand = prompt_text("which digit is new ?", num_images)
-    assert text.split() == by_hand.replace("<bos>", "<bos> ").split()
-    templated, plain = (
-        processor(images=[image] * num_images, text=[t])["input_ids"] for t in (text, by_hand)
-    )
-    assert templated == plain
+    question = QA("which digit is new ?", "two", "difference")
+    text = [chat_prompt(processor, question.question, num_images)]
+    templated = processor(images=[image] * num_images, text=text, add_special_tokens=False)["input_ids"][0]
+    assert templated == [*SMALL.prefix, *[IMAGE] * (num_images * NUM_VISUAL_TOKENS), *SMALL.ids(question)[0]]
 
 
 def test_chat_template_tokenizes_images_and_several_turns(processor, image):
@@ -84,8 +95,8 @@ def test_chat_template_tokenizes_images_and_several_turns(processor, image):
     inputs = processor.apply_chat_template(
         chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
-    first = encode(QA("how many digits ?", "two", "counting"))
-    second = encode(QA("where is the star ?", "top left", "position"))
+    first = SMALL.ids(QA("how many digits ?", "two", "counting"))
+    second = SMALL.ids(QA("where is the star ?", "top left", "position"))
     expected = [BOS] + [IMAGE] * NUM_VISUAL_TOKENS + first[0] + first[1] + second[0]
     assert inputs["input_ids"][0].tolist() == expected
     assert inputs["pixel_values"].shape == (1, 3, 96, 96)

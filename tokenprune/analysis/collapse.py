@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tokenprune.analysis.layers import read_layers
+from tokenprune.cache import cache_folder
 from tokenprune.errors import ConfigError, NoCollapseError
 from tokenprune.estimators import Estimator
 from tokenprune.fingerprint import fingerprint
@@ -242,14 +243,6 @@ def _candidates(num_layers: int) -> Sequence[int]:
 
 
 # -- the cache ------------------------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """Where results are kept: $TOKENPRUNE_CACHE, or tokenprune in the user's cache folder."""
-    given = os.environ.get("TOKENPRUNE_CACHE")
-    if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenprune"
 
 
 def cached_path(model: str) -> Path:

@@ -1,4 +1,4 @@
-"""`tokenprune demo`: the bundled model answers questions with all of its visual tokens, and with a few."""
+"""`tokenprune demo`: a testbed model answers questions with all of its visual tokens, and with a few."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,15 +23,34 @@ if TYPE_CHECKING:
 
     from tokenprune.testbed.questions import Sample
 
-LAYER = 1  # the earliest at which every method here can cut, so that 22 % on average is within reach
-BUDGETS = (0.50, 0.33, 0.22)  # average retention over the decoder layers
-METHODS = ("random", "uniform", "entropyprune")
+BUDGETS = (0.33, 0.22, 0.11)  # average retention over the decoder layers
+METHODS = ("entropyprune", "uniform", "random")  # the first leads
 
-SCENES, QUICK_SCENES = 160, 40
+
+@dataclass(frozen=True)
+class Setting:
+    """How a testbed model is shown.
+
+    Attributes:
+        layer: the cut's.
+        scenes, quick_scenes: how many are asked about.
+        parameters: of EntropyPrune, where the released form is not what works.
+    """
+
+    layer: int
+    scenes: int
+    quick_scenes: int
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+
+SETTINGS = {
+    "smol": Setting(layer=2, scenes=60, quick_scenes=20),
+    "small": Setting(layer=1, scenes=160, quick_scenes=40, parameters={"source": "hidden"}),
+}
 REPEATS, QUICK_REPEATS = 10, 5  # timed forwards of each variant
 TIMED_PROMPTS = 8  # prompts in the batch that is timed
 # What is shown is settled before anything is asked: the first question of each of these families.
-SHOWN, QUICK_SHOWN = ("reading", "position", "difference"), ("reading", "position")
+SHOWN, QUICK_SHOWN = ("attribute", "position", "reading"), ("attribute", "position")
 
 
 @dataclass
@@ -40,6 +60,7 @@ class Variant:
     Attributes:
         method: its name.
         keep: average retention asked for; None for `none`.
+        layer: the cut's.
         parameters: of the method.
         correct: by question.
         answers: by question.
@@ -52,6 +73,7 @@ class Variant:
 
     method: str
     keep: float | None
+    layer: int = 0
     parameters: dict[str, Any] = field(default_factory=dict)
     correct: list[bool] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
@@ -66,7 +88,7 @@ class Variant:
     @property
     def arguments(self) -> dict[str, Any]:
         """For `tokenprune.pruned`."""
-        budget = {} if self.keep is None else {"keep": self.keep, "layer": LAYER}
+        budget = {} if self.keep is None else {"keep": self.keep, "layer": self.layer}
         return {"method": self.method, **budget, **self.parameters}
 
     @property
@@ -82,13 +104,35 @@ class Variant:
         return self.method if self.keep is None else f"{self.method}, {self.keep:.0%}"
 
 
+def _help_scenes() -> str:
+    counts = ", ".join(f"{s.scenes} or, quick, {s.quick_scenes} of {name}" for name, s in SETTINGS.items())
+    return f"How many  [default: {counts}]"
+
+
+class TestbedModel(str, Enum):
+    """See `tokenprune.testbed`."""
+
+    __test__ = False  # not for pytest
+
+    smol = "smol"
+    small = "small"
+
+
 def demo(
+    model: Annotated[
+        TestbedModel | None,
+        typer.Option(
+            "--model",
+            help="A pretrained decoder (smol), or the small model of the package  [default: smol where its decoder is "
+            "installed]",
+        ),
+    ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer scenes: under a minute on one CPU core.")
+        bool, typer.Option("--quick", help="Fewer scenes: about a minute on one CPU core.")
     ] = False,
     scenes: Annotated[
         int | None,
-        typer.Option("--scenes", min=1, help=f"How many  [default: {SCENES}, quick {QUICK_SCENES}]"),
+        typer.Option("--scenes", min=1, help=_help_scenes()),
     ] = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the pictures.")] = Path(
         "tokenprune-demo"
@@ -96,25 +140,40 @@ def demo(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the scenes and of the method 'random'.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Prune the bundled model on unseen scenes: answers, accuracy, time, memory, pictures."""
+    """Prune a testbed model on unseen scenes: answers, accuracy, time, memory, pictures."""
     _make_folder(out)
     with _progress(as_json) as say:
-        say("loading the bundled model")
-        model, processor = load_testbed()
-        samples = make_questions(scenes or (QUICK_SCENES if quick else SCENES), seed)
+        say("loading the model")
+        name, loaded, processor = _load(None if model is None else model.value)
+        setting = SETTINGS[name]
+        samples = make_questions(scenes or (setting.quick_scenes if quick else setting.scenes), seed)
         shown = _choose_shown(samples, QUICK_SHOWN if quick else SHOWN)
-        variants = make_variants(seed)
+        variants = make_variants(setting, seed)
         for variant in variants:
             say(f"{len(samples)} questions: {variant.title}")
-            ask(variant, model, processor, samples, shown)
+            ask(variant, loaded, processor, samples, shown)
         say("timing prefill")
-        timed = time_prefill(variants, model, processor, samples, QUICK_REPEATS if quick else REPEATS)
+        timed = time_prefill(variants, loaded, processor, samples, QUICK_REPEATS if quick else REPEATS)
         pictures = _save_pictures(out, variants, samples, shown)
-    document = _document(variants, samples, shown, timed, pictures, QUICK_REPEATS if quick else REPEATS)
+    repeats = QUICK_REPEATS if quick else REPEATS
+    document = _document(name, variants, samples, shown, timed, pictures, repeats)
     if as_json:
         print_json(document)
     else:
         _show(document, variants, samples, shown)
+
+
+def _load(name: str | None) -> tuple[str, Any, Any]:
+    """The model asked for, or smol, or small where smol's decoder is not installed; with its name."""
+    from tokenprune.testbed.smol import MissingDecoderError
+
+    try:
+        return name or "smol", *load_testbed(name or "smol")
+    except MissingDecoderError as error:
+        if name is not None:
+            raise
+        console(stderr=True).print(f"{error}; going on with the small model", markup=False)
+        return "small", *load_testbed("small")
 
 
 def make_questions(scenes: int, seed: int) -> list[Sample]:
@@ -142,12 +201,13 @@ def _choose_shown(samples: list[Sample], families: tuple[str, ...]) -> list[int]
     return wanted or [0]
 
 
-def make_variants(seed: int) -> list[Variant]:
+def make_variants(setting: Setting, seed: int) -> list[Variant]:
     """The unpruned model, then every method at every budget."""
     variants = [Variant("none", None)]
+    parameters = {"random": {"seed": seed}, "entropyprune": setting.parameters}
     for method in METHODS:
-        parameters = {"seed": seed} if method == "random" else {}
-        variants += [Variant(method, budget, parameters) for budget in BUDGETS]
+        given = parameters.get(method, {})
+        variants += [Variant(method, budget, setting.layer, given) for budget in BUDGETS]
     return variants
 
 
@@ -187,16 +247,10 @@ def time_prefill(
     import torch
 
     import tokenprune
-    from tokenprune.testbed.questions import prompt_text
+    from tokenprune.testbed.language import make_inputs
 
     chosen = [s for s in samples if len(s.images) == 1][:TIMED_PROMPTS]
-    inputs = processor(
-        images=[s.images[0] for s in chosen],
-        text=[prompt_text(s.question) for s in chosen],
-        return_tensors="pt",
-        padding=True,
-        add_special_tokens=False,
-    )
+    inputs = make_inputs(processor, chosen)
     for turn in range(repeats + 1):
         for variant in variants:
             with tokenprune.pruned(model, **variant.arguments), torch.inference_mode():
@@ -272,6 +326,7 @@ def _progress(silent: bool) -> Iterator[Any]:
 
 
 def _document(
+    name: str,
     variants: list[Variant],
     samples: list[Sample],
     shown: list[int],
@@ -310,15 +365,17 @@ def _document(
     return {
         "questions": len(samples),
         "scenes": len({id(s.images) for s in samples}),
-        "layer": LAYER,
+        "model": name,
+        "layer": SETTINGS[name].layer,
+        "parameters": SETTINGS[name].parameters,
         "rows": rows,
         "shown": [_shown(variants, samples[i], i) for i in shown],
         "pictures": pictures,
         "machine": machine,
         "measured": (
             f"Measured on {machine['cpu']} with torch {machine['torch']}, {machine['threads']} "
-            f"thread{'s' * (machine['threads'] > 1)}, float32: {len(samples)} held-out questions to the small bundled "
-            f"model, each asked once per cell; prefill is the median of {repeats} forwards over {timed} prompts, "
+            f"thread{'s' * (machine['threads'] > 1)}, float32: {len(samples)} held-out questions to the testbed's "
+            f"{name!r}, each asked once per cell; prefill is the median of {repeats} forwards over {timed} prompts, "
             f"vision tower and scoring included."
         ),
     }
@@ -350,8 +407,8 @@ def _show(document: dict[str, Any], variants: list[Variant], samples: list[Sampl
     _add_costs(table, variants)
     out.print(table)
     out.print(
-        f"Accuracy is good to about ± {100 * half:.0f} points (95 %). Cut before decoder layer {LAYER}; the columns "
-        f"are the average over layers, as papers count."
+        f"Accuracy is good to about ± {100 * half:.0f} points (95 %). Cut before decoder layer {document['layer']}; "
+        f"the columns are the average over layers, as papers count."
     )
     out.print(f"Kept tokens over the image: {', '.join(document['pictures'])}")
     out.print(document["measured"], markup=False)

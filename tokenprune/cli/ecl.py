@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 def ecl(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="A local folder, a hub id, or 'testbed': the bundled model."),
+        typer.Argument(
+            metavar="MODEL", help="A local folder, a hub id, or 'small' or 'smol': the testbed's."
+        ),
     ],
     data: Annotated[
         str,

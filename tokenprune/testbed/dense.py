@@ -1,8 +1,8 @@
 """Stage 1 of training: teach the vision tower and the projector to name what every patch shows.
 
-In *word space*: the projected feature of a patch, normalised, times the (tied) word embeddings must name the
-colour, the kind, the row word and the column word of the object under it. That hands the decoder features
-it can already read, and question answering "clicks" several times earlier.
+In *word space*: the projected feature of a patch, normalised, times the word embeddings must name the colour, the
+kind, the row word and the column word of what is on it: an object, or the ground of a mosaic scene. That hands
+the decoder features it can already read, and question answering "clicks" several times earlier.
 """
 
 from __future__ import annotations
@@ -17,26 +17,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
+from tokenprune.testbed.grounds import COLUMN_WORDS, IMAGE_SIZE, PLACES, ROW_WORDS, UInt8Array
+from tokenprune.testbed.language import PATCH_WORDS
 from tokenprune.testbed.modeling import (
     GRID,
     IMAGE_MEAN,
     IMAGE_STD,
     NUM_VISUAL_TOKENS,
     PATCH_SIZE,
+    SMALL,
     WIDTH,
-    WORD_IDS,
 )
-from tokenprune.testbed.scenes import (
-    COLOR_NAMES,
-    COLUMN_WORDS,
-    GLYPH_SIZE,
-    IMAGE_SIZE,
-    KINDS,
-    ROW_WORDS,
-    Scene,
-    UInt8Array,
-    make_scene,
-)
+from tokenprune.testbed.scenes import COLOR_NAMES, KINDS, Scene, SceneKind, make_scene
 
 BACKGROUND, IGNORE = -1, -100
 _MIN_COVER = 0.3  # share of a patch's pixels under an object's box from which the patch must name the object
@@ -53,7 +45,7 @@ def patch_objects(scene: Scene) -> npt.NDArray[np.int64]:
     """(144,) index of the object each patch shows, BACKGROUND for none, IGNORE for a mere edge of one."""
     owner = np.full((IMAGE_SIZE, IMAGE_SIZE), -1)
     for index, obj in enumerate(scene.objects):
-        owner[obj.y : obj.y + GLYPH_SIZE, obj.x : obj.x + GLYPH_SIZE] = index
+        owner[obj.y : obj.y + obj.size, obj.x : obj.x + obj.size] = index
     cells = owner.reshape(GRID, PATCH_SIZE, GRID, PATCH_SIZE).swapaxes(1, 2).reshape(NUM_VISUAL_TOKENS, -1)
     labels = np.full(NUM_VISUAL_TOKENS, IGNORE)
     covers = np.stack([(cells == i).mean(-1) for i in range(len(scene.objects))], -1)
@@ -65,7 +57,10 @@ def patch_objects(scene: Scene) -> npt.NDArray[np.int64]:
 
 @dataclass
 class DenseTargets:
-    """Per patch (n, 144) targets, IGNORE where there is none, and per image (n, 90) which pairs occur."""
+    """Per patch (n, 144) indices into `PATCH_WORDS`, IGNORE where there is none; per image (n, 90) which pairs occur.
+
+    ``background`` marks patches without an object; they have targets of their own in mosaic scenes.
+    """
 
     kind: Tensor
     color: Tensor
@@ -78,8 +73,15 @@ class DenseTargets:
         return DenseTargets(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
+def patch_places() -> list[str]:
+    """The ninth of the image each of the 144 patches lies in; patches do not cross the borders."""
+    third = GRID // 3
+    return [PLACES[3 * (i // GRID // third) + i % GRID // third] for i in range(NUM_VISUAL_TOKENS)]
+
+
 def dense_targets(scenes: Sequence[Scene]) -> DenseTargets:
     """Targets of a batch of scenes."""
+    places = patch_places()
     shape = (len(scenes), NUM_VISUAL_TOKENS)
     kind, color, row, column = (np.full(shape, IGNORE) for _ in range(4))
     background = np.zeros(shape, dtype=bool)
@@ -87,6 +89,14 @@ def dense_targets(scenes: Sequence[Scene]) -> DenseTargets:
     for i, scene in enumerate(scenes):
         owner = patch_objects(scene)
         background[i] = owner == BACKGROUND
+        if scene.ground is not None:
+            cells = dict(zip(PLACES, scene.ground.cells, strict=True))
+            for patch in np.flatnonzero(background[i]):
+                shown = cells[places[patch]]
+                kind[i, patch] = PATCH_WORDS["kind"].index(shown)
+                color[i, patch] = PATCH_WORDS["color"].index(scene.ground.tints[shown])
+                row_word, column_word = places[patch].split()
+                row[i, patch], column[i, patch] = ROW_WORDS.index(row_word), COLUMN_WORDS.index(column_word)
         for j, obj in enumerate(scene.objects):
             k, c = KINDS.index(obj.kind), COLOR_NAMES.index(obj.color)
             mine = owner == j
@@ -99,35 +109,45 @@ def dense_targets(scenes: Sequence[Scene]) -> DenseTargets:
     return DenseTargets(*tensors)
 
 
-_WORDS = {"kind": KINDS, "color": COLOR_NAMES, "row": ROW_WORDS, "column": COLUMN_WORDS}
 _WORD_WEIGHTS = {"kind": 1.0, "color": 1.0, "row": 0.5, "column": 0.5}
+_GROUND_WEIGHT = 0.5  # of a mosaic scene's ground against its objects, of which there is less
 
 
 def word_loss(
-    model: LlavaForConditionalGeneration, projected: Tensor, targets: DenseTargets
+    words: dict[str, Tensor], projected: Tensor, targets: DenseTargets
 ) -> tuple[Tensor, dict[str, float]]:
-    """Loss and accuracies ("object": kind and colour right, "place": row and column word right) in word space.
+    """Loss and accuracies in word space.
 
-    ``projected`` is the projector's output (n, 144, width).
+    Args:
+        words: see `Language.word_space`.
+        projected: the projector's output (n, 144, width).
+
+    Returns:
+        The loss, and the shares of patches that are named right: "object" and "ground" (kind and colour), "kind" (of
+        objects), "place" (row and column word).
     """
-    words = model.get_input_embeddings().weight.float()
-    normed = F.rms_norm(projected.float(), (WIDTH,))
-    logits = {name: normed @ words[[WORD_IDS[w] for w in of]].T for name, of in _WORDS.items()}
+    normed = F.rms_norm(projected.float(), projected.shape[-1:])
+    logits = {role: normed @ of.float().T for role, of in words.items()}
     loss = normed.new_zeros(())
     right: dict[str, Tensor] = {}
-    for name, weight in _WORD_WEIGHTS.items():
-        target = getattr(targets, name)
-        loss = loss + weight * F.cross_entropy(
-            logits[name].flatten(0, 1), target.flatten(), ignore_index=IGNORE
-        )
-        right[name] = logits[name].argmax(-1) == target
-    quiet = torch.cat([logits["kind"], logits["color"]], -1)[targets.background]
-    loss = loss + 0.2 * torch.logsumexp(quiet, -1).clamp(min=0).mean()
-    named, placed = targets.kind != IGNORE, targets.row != IGNORE
+    ground = targets.background & (targets.kind != IGNORE)
+    for role, weight in _WORD_WEIGHTS.items():
+        target = getattr(targets, role)
+        right[role] = logits[role].argmax(-1) == target
+        for share, where in ((1.0, ~targets.background), (_GROUND_WEIGHT, ground)):
+            if where.any():
+                part = F.cross_entropy(logits[role][where], target[where], ignore_index=IGNORE)
+                loss = loss + weight * share * part
+    quiet = targets.background & ~ground  # nothing to say: object words stay low
+    if quiet.any():
+        names = torch.cat([logits["kind"][..., : len(KINDS)], logits["color"][..., : len(COLOR_NAMES)]], -1)
+        loss = loss + 0.2 * torch.logsumexp(names[quiet], -1).clamp(min=0).mean()
+    named, both = (targets.kind != IGNORE) & ~targets.background, right["kind"] & right["color"]
     accuracy = {
-        "object": (right["kind"] & right["color"])[named].float().mean().item(),
+        "object": both[named].float().mean().item(),
         "kind": right["kind"][named].float().mean().item(),
-        "place": (right["row"] & right["column"])[placed].float().mean().item(),
+        "ground": both[ground].float().mean().item(),
+        "place": (right["row"] & right["column"])[targets.row != IGNORE].float().mean().item(),
     }
     return loss, accuracy
 
@@ -157,7 +177,8 @@ class DenseHead(nn.Module):
         """Loss and accuracies for pixels (n, 3, 96, 96), see :func:`word_loss`."""
         hidden = model.model.vision_tower(pixels).last_hidden_state
         projected = model.model.multi_modal_projector(hidden[:, 1:]).float()
-        loss, accuracy = word_loss(model, projected, targets)
+        words = SMALL.word_space(model.get_input_embeddings().weight)
+        loss, accuracy = word_loss(words, projected, targets)
         exact = self.place(F.rms_norm(projected, (WIDTH,)))
         for part, place in ((exact[..., :GRID], self.patch_row), (exact[..., GRID:], self.patch_column)):
             loss = loss + 0.25 * F.cross_entropy(part.flatten(0, 1), place.expand(len(hidden), -1).flatten())
@@ -166,14 +187,17 @@ class DenseHead(nn.Module):
         return loss, accuracy
 
 
-def dense_scenes(rng: np.random.Generator, count: int, digit_share: float = 0.75) -> Iterator[Scene]:
+def dense_scenes(
+    rng: np.random.Generator, count: int, digit_share: float = 0.75, scenes: SceneKind = "mosaic"
+) -> Iterator[Scene]:
     """Crowded scenes, some with a written row: more labelled patches for the price of one image.
 
     Mostly digits, which take many times longer to learn than shapes.
     """
     for _ in range(count):
         row = int(rng.integers(2, 5)) if rng.random() < 0.3 else 0
-        yield make_scene(rng, num_objects=int(rng.integers(4, 15)), row_length=row, digit_share=digit_share)
+        objects = int(rng.integers(4, 15))
+        yield make_scene(rng, num_objects=objects, row_length=row, digit_share=digit_share, scenes=scenes)
 
 
 def rescale_to_decoder(model: LlavaForConditionalGeneration, pixels: Tensor) -> None:

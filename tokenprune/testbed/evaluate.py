@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokenprune.testbed.questions import FAMILIES, Sample, evaluation_set, prompt_text
-from tokenprune.testbed.scenes import UInt8Array
+from tokenprune.testbed.grounds import UInt8Array
+from tokenprune.testbed.language import chat_prompt
+from tokenprune.testbed.questions import FAMILIES, Sample, evaluation_set
+from tokenprune.testbed.scenes import DEFAULT_SCENES, SCENE_KINDS
 
 MAX_NEW_TOKENS = 6  # the longest answer is four words and the end token
 
@@ -131,7 +133,7 @@ def evaluate(
     for indices in _batches(samples, batch_size, mix_image_counts):
         inputs = processor(
             images=[frame for i in indices for frame in images[i]],
-            text=[prompt_text(samples[i].question, len(images[i])) for i in indices],
+            text=[chat_prompt(processor, samples[i].question, len(images[i])) for i in indices],
             return_tensors="pt",
             padding=True,
             add_special_tokens=False,
@@ -153,13 +155,14 @@ def evaluate(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Evaluate the shipped model, or one in a folder, with and without its eyes."""
+    """Evaluate a shipped model, or another, with and without its eyes."""
     from tokenprune.testbed import load
 
     parser = argparse.ArgumentParser(description="Accuracy of the testbed model on held-out questions.")
     parser.add_argument(
-        "--model", type=Path, default=None, help="folder of a model (default: the shipped one)"
+        "--model", default="small", help="small (default), smol, a folder, or an adapter's file"
     )
+    parser.add_argument("--scenes", choices=SCENE_KINDS, default=DEFAULT_SCENES)
     parser.add_argument("--samples", type=int, default=2100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=50)
@@ -168,8 +171,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=Path, default=None, help="write the results there")
     options = parser.parse_args(argv)
-    model, processor = load(path=options.model)
-    samples = evaluation_set(options.samples, seed=options.seed)
+    model, processor = load(options.model)
+    samples = evaluation_set(options.samples, seed=options.seed, scenes=options.scenes)
     runs: dict[str, dict[str, Any]] = {"images": {}}
     if options.controls:
         runs |= {"shuffled images": {"shuffle_images": True}, "mean image": {"mean_image": True}}

@@ -18,8 +18,9 @@ try:  # the name of the PIL variant in Transformers 5; earlier versions call it 
 except ImportError:
     from transformers import CLIPImageProcessor
 
-from tokenprune.testbed.questions import vocabulary
-from tokenprune.testbed.scenes import IMAGE_SIZE
+from tokenprune.testbed.grounds import IMAGE_SIZE
+from tokenprune.testbed.language import Language
+from tokenprune.testbed.questions import QA, vocabulary
 
 PATCH_SIZE = 8
 GRID = IMAGE_SIZE // PATCH_SIZE
@@ -30,6 +31,14 @@ SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<image>")
 PAD, BOS, EOS, IMAGE = range(len(SPECIAL_TOKENS))
 WORDS = (*SPECIAL_TOKENS, "USER", "ASSISTANT", *vocabulary())
 WORD_IDS = {word: index for index, word in enumerate(WORDS)}
+
+
+def _ids(qa: QA) -> tuple[list[int], list[int]]:
+    question = [WORD_IDS[w] for w in f"USER {qa.question} ASSISTANT".split()]
+    return question, [WORD_IDS[w] for w in qa.answer.split()] + [EOS]
+
+
+SMALL = Language(prefix=(BOS,), pad=PAD, end=EOS, first=WORD_IDS.__getitem__, ids=_ids)
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -97,8 +106,18 @@ def build_model(num_layers: int = 16) -> LlavaForConditionalGeneration:
     return model
 
 
+def build_image_processor() -> CLIPImageProcessor:
+    """CLIP's, that passes a 96 x 96 image unscaled."""
+    return CLIPImageProcessor(
+        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        do_center_crop=False,
+        image_mean=list(IMAGE_MEAN),
+        image_std=list(IMAGE_STD),
+    )
+
+
 def build_processor() -> LlavaProcessor:
-    """Word-level tokenizer, CLIP image processor (a 96 x 96 image passes unscaled) and chat template."""
+    """Word-level tokenizer, CLIP image processor and chat template."""
     backend = Tokenizer(models.WordLevel(dict(WORD_IDS), unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -110,14 +129,8 @@ def build_processor() -> LlavaProcessor:
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
-    image_processor = CLIPImageProcessor(
-        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        do_center_crop=False,
-        image_mean=list(IMAGE_MEAN),
-        image_std=list(IMAGE_STD),
-    )
     return LlavaProcessor(
-        image_processor=image_processor,
+        image_processor=build_image_processor(),
         tokenizer=tokenizer,
         patch_size=PATCH_SIZE,
         vision_feature_select_strategy="default",

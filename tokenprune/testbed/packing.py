@@ -1,8 +1,8 @@
 """Training batches for stage 2: many questions per image in one sequence, isolated from each other.
 
-A row of a batch is ``<bos>``, the visual tokens, then the text of several questions. In an *isolated* batch each
-question sees the images and itself only, and its positions start right after the images, so training equals
-asking it alone, while the images' tokens are paid for once. In a *chained* batch questions follow each other
+A row of a batch is the prompt's prefix, the visual tokens, then the text of several questions. In an *isolated*
+batch each question sees the images and itself only, and its positions start right after the images, so training
+equals asking it alone, while the images' tokens are paid for once. In a *chained* batch questions follow each other
 like turns of a chat.
 """
 
@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
 from tokenprune.testbed.dense import DenseTargets, dense_targets, patch_objects, pixel_values
-from tokenprune.testbed.modeling import BOS, EOS, NUM_VISUAL_TOKENS, PAD, WORD_IDS
-from tokenprune.testbed.questions import QA, SINGLE_IMAGE_FAMILIES, ask, ask_mixed, auxiliary_differences
-from tokenprune.testbed.scenes import Scene, make_scene
+from tokenprune.testbed.language import Language
+from tokenprune.testbed.modeling import NUM_VISUAL_TOKENS
+from tokenprune.testbed.questions import ask, ask_mixed, auxiliary_differences, families_of
+from tokenprune.testbed.scenes import Scene, SceneKind, make_scene
 
 IGNORE = -100
 _PADDING = -1  # question number of padding
@@ -32,8 +33,10 @@ class Batch:
 
     pixels (b * i, 3, 96, 96); kept (b, v) indices into the row's i * 144 visual tokens, ascending; ids,
     positions, questions and labels (b, t), labels already shifted; chained: see the module's docstring.
+    ``prefix`` are the tokens in front of the images, the same in every row.
     """
 
+    prefix: tuple[int, ...]
     pixels: Tensor
     kept: Tensor
     ids: Tensor
@@ -44,12 +47,12 @@ class Batch:
     targets: DenseTargets
 
     def to(self, device: torch.device) -> Batch:
-        moved = {k: v.to(device) for k, v in vars(self).items() if not isinstance(v, bool)}
-        return Batch(**moved, chained=self.chained)
+        moved = {k: v.to(device) for k, v in vars(self).items() if hasattr(v, "to")}
+        return Batch(**vars(self) | moved)
 
     def attention_mask(self) -> Tensor:
-        """(b, 1, s, s) float to add to attention scores, s = 1 + v + t: 0 where a token may look, else very low."""
-        b, prefix = self.ids.shape[0], 1 + self.kept.shape[1]
+        """(b, 1, s, s) float for attention scores: 0 where a token may look, else very low; s = prefix + v + t."""
+        b, prefix = self.ids.shape[0], len(self.prefix) + self.kept.shape[1]
         number = torch.cat([self.questions.new_full((b, prefix), -2), self.questions], 1)
         causal = torch.ones(number.shape[1], number.shape[1], dtype=torch.bool, device=number.device).tril()
         allowed = causal.expand(b, -1, -1)
@@ -58,12 +61,6 @@ class Batch:
             same[:, :, :prefix] = True
             allowed = allowed & same
         return torch.zeros(allowed.shape, device=number.device).masked_fill_(~allowed, -1e9)[:, None]
-
-
-def encode(qa: QA) -> tuple[list[int], list[int]]:
-    """Token ids of a question's turn, "USER ... ? ASSISTANT", and of its answer with the end token."""
-    question = [WORD_IDS[w] for w in f"USER {qa.question} ASSISTANT".split()]
-    return question, [WORD_IDS[w] for w in qa.answer.split()] + [EOS]
 
 
 def keep_visual_tokens(scenes: Sequence[Scene], count: int, images: int, rng: np.random.Generator) -> Tensor:
@@ -85,19 +82,24 @@ def keep_visual_tokens(scenes: Sequence[Scene], count: int, images: int, rng: np
 def make_batch(
     rng: np.random.Generator,
     batch_size: int,
+    language: Language,
     *,
+    scenes: SceneKind = "mosaic",
     visual_tokens: int = NUM_VISUAL_TOKENS,
     text_tokens: int = 96,
     max_objects: int = 7,
     two_images: bool = False,
     chained: bool = False,
-    families: Sequence[str] = SINGLE_IMAGE_FAMILIES,
+    max_questions: int = 14,
+    families: Sequence[str] | None = None,
 ) -> Batch:
     """Draw scenes and questions. ``visual_tokens`` is per image; a third of single-image scenes has a written row."""
-    scenes, texts = [], []
+    families = families or families_of(scenes, single_image=True)
+    drawn, texts = [], []
     for _ in range(batch_size):
         if two_images:
-            scene = make_scene(rng, num_objects=int(rng.integers(2, min(max_objects, 5) + 1)), add_digit=True)
+            objects = int(rng.integers(2, min(max_objects, 5) + 1))
+            scene = make_scene(rng, num_objects=objects, add_digit=True, scenes=scenes)
             asked = ask(scene, rng, "difference") + auxiliary_differences(scene)
         else:
             length = int(rng.integers(2, 5)) if "reading" in families and rng.random() < 0.33 else 0
@@ -107,14 +109,14 @@ def make_batch(
                 if length
                 else int(rng.integers(2, max_objects + 1))
             )
-            scene = make_scene(rng, num_objects=objects, row_length=length)
-            asked = ask_mixed(scene, rng, count=text_tokens // 7, families=families)
-        scenes.append(scene)
-        texts.append([encode(asked[i]) for i in rng.permutation(len(asked))])
+            scene = make_scene(rng, num_objects=objects, row_length=length, scenes=scenes)
+            asked = ask_mixed(scene, rng, count=max_questions, families=families)
+        drawn.append(scene)
+        texts.append([language.ids(asked[i]) for i in rng.permutation(len(asked))])
     images = 2 if two_images else 1
-    start = 1 + images * NUM_VISUAL_TOKENS
+    start = len(language.prefix) + images * NUM_VISUAL_TOKENS
     ids, positions, questions, labels = (
-        torch.full((batch_size, text_tokens), fill) for fill in (PAD, start, _PADDING, IGNORE)
+        torch.full((batch_size, text_tokens), fill) for fill in (language.pad, start, _PADDING, IGNORE)
     )
     for row, turns in enumerate(texts):
         used = 0
@@ -130,10 +132,18 @@ def make_batch(
             used += length
     longest = int((questions != _PADDING).sum(1).max())
     ids, positions, questions, labels = (t[:, :longest] for t in (ids, positions, questions, labels))
-    frames = [f for s in scenes for f in ([s.image] if s.previous is None else [s.previous, s.image])]
-    kept = keep_visual_tokens(scenes, images * visual_tokens, images, rng)
+    frames = [f for s in drawn for f in ([s.image] if s.previous is None else [s.previous, s.image])]
+    kept = keep_visual_tokens(drawn, images * visual_tokens, images, rng)
     return Batch(
-        pixel_values(frames), kept, ids, positions, questions, labels, chained, targets=dense_targets(scenes)
+        language.prefix,
+        pixel_values(frames),
+        kept,
+        ids,
+        positions,
+        questions,
+        labels,
+        chained,
+        targets=dense_targets(drawn),
     )
 
 
@@ -153,12 +163,14 @@ def answer_loss(
     visual = model.model.multi_modal_projector(features)
     visual = visual.reshape(b, -1, visual.shape[-1])
     visual = visual.gather(1, batch.kept[..., None].expand(-1, -1, visual.shape[-1]))
-    first = batch.ids.new_full((b, 1), BOS)
-    embeds = torch.cat([words(first), visual.float(), words(batch.ids)], 1)
-    positions = torch.cat([torch.zeros_like(first), batch.kept + 1, batch.positions], 1)
+    prefix = batch.ids.new_tensor(batch.prefix).expand(b, -1)
+    start = prefix.shape[1]
+    embeds = torch.cat([words(prefix), visual.float(), words(batch.ids)], 1)
+    places = torch.arange(start, device=prefix.device).expand(b, -1)
+    positions = torch.cat([places, batch.kept + start, batch.positions], 1)
     hidden = model.model.language_model(
         inputs_embeds=embeds, attention_mask=batch.attention_mask(), position_ids=positions, use_cache=False
-    ).last_hidden_state[:, 1 + batch.kept.shape[1] :]
+    ).last_hidden_state[:, start + batch.kept.shape[1] :]
     wanted = batch.labels != IGNORE
     logits, labels = model.lm_head(hidden[wanted]).float(), batch.labels[wanted]
     return F.cross_entropy(logits, labels), logits.argmax(-1) == labels, labels

@@ -9,20 +9,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tokenprune.testbed.scenes import (
-    COLOR_NAMES,
+from tokenprune.testbed.grounds import (
     COLUMN_WORDS,
-    DIGITS,
-    KINDS,
+    GROUNDS,
+    PLACES,
     ROW_WORDS,
-    Scene,
+    TINT_NAMES,
     Split,
     UInt8Array,
-    make_scene,
 )
+from tokenprune.testbed.scenes import COLOR_NAMES, DEFAULT_SCENES, DIGITS, KINDS, Scene, SceneKind, make_scene
 
-FAMILIES = ("attribute", "identity", "position", "counting", "existence", "reading", "difference")
-SINGLE_IMAGE_FAMILIES = FAMILIES[:-1]
+OBJECT_FAMILIES = ("attribute", "identity", "position", "counting", "existence", "reading", "difference")
+GROUND_FAMILIES = ("ground", "region", "tint")  # about what the objects stand on; mosaic scenes only
+FAMILIES = OBJECT_FAMILIES + GROUND_FAMILIES
 READING_QUESTION = "what does the row read ?"
 DIFFERENCE_QUESTION = "which digit is new ?"
 PLACE_MARGIN = 3.0  # pixels: "where" is only asked about objects this far from a border between thirds
@@ -46,16 +46,18 @@ class Sample:
     family: str
 
 
-def prompt_text(question: str, num_images: int = 1) -> str:
-    """The single-turn prompt the model is trained on; the processor expands each ``<image>``."""
-    return f"<bos> {'<image> ' * num_images}USER {question} ASSISTANT"
+def families_of(scenes: SceneKind, *, single_image: bool = False) -> tuple[str, ...]:
+    """The families that can be asked about a kind of scenes."""
+    families = FAMILIES if scenes == "mosaic" else OBJECT_FAMILIES
+    return tuple(f for f in families if not (single_image and f == "difference"))
 
 
 def vocabulary() -> list[str]:
-    """Every word of every question and answer, sorted."""
+    """Every word of every question and answer: of objects, sorted, then of grounds, which came later."""
     words = set("what color is the where which digit shape new how many digits shapes things".split())
     words |= set("there a does row read yes no ?".split())
-    return sorted(words.union(COLOR_NAMES, KINDS, ROW_WORDS, COLUMN_WORDS))
+    words |= set(COLOR_NAMES) | set(KINDS) | set(ROW_WORDS) | set(COLUMN_WORDS)
+    return [*sorted(words), *sorted({"ground", "at", *GROUNDS, *TINT_NAMES})]
 
 
 def _attribute(scene: Scene, rng: np.random.Generator) -> Iterator[QA]:
@@ -112,6 +114,26 @@ def _reading(scene: Scene, rng: np.random.Generator) -> Iterator[QA]:
         yield QA(READING_QUESTION, " ".join(scene.objects[i].kind for i in scene.row), "reading")
 
 
+def _ground(scene: Scene, rng: np.random.Generator) -> Iterator[QA]:
+    if scene.ground is not None:
+        for place, kind in zip(PLACES, scene.ground.cells, strict=True):
+            yield QA(f"what is the ground at the {place} ?", kind, "ground")
+
+
+def _region(scene: Scene, rng: np.random.Generator) -> Iterator[QA]:
+    if scene.ground is not None:
+        for kind in scene.ground.tints:
+            places = scene.ground.places(kind)
+            if len(places) == 1:
+                yield QA(f"where is the {kind} ?", places[0], "region")
+
+
+def _tint(scene: Scene, rng: np.random.Generator) -> Iterator[QA]:
+    if scene.ground is not None:
+        for kind, tint in scene.ground.tints.items():
+            yield QA(f"what color is the {kind} ?", tint, "tint")
+
+
 _SINGLE_IMAGE: dict[str, Callable[[Scene, np.random.Generator], Iterator[QA]]] = {
     "attribute": _attribute,
     "identity": _identity,
@@ -119,6 +141,9 @@ _SINGLE_IMAGE: dict[str, Callable[[Scene, np.random.Generator], Iterator[QA]]] =
     "counting": _counting,
     "existence": _existence,
     "reading": _reading,
+    "ground": _ground,
+    "region": _region,
+    "tint": _tint,
 }
 
 
@@ -141,45 +166,55 @@ def auxiliary_differences(scene: Scene) -> list[QA]:
 
 
 def ask_mixed(
-    scene: Scene, rng: np.random.Generator, count: int, families: Sequence[str] = SINGLE_IMAGE_FAMILIES
+    scene: Scene,
+    rng: np.random.Generator,
+    count: int,
+    families: Sequence[str] = families_of("plain", single_image=True),
 ) -> list[QA]:
     """Up to ``count`` different single-image questions in random order, families taken in turn.
 
-    At most three of each scene's many counting questions, the easiest family, are among them.
+    At most three of each scene's many counting and ground questions, the easiest families, are among them.
     """
     pools = []
     for family in families:
         pool = ask(scene, rng, family)
-        limit = 3 if family == "counting" else len(pool)
+        limit = 3 if family in ("counting", "ground") else len(pool)
         pools.append([pool[i] for i in rng.permutation(len(pool))[:limit]])
     turns = [qa for turn in range(max(map(len, pools))) for pool in pools for qa in pool[turn : turn + 1]]
     chosen = turns[:count]
     return [chosen[i] for i in rng.permutation(len(chosen))]
 
 
-def scene_for(family: str, rng: np.random.Generator, split: Split) -> Scene:
+def scene_for(
+    family: str, rng: np.random.Generator, split: Split, scenes: SceneKind = DEFAULT_SCENES
+) -> Scene:
     """A scene of the kind the evaluation set asks ``family`` questions about."""
     if family == "reading":
         length = int(rng.integers(2, 5))
-        return make_scene(rng, split, num_objects=length + int(rng.integers(0, 4)), row_length=length)
+        objects = length + int(rng.integers(0, 4))
+        return make_scene(rng, split, num_objects=objects, row_length=length, scenes=scenes)
     if family == "difference":
-        return make_scene(rng, split, num_objects=int(rng.integers(2, 6)), add_digit=True)
-    return make_scene(rng, split)
+        return make_scene(rng, split, num_objects=int(rng.integers(2, 6)), add_digit=True, scenes=scenes)
+    return make_scene(rng, split, scenes=scenes)
 
 
-def evaluation_set(n: int, seed: int = 0, split: Split = "test", per_scene: int = 2) -> list[Sample]:
+def evaluation_set(
+    n: int, seed: int = 0, split: Split = "test", per_scene: int = 2, *, scenes: SceneKind = DEFAULT_SCENES
+) -> list[Sample]:
     """``n`` questions with families in equal parts, the same ones for the same arguments.
 
     Up to ``per_scene`` questions of one family share a scene. Existence questions are one "yes" and one "no"
-    per scene, or one of them by a fair coin when only one is wanted.
+    per scene, or one of them by a fair coin when only one is wanted. Of mosaic scenes three families in ten need
+    the ground.
     """
     samples: list[Sample] = []
-    for index, family in enumerate(FAMILIES):
-        wanted = n // len(FAMILIES) + (index < n % len(FAMILIES))
+    families = families_of(scenes)
+    for index, family in enumerate(families):
+        wanted = n // len(families) + (index < n % len(families))
         rng = np.random.default_rng([seed, index])  # a family's questions do not depend on the others
         found: list[Sample] = []
         while len(found) < wanted:
-            scene = scene_for(family, rng, split)
+            scene = scene_for(family, rng, split, scenes)
             pool = ask(scene, rng, family)
             images = [scene.image] if scene.previous is None else [scene.previous, scene.image]
             for i in rng.permutation(len(pool))[:per_scene]:

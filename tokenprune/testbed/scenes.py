@@ -1,7 +1,12 @@
-"""Synthetic scenes made of real parts: handwritten digits and shapes on photographs, gradients and textures.
+"""Synthetic scenes made of real parts: handwritten digits and shapes on grounds that say something, or do not.
 
 A scene is a 96 x 96 RGB image with its ground truth. Objects are placed freely: they neither overlap nor
-line up with the vision tower's 8-pixel patches. Digits and photographs come in two disjoint splits.
+line up with the vision tower's 8-pixel patches. Digits and photographs come in two disjoint splits. There are
+two kinds of scenes:
+
+* "mosaic": the ground of every ninth is a real texture or photograph in a tint (`grounds.py`), which questions
+  ask about, and objects differ in size;
+* "plain": objects of one size on a photograph, a gradient or a texture that nobody asks about.
 """
 
 from __future__ import annotations
@@ -13,15 +18,24 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
-Split = Literal["train", "test"]
-UInt8Array = npt.NDArray[np.uint8]
-FloatArray = npt.NDArray[np.float32]
+from tokenprune.testbed.grounds import (
+    IMAGE_SIZE,
+    FloatArray,
+    Ground,
+    Split,
+    UInt8Array,
+    make_ground,
+    place_of,
+)
 
-IMAGE_SIZE = 96
+SceneKind = Literal["plain", "mosaic"]
+SCENE_KINDS: tuple[SceneKind, ...] = ("plain", "mosaic")
+DEFAULT_SCENES: SceneKind = "plain"  # what the shipped models were trained on
+
 GLYPH_SIZE = 14
+MOSAIC_SIZES = (12, 14, 17)  # some smaller than two patches, so that an even grid of tokens can miss them
 ASSETS = Path(__file__).with_name("assets.npz")
 
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -36,20 +50,19 @@ COLOR_NAMES = tuple(COLORS)
 SHAPES = ("circle", "square", "triangle", "cross", "star")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 KINDS = SHAPES + DIGITS
-ROW_WORDS = ("top", "middle", "bottom")
-COLUMN_WORDS = ("left", "center", "right")
 
 _MIN_GAP = 1  # clear pixels between the bounding boxes of two objects
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One glyph: its kind (a word of ``KINDS``), colour and top-left corner in pixels."""
+    """One glyph: its kind (a word of ``KINDS``), colour, top-left corner and side in pixels."""
 
     kind: str
     color: str
     x: int
     y: int
+    size: int = GLYPH_SIZE
 
     @property
     def is_digit(self) -> bool:
@@ -58,13 +71,12 @@ class SceneObject:
     @property
     def center(self) -> tuple[float, float]:
         """(x, y) of the middle of the glyph's box, in pixels."""
-        return self.x + GLYPH_SIZE / 2, self.y + GLYPH_SIZE / 2
+        return self.x + self.size / 2, self.y + self.size / 2
 
     @property
     def place(self) -> str:
         """Row word and column word of the third of the image the centre lies in, e.g. "top left"."""
-        x, y = self.center
-        return f"{ROW_WORDS[int(y * 3 / IMAGE_SIZE)]} {COLUMN_WORDS[int(x * 3 / IMAGE_SIZE)]}"
+        return place_of(*self.center)
 
     @property
     def place_margin(self) -> float:
@@ -79,24 +91,26 @@ class Scene:
 
     ``row`` lists, left to right, the indices of the digits written on one line (empty: no line was written;
     scenes with a line hold no other digits). ``previous`` is the same image before its last object was
-    added, for questions about what is new, else None.
+    added, for questions about what is new, else None. ``ground`` is what the objects stand on, where it says
+    something ("mosaic").
     """
 
     image: UInt8Array
     objects: tuple[SceneObject, ...]
     row: tuple[int, ...] = ()
     previous: UInt8Array | None = field(default=None, repr=False)
+    ground: Ground | None = None
 
 
 @dataclass(frozen=True)
 class _Assets:
-    glyphs: dict[Split, dict[str, FloatArray]]  # kind -> (n, 14, 14) coverage in 0..1
+    glyphs: dict[Split, dict[str, FloatArray]]  # kind -> (n, size, size) coverage in 0..1
     photos: dict[Split, tuple[UInt8Array, ...]]  # each (h, w, 3)
 
 
-def _shape_masks() -> dict[str, FloatArray]:
-    """Coverage masks (14, 14) in 0..1 of the five shapes."""
-    yy, xx = np.mgrid[0:GLYPH_SIZE, 0:GLYPH_SIZE]
+def _shape_masks(size: int) -> dict[str, FloatArray]:
+    """Coverage masks (size, size) in 0..1 of the five shapes, drawn for 14 pixels and scaled."""
+    yy, xx = np.mgrid[0:size, 0:size] * ((GLYPH_SIZE - 1) / (size - 1))
     middle = (GLYPH_SIZE - 1) / 2
     dy, dx = yy - middle, xx - middle
     angle, radius = np.arctan2(dy, dx) - np.pi / 2, np.hypot(dy, dx)
@@ -112,23 +126,24 @@ def _shape_masks() -> dict[str, FloatArray]:
 
 
 @cache
-def load_assets() -> _Assets:
-    """Read ``assets.npz`` once: glyph masks and photographs of both splits."""
+def load_assets(size: int = GLYPH_SIZE) -> _Assets:
+    """Read ``assets.npz`` once per size: glyph masks of that size, and photographs, of both splits."""
     with np.load(ASSETS) as archive:
         digits, labels, is_test = archive["digits"], archive["digit_labels"], archive["digit_is_test"]
         photos: dict[Split, tuple[UInt8Array, ...]] = {
             "train": tuple(archive[k] for k in sorted(archive.files) if k.startswith("photo_train_")),
             "test": tuple(archive[k] for k in sorted(archive.files) if k.startswith("photo_test_")),
         }
-    size = (GLYPH_SIZE, GLYPH_SIZE)
     masks = np.stack(
         [
-            np.asarray(Image.fromarray(d.astype(np.float32) / 16).resize(size, Image.Resampling.BILINEAR))
+            np.asarray(
+                Image.fromarray(d.astype(np.float32) / 16).resize((size, size), Image.Resampling.BILINEAR)
+            )
             for d in digits
         ]
     )
     masks = np.clip(masks * 1.35, 0, 1)  # smoothing thins the strokes; give them their weight back
-    shapes = {kind: mask[None] for kind, mask in _shape_masks().items()}
+    shapes = {kind: mask[None] for kind, mask in _shape_masks(size).items()}
     glyphs: dict[Split, dict[str, FloatArray]] = {"train": dict(shapes), "test": dict(shapes)}
     for value, word in enumerate(DIGITS):
         glyphs["train"][word] = masks[(labels == value) & ~is_test]
@@ -163,9 +178,9 @@ def _background(rng: np.random.Generator, split: Split) -> FloatArray:
 
 def _paint(image: FloatArray, obj: SceneObject, rng: np.random.Generator, split: Split) -> None:
     """Blend one glyph, drawn at random from its split's pool, into ``image`` (96, 96, 3) in place."""
-    pool = load_assets().glyphs[split][obj.kind]
+    pool = load_assets(obj.size).glyphs[split][obj.kind]
     mask = pool[rng.integers(len(pool))][..., None]
-    window = image[obj.y : obj.y + GLYPH_SIZE, obj.x : obj.x + GLYPH_SIZE]
+    window = image[obj.y : obj.y + obj.size, obj.x : obj.x + obj.size]
     window += (np.asarray(COLORS[obj.color], dtype=np.float32) - window) * mask
 
 
@@ -173,16 +188,18 @@ def _to_uint8(image: FloatArray) -> UInt8Array:
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
-def _is_free(x: int, y: int, taken: Sequence[SceneObject]) -> bool:
-    reach = GLYPH_SIZE + _MIN_GAP
-    return all(abs(x - other.x) >= reach or abs(y - other.y) >= reach for other in taken)
+def _is_free(x: int, y: int, size: int, taken: Sequence[SceneObject]) -> bool:
+    def apart(a: int, b: int, size_of_b: int) -> bool:
+        return a + size + _MIN_GAP <= b or b + size_of_b + _MIN_GAP <= a
+
+    return all(apart(x, other.x, other.size) or apart(y, other.y, other.size) for other in taken)
 
 
-def _free_spot(rng: np.random.Generator, taken: Sequence[SceneObject]) -> tuple[int, int] | None:
+def _free_spot(rng: np.random.Generator, size: int, taken: Sequence[SceneObject]) -> tuple[int, int] | None:
     """A random free (x, y), or None when 50 throws found none."""
     for _ in range(50):
-        x, y = (int(v) for v in rng.integers(0, IMAGE_SIZE - GLYPH_SIZE + 1, 2))
-        if _is_free(x, y, taken):
+        x, y = (int(v) for v in rng.integers(0, IMAGE_SIZE - size + 1, 2))
+        if _is_free(x, y, size, taken):
             return x, y
     return None
 
@@ -208,6 +225,7 @@ def make_scene(
     row_length: int = 0,
     add_digit: bool = False,
     digit_share: float = 0.55,
+    scenes: SceneKind = "plain",
 ) -> Scene:
     """Draw one scene; the same generator state gives the same scene.
 
@@ -217,14 +235,17 @@ def make_scene(
         add_digit: make the last object a digit of a kind that occurs nowhere else in the scene, and keep the
             image without it in ``Scene.previous``.
         digit_share: how many of the objects outside a row are digits, on average.
+        scenes: the kind of ground, see the module's docstring.
     """
     if row_length and add_digit:
         raise ValueError("a scene has a written row or a new digit, not both")
     total = int(rng.integers(2, 8)) if num_objects is None else num_objects
-    canvas = _background(rng, split)
+    ground = make_ground(rng, split) if scenes == "mosaic" else None
+    canvas = _background(rng, split) if ground is None else ground.image.copy()
     objects: list[SceneObject] = _written_row(rng, row_length) if row_length else []
     for index in range(len(objects), max(total, len(objects))):
-        spot = _free_spot(rng, objects)
+        size = GLYPH_SIZE if ground is None else int(rng.choice(MOSAIC_SIZES))
+        spot = _free_spot(rng, size, objects)
         if spot is None:
             break
         is_new = add_digit and index == total - 1
@@ -235,13 +256,15 @@ def make_scene(
             kind = DIGITS[rng.integers(len(DIGITS))]
         else:
             kind = SHAPES[rng.integers(len(SHAPES))]
-        objects.append(SceneObject(kind, COLOR_NAMES[rng.integers(len(COLORS))], *spot))
+        objects.append(SceneObject(kind, COLOR_NAMES[rng.integers(len(COLORS))], *spot, size))
     for obj in objects[: -1 if add_digit else None]:
         _paint(canvas, obj, rng, split)
     previous = None
     if add_digit:
         if len(objects) < total:  # no room for the new digit: start over with what the generator gives next
-            return make_scene(rng, split, num_objects=num_objects, add_digit=True, digit_share=digit_share)
+            return make_scene(
+                rng, split, num_objects=num_objects, add_digit=True, digit_share=digit_share, scenes=scenes
+            )
         previous = _to_uint8(canvas)
         _paint(canvas, objects[-1], rng, split)
-    return Scene(_to_uint8(canvas), tuple(objects), tuple(range(row_length)), previous)
+    return Scene(_to_uint8(canvas), tuple(objects), tuple(range(row_length)), previous, ground)

@@ -1,7 +1,8 @@
 """Train the testbed model: dense labels first (stage 1), then question answering (stage 2).
 
     python -m tokenprune.testbed.train --out RUN_DIR
-    python -m tokenprune.testbed.train --out RUN_DIR --resume-from MODEL_DIR   # go on from saved weights
+    python -m tokenprune.testbed.train --out RUN_DIR --resume-from MODEL_DIR   # stage 2 on saved weights
+    python -m tokenprune.testbed.train --out RUN_DIR --resume-from MODEL_DIR --dense-minutes 15   # both stages on them
     torchrun --nproc-per-node 2 -m tokenprune.testbed.train --out RUN_DIR      # a process per core or GPU
 
 A run goes on where it was killed when started again with the same ``--out``, and takes a GPU when there is one.
@@ -36,9 +37,10 @@ from tokenprune.testbed.dense import (
     word_loss,
 )
 from tokenprune.testbed.evaluate import evaluate
-from tokenprune.testbed.modeling import EOS, NUM_VISUAL_TOKENS, build_model, build_processor
+from tokenprune.testbed.modeling import EOS, NUM_VISUAL_TOKENS, SMALL, build_model, build_processor
 from tokenprune.testbed.packing import answer_loss, make_batch
-from tokenprune.testbed.questions import FAMILIES, SINGLE_IMAGE_FAMILIES, evaluation_set
+from tokenprune.testbed.questions import evaluation_set, families_of
+from tokenprune.testbed.scenes import SCENE_KINDS, SceneKind
 
 RANK = int(os.environ.get("RANK", 0))
 DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
@@ -58,6 +60,12 @@ class Phase:
         sizes, minutes = text.split(":")
         layers, visual_tokens = sizes.split("x")
         return cls(int(layers), int(visual_tokens), float(minutes))
+
+
+def autocast() -> Any:
+    """bfloat16 matrix products where they are fast: CPUs without AVX-512 emulate them, sixty times slower."""
+    fast = DEVICE.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=fast)
 
 
 # Cheap sequences until retrieval works, then depth, then every visual token.
@@ -99,16 +107,30 @@ def step_seconds(started: float) -> float:
 
 
 def train_dense(
-    out: Path, minutes: float, batch_size: int = 32, seed: int = 0
+    out: Path,
+    minutes: float,
+    model: LlavaForConditionalGeneration | None = None,
+    *,
+    scenes: SceneKind = "mosaic",
+    digit_share: float = 0.75,
+    batch_size: int = 32,
+    seed: int = 0,
 ) -> LlavaForConditionalGeneration:
-    """Stage 1. Returns a model with one (untrained) decoder layer, and leaves it in ``out/dense.pt``."""
+    """Stage 1 on a fresh model with one decoder layer, or at half the rate on ``model``; its decoder does not learn.
+
+    The run's state is ``out/dense.pt``.
+    """
     torch.manual_seed(seed)
-    model, head = build_model(num_layers=1).to(DEVICE), DenseHead().to(DEVICE)
+    fresh = model is None
+    if model is None:
+        model = build_model(num_layers=1).to(DEVICE)
+        with torch.no_grad():
+            words = model.get_input_embeddings().weight
+            words.mul_(0.15 / words.std())  # the usual 0.02 would keep word-space logits tiny for long
+    head = DenseHead().to(DEVICE)
     if DEVICE.type == "cpu":
         model.model.vision_tower.set_attn_implementation("eager")  # see train_answers
     words = model.get_input_embeddings().weight
-    with torch.no_grad():
-        words.mul_(0.15 / words.std())  # the usual 0.02 would keep word-space logits tiny for long
     tower = dict(model.model.vision_tower.named_parameters())
     positions = [p for n, p in tower.items() if "position_embedding" in n]
     others = [p for n, p in tower.items() if "position_embedding" not in n]
@@ -135,11 +157,13 @@ def train_dense(
     while spent < 60 * minutes:
         started = time.monotonic()
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * cosine(spent / (60 * minutes), step, 100) + 1e-6
-        scenes = list(dense_scenes(np.random.default_rng([seed, step, RANK]), batch_size))
-        targets = dense_targets(scenes).to(DEVICE)
-        pixels = pixel_values([s.image for s in scenes]).to(DEVICE)
-        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+            peak = group["peak"] * (1.0 if fresh else 0.5)
+            group["lr"] = peak * cosine(spent / (60 * minutes), step, 100) + 1e-6
+        rng = np.random.default_rng([seed, step, RANK])
+        drawn = list(dense_scenes(rng, batch_size, digit_share, scenes))
+        targets = dense_targets(drawn).to(DEVICE)
+        pixels = pixel_values([s.image for s in drawn]).to(DEVICE)
+        with autocast():
             loss, accuracy = head(model, pixels, targets)
         optimizer.zero_grad()
         loss.backward()
@@ -175,6 +199,20 @@ def with_fresh_decoder(
     return model
 
 
+def with_vocabulary(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
+    """The model with a random embedding for every word that came after it was trained."""
+    words = model.get_input_embeddings().weight
+    grown = build_model(len(model.model.language_model.layers)).to(DEVICE)
+    state = model.state_dict()
+    table = grown.get_input_embeddings().weight.detach().clone()
+    table *= words.std() / table.std()
+    table[: len(words)] = words
+    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+        state[name] = table
+    grown.load_state_dict(state)
+    return grown
+
+
 def grow_depth(model: LlavaForConditionalGeneration, layers: int) -> LlavaForConditionalGeneration:
     """The same function with more decoder layers.
 
@@ -208,14 +246,19 @@ def export(model: LlavaForConditionalGeneration, folder: Path) -> None:
 
 
 class Curve:
-    """Appends one row per evaluation to a CSV: time, step, images seen, overall and per-family accuracy."""
+    """Appends one row per evaluation to a CSV: where the training stands, overall and per-family accuracy.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: of the CSV.
+        processor: of the model.
+        scenes: the kind of scenes to ask about.
+        position: names of what `add` is given to say where the training stands.
+    """
+
+    def __init__(self, path: Path, processor: Any, scenes: SceneKind, position: Sequence[str]) -> None:
+        self.path, self.processor, self.scenes = path, processor, scenes
         if not path.exists():
-            self._write(
-                ["minutes", "step", "images", "layers", "visual_tokens", "train", "overall", *FAMILIES]
-            )
+            self._write([*position, "overall", *families_of(scenes)])
 
     def _write(self, row: Sequence[object]) -> None:
         with self.path.open("a", newline="") as file:
@@ -224,7 +267,8 @@ class Curve:
     def add(self, model: LlavaForConditionalGeneration, num_samples: int, *position: object) -> float:
         """Evaluate on the first held-out questions of a seed of its own; returns the overall accuracy."""
         model.eval()
-        result = evaluate(model, build_processor(), evaluation_set(num_samples, seed=1), batch_size=50)
+        samples = evaluation_set(num_samples, seed=1, scenes=self.scenes)
+        result = evaluate(model, self.processor, samples, batch_size=50)
         model.train()
         scores = [result.overall, *result.families.values()]
         self._write([*position, *(f"{s.accuracy:.4f}" for s in scores)])
@@ -241,6 +285,8 @@ class AnswerOptions:
     peak: float = 1.5e-3
     tower_rate: float = 0.0
     seed: int = 0
+    scenes: SceneKind = "mosaic"
+    plain_share: float = 0.15  # of batches on plain scenes, where these are not
     eval_samples: int = 210
     eval_minutes: float = 10.0
     save_minutes: float = 3.0
@@ -270,7 +316,9 @@ def train_answers(
 
     The tower is frozen, unless ``tower_rate`` lets it go on learning in the last phase.
     """
-    path, curve = out / "answers.pt", Curve(out / "curve.csv")
+    path = out / "answers.pt"
+    columns = ("minutes", "step", "images", "layers", "visual_tokens", "train")
+    curve = Curve(out / "curve.csv", build_processor(), options.scenes, columns)
     total = 60 * sum(p.minutes for p in options.phases)
     state: dict[str, Any] = {
         "phase": 0,
@@ -356,22 +404,26 @@ def _answer_step(
     two_images = step >= options.first_two_images and kind.random() < options.two_image_share
     focused = not two_images and kind.random() < options.focus_share
     chained = kind.random() < options.chained_share
+    plain = not focused and kind.random() < options.plain_share
     batch = make_batch(
         np.random.default_rng([options.seed, 2, step, RANK]),
         options.batch_size,
+        SMALL,
+        scenes="plain" if plain else options.scenes,
         visual_tokens=phase.visual_tokens,
-        families=options.focus if focused else SINGLE_IMAGE_FAMILIES,
+        families=options.focus if focused else None,
         max_objects=int(kind.integers(3, min(7, 3 + step // options.objects_every) + 1)),
         two_images=two_images,
         chained=chained,
     ).to(DEVICE)
-    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+    with autocast():
         with torch.set_grad_enabled(learn_tower):
             hidden = model.model.vision_tower(batch.pixels).last_hidden_state
         extra: Tensor | float = 0.0
         if not two_images and options.dense_weight:
             projected = model.model.multi_modal_projector(hidden[:, 1:])
-            extra = options.dense_weight * word_loss(model, projected, batch.targets)[0]
+            words = SMALL.word_space(model.get_input_embeddings().weight)
+            extra = options.dense_weight * word_loss(words, projected, batch.targets)[0]
         loss, right, labels = answer_loss(model, batch, hidden[:, 1:])
     optimizer.zero_grad()
     (loss + extra).backward()
@@ -387,8 +439,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of the run's state, resumed when it exists"
     )
-    parser.add_argument("--resume-from", type=Path, default=None, help="a saved model; skips stage 1")
-    parser.add_argument("--dense-minutes", type=float, default=24)
+    parser.add_argument(
+        "--resume-from",
+        type=Path,
+        default=None,
+        help="a saved model; skips stage 1 unless --dense-minutes is given",
+    )
+    parser.add_argument("--dense-minutes", type=float, default=None, help="of stage 1 (default: 24)")
+    parser.add_argument("--digit-share", type=float, default=0.75, help="of the objects in stage 1")
+    parser.add_argument("--scenes", choices=SCENE_KINDS, default=AnswerOptions.scenes)
     parser.add_argument("--phases", nargs="+", default=None, help="LAYERSxVISUAL_TOKENS:MINUTES ...")
     parser.add_argument("--batch-size", type=int, default=AnswerOptions.batch_size)
     parser.add_argument(
@@ -400,7 +459,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=AnswerOptions.tower_rate,
         help="the tower's share of the rate in the last phase",
     )
-    parser.add_argument("--focus", nargs="+", choices=SINGLE_IMAGE_FAMILIES, default=AnswerOptions.focus)
+    parser.add_argument(
+        "--focus", nargs="+", choices=families_of("mosaic", single_image=True), default=AnswerOptions.focus
+    )
     parser.add_argument("--focus-share", type=float, default=AnswerOptions.focus_share)
     parser.add_argument("--dense-weight", type=float, default=AnswerOptions.dense_weight)
     parser.add_argument("--eval-samples", type=int, default=AnswerOptions.eval_samples)
@@ -412,17 +473,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "WORLD_SIZE" in os.environ:
         distributed.init_process_group(timeout=timedelta(hours=1))
     given.out.mkdir(parents=True, exist_ok=True)
+    dense_options = {"scenes": given.scenes, "digit_share": given.digit_share, "seed": given.seed}
     if given.resume_from is not None:
         model = LlavaForConditionalGeneration.from_pretrained(given.resume_from, dtype=torch.float32).to(
             DEVICE
         )
+        model = with_vocabulary(model)
+        if given.dense_minutes:
+            model = train_dense(given.out, given.dense_minutes, model, **dense_options)
         layers = len(model.model.language_model.layers)
         phases = given.phases or [f"{layers}x{NUM_VISUAL_TOKENS}:45"]
         # A trained decoder has seen every kind of scene: no curriculum.
         extra: dict[str, int] = {"first_two_images": 0, "objects_every": 1}
     else:
         phases, extra = given.phases or list(DEFAULT_PHASES), {}
-        dense = train_dense(given.out, given.dense_minutes, seed=given.seed)
+        minutes = 24 if given.dense_minutes is None else given.dense_minutes
+        dense = train_dense(given.out, minutes, **dense_options)
         model = with_fresh_decoder(dense, Phase.parse(phases[0]).layers, given.seed)
     options = AnswerOptions(
         tuple(map(Phase.parse, phases)),
@@ -432,6 +498,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         focus=tuple(given.focus),
         focus_share=given.focus_share,
         dense_weight=given.dense_weight,
+        scenes=given.scenes,
         eval_samples=given.eval_samples,
         seed=given.seed,
         **extra,
