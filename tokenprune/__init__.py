@@ -18,11 +18,13 @@ from tokenprune.errors import (
 if TYPE_CHECKING:
     from tokenprune.analysis.collapse import detect_ecl
     from tokenprune.api import is_wrapped, override, pruned, report, unwrap, wrap
+    from tokenprune.arguments import Arguments
     from tokenprune.reporting import Report
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Arguments",
     "BudgetError",
     "ConfigError",
     "Cut",
@@ -50,6 +52,8 @@ def __getattr__(name: str) -> Any:
         from tokenprune.analysis.collapse import (
             detect_ecl as value,
         )  # needs pydantic, which the rest does not
+    elif name == "Arguments":
+        from tokenprune.arguments import Arguments as value
     else:
         from tokenprune import api
 
