@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from tokenprune.budget import Cut
@@ -48,16 +49,9 @@ def __getattr__(name: str) -> Any:
     """Import torch and transformers at the first use: `tokenprune --help` does without them."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "detect_ecl":
-        from tokenprune.analysis.collapse import (
-            detect_ecl as value,
-        )  # needs pydantic, which the rest does not
-    elif name == "Arguments":
-        from tokenprune.arguments import Arguments as value
-    else:
-        from tokenprune import api
-
-        value = getattr(api, name)
+    # detect_ecl needs pydantic, which the rest does not.
+    module = {"detect_ecl": "tokenprune.analysis.collapse", "Arguments": "tokenprune.arguments"}
+    value = getattr(importlib.import_module(module.get(name, "tokenprune.api")), name)
     globals()[name] = value
     return value
 

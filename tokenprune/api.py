@@ -143,6 +143,6 @@ def _runtime(model: object) -> Runtime:
 
 _MODEL = inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD)
 for _function in (wrap, pruned):
-    _function.__signature__ = Arguments.signature(_MODEL)  # type: ignore[attr-defined]
+    setattr(_function, "__signature__", Arguments.signature(_MODEL))  # noqa: B010  # for help()
 
 __all__ = ["ConfigError", "is_wrapped", "override", "pruned", "report", "unwrap", "wrap"]

@@ -71,7 +71,7 @@ class Arguments:
             raise ConfigError(f"frame_floor must be a number of tokens, 0 or more, not {self.frame_floor!r}")
         if not isinstance(self.strict, bool):
             raise ConfigError(f"strict must be True or False, not {self.strict!r}")
-        if self.method == "none" and not (self.keep is self.cuts is self.keep_lists is None):
+        if self.method == "none" and self.says_how_much:
             raise ConfigError("method 'none' keeps everything: leave keep, cuts and keep_lists out")
         if self.keep is not None:
             object.__setattr__(self, "keep", check_keep(self.keep))
@@ -83,6 +83,11 @@ class Arguments:
             raise ConfigError(
                 f"keep_lists must be keep_lists[cut][row][image] = kept raster indices, not {self.keep_lists!r}"
             )
+
+    @property
+    def says_how_much(self) -> bool:
+        """Whether anything is to be dropped."""
+        return any(given is not None for given in (self.keep, self.cuts, self.keep_lists))
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Arguments:
@@ -113,7 +118,8 @@ class Arguments:
             gone |= {"keep", "layer", "cuts", "keep_lists"}
         if {"layer", "cuts", "keep"} & changes.keys():
             gone.add("keep_lists")
-        return dataclasses.replace(self, **dict.fromkeys(gone), **{"parameters": own, **new})
+        replaced: dict[str, Any] = {**dict.fromkeys(gone), "parameters": own, **new}
+        return dataclasses.replace(self, **replaced)
 
     @classmethod
     def from_text(cls, texts: Mapping[str, str]) -> Arguments:

@@ -46,7 +46,7 @@ def settle(model: nn.Module, family: Family, arguments: Arguments) -> PruneConfi
             f"frame_floor needs a method that scores tokens; {made.name!r} does not: leave it out"
         )
     if isinstance(made, NoPruning):
-        if not (arguments.keep is arguments.cuts is arguments.keep_lists is None):
+        if arguments.says_how_much:
             raise ConfigError("method 'none' keeps everything: leave keep, cuts and keep_lists out")
         return PruneConfig(arguments, made, (), "nothing is cut")
     cuts, reason = _cuts(model, family, arguments, made)
