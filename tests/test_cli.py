@@ -340,7 +340,7 @@ def test_bad_keep(image: Path, keep: str) -> None:
         (["--keep", "50%", "--method", "none"], "leave --keep out"),
         (["--keep", "50%", "--budget", "nosuch"], "'average', 'after_cut'"),
         (["--keep", "50%", "--dtype", "int3"], "'bfloat16'"),
-        (["--keep", "50%", "--layer", "two"], "run --help"),
+        (["--keep", "50%", "--layer", "two"], "a whole number"),
         (["--keep", "50%", "--nosuch"], "run --help"),
         (["--keep", "50%", "--max-new-tokens", "0"], "run --help"),
         (["--keep", "50%", "--device", "abacus"], "give cpu, cuda"),

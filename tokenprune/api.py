@@ -16,7 +16,6 @@ from tokenprune.errors import ConfigError, TokenPruneError, UnsupportedModelErro
 from tokenprune.methods import Method
 from tokenprune.models import find_family, stock_model
 from tokenprune.reporting import Report, make_report
-from tokenprune.runtime.current import Override, overriding
 from tokenprune.runtime.install import Runtime
 
 ModelT = TypeVar("ModelT")
@@ -108,8 +107,7 @@ def override(model: ModelT, **changes: Any) -> Iterator[ModelT]:
     """
     runtime = _runtime(model)
     config = settle(runtime.model, runtime.family, runtime.settings.arguments.changed(changes))
-    runtime.arm(config)
-    with overriding(Override(runtime, config)):
+    with runtime.overriding(config):
         yield model
 
 

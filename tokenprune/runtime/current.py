@@ -10,8 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FrameType
@@ -47,18 +46,12 @@ def override_of(owner: object) -> Override | None:
     return next((s for s in reversed(_OVERRIDES.get()) if s.owner is owner), None)
 
 
-@contextmanager
-def overriding(override: Override) -> Iterator[None]:
-    """Inside, it holds for calls of this thread or task; blocks may end in any order."""
-    with override.owner.gate:
-        override.owner.overrides.add(override)
+def begin_override(override: Override) -> None:
     _OVERRIDES.set((*_OVERRIDES.get(), override))
-    try:
-        yield
-    finally:
-        _OVERRIDES.set(tuple(s for s in _OVERRIDES.get() if s is not override))
-        with override.owner.gate:
-            override.owner.overrides.discard(override)
+
+
+def end_override(override: Override) -> None:
+    _OVERRIDES.set(tuple(o for o in _OVERRIDES.get() if o is not override))
 
 
 def overrides_here(owner: object) -> set[Override]:

@@ -8,7 +8,8 @@ and turns selections into shorter hidden states, masks, positions and caches. A 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from torch import nn
@@ -22,6 +23,8 @@ from tokenprune.runtime.call import CallHooks
 from tokenprune.runtime.current import (
     Calls,
     Override,
+    begin_override,
+    end_override,
     forget_overrides,
     last_outcome,
     note_outcome,
@@ -109,10 +112,26 @@ class Runtime:
         self._shadows.clear()
         self.taps.disarm()
 
-    def arm(self, config: PruneConfig) -> None:
-        """Put in the hooks that catch what these settings' method sees, where they are not in yet."""
+    @contextmanager
+    def overriding(self, config: PruneConfig) -> Iterator[None]:
+        """Inside, this thread's or task's calls have these settings; blocks may end in any order.
+
+        Raises:
+            TokenPruneError: another thread has unwrapped the model since.
+        """
+        override = Override(self, config)
         with self.gate:
-            self.taps.arm(config)
+            if not self.installed:
+                raise TokenPruneError("this model was unwrapped by another thread just now")
+            self.taps.arm(config)  # what the method sees, where nobody needed it before
+            self.overrides.add(override)
+        begin_override(override)
+        try:
+            yield
+        finally:
+            end_override(override)
+            with self.gate:
+                self.overrides.discard(override)
 
     def _note_sizes(self) -> None:
         """Put a noting function before get_image_features and get_video_features, until the model is unwrapped."""
