@@ -40,6 +40,32 @@ def summarise(results: Results, layers: Sequence[int], families: Sequence[str]) 
     return "\n\n".join(parts)
 
 
+def compact(results: Results, layers: Sequence[int]) -> str:
+    """One Markdown table: accuracy in % by method (rows) and average retention (columns), "/" between layers."""
+    ok = [row for row in results.rows.values() if row["status"] == "ok"]
+    budgets = sorted({float(row["keep"]) for row in ok if row["keep"]}, reverse=True)
+    names = list(dict.fromkeys(label(row) for row in ok if row["keep"]))
+    lines = [
+        _line(["method", *(f"{100 * budget:.0f} %" for budget in budgets)]),
+        _line([":---", *["---:"] * len(budgets)]),
+    ]
+    for name in names:
+        cells = []
+        for budget in budgets:
+            found = []
+            for layer in layers:
+                same = [
+                    r
+                    for r in ok
+                    if label(r) == name and r["layer"] == str(layer) and r["keep"] == str(budget)
+                ]
+                mean = np.mean([100 * float(row["accuracy"]) for row in same]) if same else None
+                found.append("-" if mean is None else f"{mean:.1f}")
+            cells.append(" / ".join(found))
+        lines.append(_line([name, *cells]))
+    return "\n".join(lines)
+
+
 def _scenes(questions: int, seed: int, scenes: Any) -> list[int]:
     """One label per question, equal for questions about one scene."""
     samples = evaluation_set(questions, seed=seed, scenes=scenes)

@@ -33,7 +33,7 @@ from tokenprune_eval import machine
 from tokenprune_eval.cached import CachedProcessor, cached_features
 from tokenprune_eval.cells import METHODS, NORMALIZATIONS, SOURCES, Cell, grid
 from tokenprune_eval.results import Results
-from tokenprune_eval.summary import summarise
+from tokenprune_eval.summary import compact, summarise
 from tokenprune_eval.timing import Arm, interleave, milliseconds, ratio
 
 QUESTION_SEED = 0
@@ -250,12 +250,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="keep the rows that are in the CSV already")
     parser.add_argument("--summary", action="store_true", help="only print the CSV as Markdown")
+    parser.add_argument(
+        "--compact", action="store_true", help="only print one table of accuracies, as in README"
+    )
     options = parser.parse_args(argv)
     families = families_of(options.scenes)
     results = Results(options.csv or Path(f"eval/results/table_{options.model}.csv"), COLUMNS)
-    if options.summary:
+    if options.summary or options.compact:
         results.load()
-        print(summarise(results, options.layers, families))
+        print(
+            compact(results, options.layers)
+            if options.compact
+            else summarise(results, options.layers, families)
+        )
         return
 
     cells = grid(

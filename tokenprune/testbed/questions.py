@@ -173,12 +173,12 @@ def ask_mixed(
 ) -> list[QA]:
     """Up to ``count`` different single-image questions in random order, families taken in turn.
 
-    At most three of each scene's many counting and ground questions, the easiest families, are among them.
+    Of a scene's many counting and ground questions no more are among them than of the other families.
     """
     pools = []
     for family in families:
         pool = ask(scene, rng, family)
-        limit = 3 if family in ("counting", "ground") else len(pool)
+        limit = max(3, count // len(families)) if family in ("counting", "ground") else len(pool)
         pools.append([pool[i] for i in rng.permutation(len(pool))[:limit]])
     turns = [qa for turn in range(max(map(len, pools))) for pool in pools for qa in pool[turn : turn + 1]]
     chosen = turns[:count]

@@ -32,7 +32,7 @@ from tokenprune.testbed.grounds import (
 
 SceneKind = Literal["plain", "mosaic"]
 SCENE_KINDS: tuple[SceneKind, ...] = ("plain", "mosaic")
-DEFAULT_SCENES: SceneKind = "plain"  # what the shipped models were trained on
+DEFAULT_SCENES: SceneKind = "mosaic"  # what the shipped models were trained on
 
 GLYPH_SIZE = 14
 MOSAIC_SIZES = (12, 14, 17)  # some smaller than two patches, so that an even grid of tokens can miss them
