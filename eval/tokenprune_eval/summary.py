@@ -9,18 +9,20 @@ import numpy as np
 import numpy.typing as npt
 
 from tokenprune.testbed import evaluation_set
+from tokenprune.testbed.questions import families_of
 from tokenprune_eval.paired import Difference, difference
 from tokenprune_eval.results import Results
 
 Row = dict[str, str]
 
 
-def summarise(results: Results, layers: Sequence[int], families: Sequence[str]) -> str:
+def summarise(results: Results, layers: Sequence[int]) -> str:
     """Markdown: a table per layer, then one paired comparison per variant, layer and control."""
     ok = [row for row in results.rows.values() if row["status"] == "ok"]
     if not ok:
         return "no rows yet"
     first = ok[0]
+    families = families_of("mosaic" if first["scenes"] == "mosaic" else "plain")
     parts = [
         f"{first['questions']} questions, model {first['model']}, {first['cpu']}, {first['threads']} thread(s), torch "
         f"{first['torch']}, transformers {first['transformers']}, {first['date']}. Accuracy in %, with 95 % Wilson "

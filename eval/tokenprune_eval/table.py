@@ -27,7 +27,6 @@ from tokenprune.budget import average_floor
 from tokenprune.methods import make_method
 from tokenprune.testbed import FAMILIES, evaluate, evaluation_set, load
 from tokenprune.testbed.language import make_inputs
-from tokenprune.testbed.questions import families_of
 from tokenprune.testbed.scenes import DEFAULT_SCENES, SCENE_KINDS, SceneKind
 from tokenprune_eval import machine
 from tokenprune_eval.cached import CachedProcessor, cached_features
@@ -254,15 +253,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--compact", action="store_true", help="only print one table of accuracies, as in README"
     )
     options = parser.parse_args(argv)
-    families = families_of(options.scenes)
     results = Results(options.csv or Path(f"eval/results/table_{options.model}.csv"), COLUMNS)
     if options.summary or options.compact:
         results.load()
-        print(
-            compact(results, options.layers)
-            if options.compact
-            else summarise(results, options.layers, families)
-        )
+        print(compact(results, options.layers) if options.compact else summarise(results, options.layers))
         return
 
     cells = grid(
@@ -303,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results.write(cell.key for cell in cells)
     if options.rounds:
         fill_times(results, testbed, cells, options.rounds)
-    print(summarise(results, options.layers, families))
+    print(summarise(results, options.layers))
 
 
 def _check_same(results: Results, testbed: Testbed) -> None:
