@@ -20,12 +20,12 @@ from typer.testing import CliRunner
 
 import tokenprune
 from tokenprune import testbed
+from tokenprune.arguments import Arguments, read_keep
 from tokenprune.cli import app
 from tokenprune.cli import demo as demo_module
 from tokenprune.cli.loading import load_testbed
-from tokenprune.cli.parse import parse_keep, parse_parameters
 from tokenprune.cli.shell import InputError, short_warnings
-from tokenprune.errors import NothingPrunedWarning
+from tokenprune.errors import ConfigError, NothingPrunedWarning
 from tokenprune.estimators import ESTIMATORS
 from tokenprune.images import as_seen
 from tokenprune.methods import METHODS
@@ -99,8 +99,8 @@ def refused(*args: object) -> str:
     ],
 )
 def test_keep_reads_fractions_and_counts(text: str, keep: float) -> None:  # contract 15
-    assert parse_keep(text) == keep
-    assert type(parse_keep(text)) is type(keep)
+    assert read_keep(text) == keep
+    assert type(read_keep(text)) is type(keep)
 
 
 @pytest.mark.parametrize(
@@ -128,17 +128,45 @@ def test_keep_reads_fractions_and_counts(text: str, keep: float) -> None:  # con
 )
 def test_keep_refuses_everything_else(text: str) -> None:  # contract 15
     with pytest.raises(
-        InputError, match=r"--keep takes a fraction \(25% or 0.25, at most 100%\) or a number of tokens"
+        ConfigError, match=r"keep takes a fraction \(25% or 0.25, at most 100%\) or a number of tokens"
     ):
-        parse_keep(text)
+        read_keep(text)
 
 
-def test_parameters_take_the_type_of_their_default() -> None:
-    assert parse_parameters("entropyprune", ["source=key", "column_groups=true"]) == {
-        "source": "key",
-        "column_groups": True,
+def test_texts_take_the_type_of_their_default() -> None:
+    texts = {"source": "key", "column_groups": "true", "keep": "25%", "frame_floor": "2", "strict": "yes"}
+    read = Arguments.from_text(texts)
+    assert read == Arguments(
+        keep=0.25, frame_floor=2, strict=True, parameters={"source": "key", "column_groups": True}
+    )
+    assert Arguments.from_text({"method": "random", "seed": "7"}).parameters == {"seed": 7}
+    assert Arguments.from_text({"cuts": "2:50%, 9:36,18", "keep": "0.2"}).cuts == (
+        tokenprune.Cut(2, 0.5),
+        tokenprune.Cut(9, 36),
+        tokenprune.Cut(18),
+    )
+    assert Arguments.from_text({"layer": "auto", "allocation": "pooled"}).given() == {
+        "method": "entropyprune",
+        "layer": "auto",
+        "allocation": "pooled",
     }
-    assert parse_parameters("random", ["seed=7"]) == {"seed": 7}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "advice"),
+    [
+        ("layer", "two", "a whole number"),
+        ("cuts", "2;50%", "such as 2:50%"),
+        ("cuts", "9:10%,2:5%", "ascending order"),
+        ("strict", "maybe", "true or false"),
+        ("frame_floor", "1.5", "a whole number"),
+        ("allocation", "shared", "'image' or 'pooled'"),
+        ("keep_lists", "[[1]]", "cannot be given as text"),
+    ],
+)
+def test_texts_that_cannot_be_read(name: str, text: str, advice: str) -> None:
+    with pytest.raises(ConfigError, match=advice):
+        Arguments.from_text({name: text})
 
 
 # -- every command as JSON, and as text -----------------------------------------------------------------------------
@@ -312,7 +340,7 @@ def test_bad_keep(image: Path, keep: str) -> None:
         (["--keep", "50%", "--method", "none"], "leave --keep out"),
         (["--keep", "50%", "--budget", "nosuch"], "'average', 'after_cut'"),
         (["--keep", "50%", "--dtype", "int3"], "'bfloat16'"),
-        (["--keep", "50%", "--layer", "two"], "run --help"),
+        (["--keep", "50%", "--layer", "two"], "a whole number"),
         (["--keep", "50%", "--nosuch"], "run --help"),
         (["--keep", "50%", "--max-new-tokens", "0"], "run --help"),
         (["--keep", "50%", "--device", "abacus"], "give cpu, cuda"),

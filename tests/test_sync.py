@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import judge
 import tiny
 import tokenprune
-from tokenprune.runtime.hooks import Runtime
+from tokenprune.runtime.call import CallHooks
+from tokenprune.runtime.layers import LayerHooks
+from tokenprune.runtime.taps import Taps
 
 REFUSED = {"_local_scalar_dense", "nonzero", "is_nonzero", "_unique2", "masked_select"}
 
@@ -34,14 +36,15 @@ def refusing(monkeypatch: pytest.MonkeyPatch, *names: str) -> Iterator[list[str]
     ran: list[str] = []
     with monkeypatch.context() as patch:
         for name in names:
-            original = getattr(Runtime, name)
+            owner = next(c for c in (CallHooks, LayerHooks, Taps) if name in vars(c))
+            original = getattr(owner, name)
 
             def guarded(self: Any, *args: Any, original: Any = original, name: str = name) -> Any:
                 ran.append(name)
                 with Refuse():
                     return original(self, *args)
 
-            patch.setattr(Runtime, name, guarded)
+            patch.setattr(owner, name, guarded)
         yield ran
 
 
@@ -129,13 +132,13 @@ def test_scoring_makes_no_square_map(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.llava(side=32, layers=3)
     inputs = tiny.inputs(model, (["text:2", "image", "text:2"],))
     largest = Largest()
-    original = Runtime._catch_state
+    original = Taps._catch_state
 
     def watched(self: Any, *args: Any) -> Any:
         with largest:
             return original(self, *args)
 
-    monkeypatch.setattr(Runtime, "_catch_state", watched)
+    monkeypatch.setattr(Taps, "_catch_state", watched)
     with tokenprune.pruned(model, "entropyprune", layer=1, keep=0.5), torch.no_grad():
         model(**inputs)
     assert 0 < largest.elements < 1024 * 1024 // 4

@@ -172,7 +172,7 @@ def test_failing_install_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> Non
     def missing(*_: Any) -> Any:
         raise AttributeError("no such projection")
 
-    monkeypatch.setattr("tokenprune.runtime.hooks.state_module", missing)
+    monkeypatch.setattr("tokenprune.runtime.taps.state_module", missing)
     with pytest.raises(AttributeError, match="no such projection"):
         tokenprune.wrap(model, **PRUNE)
     assert installed(model) == before
@@ -252,13 +252,6 @@ def test_override() -> None:
     image = model.config.image_seq_length
     with tokenprune.pruned(model, **PRUNE, source="key"):
         base = last_call(model)
-        during = {name: hooks for name, (_, _, hooks) in installed(model).items()}
-
-        def hooks_per_module() -> dict[str, dict[str, int]]:
-            found = {name: hooks for name, (_, _, hooks) in installed(model).items()}
-            return {name: {k: len(v) for k, v in hooks.items()} for name, hooks in found.items()}
-
-        counts = {name: {k: len(v) for k, v in hooks.items()} for name, hooks in during.items()}
         with tokenprune.override(model, keep=1.0):
             assert not last_call(model).pruned
         with tokenprune.override(model, keep=3, budget="after_cut"):
@@ -287,7 +280,47 @@ def test_override() -> None:
         with tokenprune.override(model, method="none"):
             assert not last_call(model).pruned
         assert last_call(model).keep_lists == base.keep_lists
-        assert hooks_per_module() == counts
+
+
+def test_overrides_leave_nothing_behind_that_adds_up() -> None:
+    model = tiny.llava(layers=4)
+    changes: list[dict[str, Any]] = [
+        *({"keep": k / 10} for k in range(3, 10)),
+        {"layer": 2, "keep": 0.7},
+        {"cuts": [(1, 0.8), (3, 0.2)]},
+        {"source": "key"},
+        {"method": "random", "seed": 3},
+        {"keep_lists": [[[[1, 4, 6]]]]},
+    ]
+
+    def once() -> dict[str, Any]:
+        for change in changes:
+            with tokenprune.override(model, **change):
+                last_call(model)
+        return installed(model)
+
+    with tokenprune.pruned(model, **PRUNE):
+        last_call(model)  # transformers adds to its modules at their first call
+    stock = installed(model)
+    with tokenprune.pruned(model, **PRUNE):
+        first = once()  # taps are armed where a layer or a state is scored for the first time
+        for _ in range(10):
+            assert once() == first
+    assert installed(model) == stock
+
+
+def test_numbers_that_change_touch_no_hook_and_no_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.llava(layers=4)
+    with tokenprune.pruned(model, **PRUNE):
+        during = installed(model)
+        monkeypatch.setattr(torch.compiler, "reset", lambda: pytest.fail("compiled code was dropped"))
+        monkeypatch.setitem(
+            torch._dynamo.utils.counters["frames"], "total", 1
+        )  # as if something were compiled
+        for i in range(200):
+            with tokenprune.override(model, keep=0.3 + i / 400):
+                assert installed(model) == during
+        monkeypatch.undo()
 
 
 def test_cuts_of_their_own_replace_the_overall_keep() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from tokenprune.budget import Cut
@@ -18,11 +19,13 @@ from tokenprune.errors import (
 if TYPE_CHECKING:
     from tokenprune.analysis.collapse import detect_ecl
     from tokenprune.api import is_wrapped, override, pruned, report, unwrap, wrap
+    from tokenprune.arguments import Arguments
     from tokenprune.reporting import Report
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Arguments",
     "BudgetError",
     "ConfigError",
     "Cut",
@@ -46,14 +49,9 @@ def __getattr__(name: str) -> Any:
     """Import torch and transformers at the first use: `tokenprune --help` does without them."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "detect_ecl":
-        from tokenprune.analysis.collapse import (
-            detect_ecl as value,
-        )  # needs pydantic, which the rest does not
-    else:
-        from tokenprune import api
-
-        value = getattr(api, name)
+    # detect_ecl needs pydantic, which the rest does not.
+    module = {"detect_ecl": "tokenprune.analysis.collapse", "Arguments": "tokenprune.arguments"}
+    value = getattr(importlib.import_module(module.get(name, "tokenprune.api")), name)
     globals()[name] = value
     return value
 

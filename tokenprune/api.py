@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import transformers
 
-from tokenprune.budget import BudgetMeaning, Cut, Keep
-from tokenprune.config import Allocation, KeepLists, Positions, PruneConfig, check_cuts, make_config
+from tokenprune.arguments import Arguments
+from tokenprune.config import settle
 from tokenprune.errors import ConfigError, TokenPruneError, UnsupportedModelError
 from tokenprune.methods import Method
 from tokenprune.models import find_family, stock_model
 from tokenprune.reporting import Report, make_report
-from tokenprune.runtime.hooks import Runtime
+from tokenprune.runtime.install import Runtime
 
 ModelT = TypeVar("ModelT")
 
@@ -22,28 +24,7 @@ _ATTRIBUTE = "_tokenprune"
 _OLDEST = (5, 17)
 
 
-class _Wrapped:
-    """What `wrap` leaves on the model: the runtime, and the arguments it was made from."""
-
-    def __init__(self, runtime: Runtime, arguments: dict[str, Any]) -> None:
-        self.runtime, self.arguments = runtime, arguments
-
-
-def wrap(
-    model: ModelT,
-    method: str | Method = "entropyprune",
-    *,
-    keep: Keep | None = None,
-    layer: int | Literal["auto"] | None = None,
-    cuts: Sequence[Cut | tuple[int, Keep | None]] | None = None,
-    budget: BudgetMeaning = "average",
-    positions: Positions = "keep",
-    strict: bool = False,
-    keep_lists: KeepLists | None = None,
-    allocation: Allocation = "image",
-    frame_floor: int = 0,
-    **parameters: Any,
-) -> ModelT:
+def wrap(model: ModelT, method: str | Method = "entropyprune", **arguments: Any) -> ModelT:
     """Prune visual tokens in every later call of `model`.
 
     Only hooks are added: the same object comes back, with the same class, config and state_dict keys, and
@@ -52,18 +33,7 @@ def wrap(
     Args:
         model: a stock transformers model (or a PEFT model around one), already loaded.
         method: a name from `tokenprune methods`, or a `Method` of your own.
-        keep: how many visual tokens to keep: a float in (0, 1] is a fraction, an int a number per image.
-        layer: prune on entering this decoder layer; 0 is before the LLM. Default: the family's published layer.
-            "auto": the one `detect_ecl` found for this model.
-        cuts: several cuts instead of `layer`: (layer, keep) pairs, each keep a share of the image's original
-            tokens; leave the last one's keep None to have it solved from the budget.
-        budget: what `keep` means: "average" over the decoder layers (as papers count), or "after_cut".
-        positions: "keep" the original position ids, or "compact" them (cuts before the LLM with 1-D RoPE only).
-        strict: raise instead of warning when a call prunes nothing although the budget asked for it.
-        keep_lists: force what is kept: keep_lists[cut][row][image] = ascending raster indices.
-        allocation: "image": every image has a budget of its own; "pooled": a prompt's images share the sum of theirs.
-        frame_floor: tokens that every frame of a video, and every view of an image, keeps at least.
-        **parameters: of the method.
+        **arguments: see `tokenprune.Arguments`; other names are parameters of the method.
 
     Returns:
         `model` itself.
@@ -88,35 +58,31 @@ def wrap(
         raise TokenPruneError(
             "this model is wrapped already; tokenprune.unwrap(model) first, or change one call with tokenprune.override"
         )
-    arguments = {
-        "method": method,
-        "keep": keep,
-        "layer": layer,
-        "cuts": cuts,
-        "budget": budget,
-        "positions": positions,
-        "strict": strict,
-        "keep_lists": keep_lists,
-        "allocation": allocation,
-        "frame_floor": frame_floor,
-        **parameters,
-    }
+    asked = Arguments.of({"method": method, **arguments})
     family = find_family(inner)
-    runtime = Runtime(inner, family, make_config(inner, family, **arguments))
-    runtime.install()
-    inner.__dict__[_ATTRIBUTE] = _Wrapped(runtime, arguments)
+    runtime = Runtime(inner, family, settle(inner, family, asked))
+    with _WRAPPING:
+        if _ATTRIBUTE in inner.__dict__:
+            raise TokenPruneError("this model was wrapped by another thread just now")
+        runtime.install()
+        inner.__dict__[_ATTRIBUTE] = runtime
     return model
+
+
+_WRAPPING = threading.Lock()
 
 
 def unwrap(model: ModelT) -> ModelT:
     """Take pruning off again: the model is exactly as it was before `wrap`.
 
     Raises:
-        TokenPruneError: the model is not wrapped.
+        TokenPruneError: the model is not wrapped, or in use: a call is under way, or an override is in force in
+            another thread or task.
     """
-    wrapped = _wrapped(model)
-    wrapped.runtime.remove()
-    del wrapped.runtime.model.__dict__[_ATTRIBUTE]
+    with _WRAPPING:
+        runtime = _runtime(model)
+        runtime.remove()
+        del runtime.model.__dict__[_ATTRIBUTE]
     return model
 
 
@@ -132,57 +98,17 @@ def pruned(model: ModelT, method: str | Method = "entropyprune", **arguments: An
 
 @contextmanager
 def override(model: ModelT, **changes: Any) -> Iterator[ModelT]:
-    """Change arguments of `wrap` for the calls inside the block: `with override(model, keep=0.1): ...`.
+    """Change arguments of `wrap` for this thread's or task's calls inside the block: `with override(model, keep=0.1):`.
 
-    A new `method` starts from its own default parameters; a new `layer` replaces `cuts` and the other way round.
-    Method "none", and cuts that all say their own keep, need no `keep=None` beside them.
+    See `Arguments.changed` for what replaces what.
 
     Raises:
         ConfigError: a wrong argument; the model is left as it was.
     """
-    wrapped = _wrapped(model)
-    runtime = wrapped.runtime
-    arguments = dict(wrapped.arguments)
-    if "method" in changes:
-        arguments = {k: v for k, v in arguments.items() if k in _COMMON}
-    if "layer" in changes:
-        arguments["cuts"] = None
-    if "cuts" in changes:
-        arguments["layer"] = None
-        if changes["cuts"] is not None and check_cuts(changes["cuts"])[-1].keep is not None:
-            arguments["keep"] = None
-    if changes.get("method") == "none":
-        arguments.update(keep=None, layer=None, cuts=None, keep_lists=None)
-    if {"layer", "cuts", "keep"} & changes.keys():
-        arguments["keep_lists"] = None
-    before, saved = runtime.config, wrapped.arguments
-    wrapped.arguments = {**arguments, **changes}
-    try:
-        config = make_config(runtime.model, runtime.family, **wrapped.arguments)
-        _switch(runtime, config)
+    runtime = _runtime(model)
+    config = settle(runtime.model, runtime.family, runtime.settings.arguments.changed(changes))
+    with runtime.overriding(config):
         yield model
-    finally:
-        wrapped.arguments = saved
-        if runtime.config is not before:
-            _switch(runtime, before)
-
-
-_COMMON = (
-    *("method", "keep", "layer", "cuts", "budget", "positions", "strict", "keep_lists"),
-    *("allocation", "frame_floor"),
-)
-
-
-def _switch(runtime: Runtime, config: PruneConfig) -> None:
-    before = runtime.config
-    runtime.remove()
-    runtime.config = config
-    try:
-        runtime.install()
-    except BaseException:
-        runtime.config = before
-        runtime.install()
-        raise
 
 
 def report(model: object) -> Report:
@@ -191,7 +117,7 @@ def report(model: object) -> Report:
     Raises:
         TokenPruneError: the model is not wrapped, or has not been called yet.
     """
-    outcome = _wrapped(model).runtime.outcome
+    outcome = _runtime(model).outcome
     if outcome is None:
         raise TokenPruneError("the wrapped model has not been called yet, so there is nothing to report")
     return make_report(outcome)
@@ -205,12 +131,16 @@ def is_wrapped(model: object) -> bool:
         return False
 
 
-def _wrapped(model: object) -> _Wrapped:
-    wrapped = stock_model(model).__dict__.get(_ATTRIBUTE)
-    if wrapped is None:
+def _runtime(model: object) -> Runtime:
+    runtime = stock_model(model).__dict__.get(_ATTRIBUTE)
+    if runtime is None:
         raise TokenPruneError("this model is not wrapped; call tokenprune.wrap(model, ...) first")
-    assert isinstance(wrapped, _Wrapped)
-    return wrapped
+    assert isinstance(runtime, Runtime)
+    return runtime
 
+
+_MODEL = inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+for _function in (wrap, pruned):
+    setattr(_function, "__signature__", Arguments.signature(_MODEL))  # noqa: B010  # for help()
 
 __all__ = ["ConfigError", "is_wrapped", "override", "pruned", "report", "unwrap", "wrap"]

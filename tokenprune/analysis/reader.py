@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tokenprune.api import is_wrapped
-from tokenprune.config import make_config
+from tokenprune.arguments import Arguments
+from tokenprune.config import settle
 from tokenprune.errors import TokenPruneError
 from tokenprune.models import find_family, stock_model
 from tokenprune.models.base import Image
 from tokenprune.models.decoder import check_states, state_module
 from tokenprune.runtime.frame import Frame
-from tokenprune.runtime.hooks import Runtime
+from tokenprune.runtime.install import Runtime
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Reader:
         self.model = stock_model(model)
         self.family = find_family(self.model)
         self.layers = list(self.family.layers(self.model))
-        self._runtime = Runtime(self.model, self.family, make_config(self.model, self.family, method="none"))
+        self._runtime = Runtime(self.model, self.family, settle(self.model, self.family, Arguments("none")))
         if attention is not None:
             check_states(self.family.text_model(self.model).config)
         self._hidden, self._attention = hidden, attention

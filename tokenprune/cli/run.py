@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tokenprune.cli.loading import load_images, load_model
-from tokenprune.cli.parse import parse_keep, parse_layer, parse_parameters
+from tokenprune.cli.parse import parse_pairs
 from tokenprune.cli.shell import InputError, JsonOption, console, print_json
 
 if TYPE_CHECKING:
@@ -62,7 +62,11 @@ def run(
     ] = Budget.average,
     param: Annotated[
         list[str] | None,
-        typer.Option("--param", metavar="NAME=VALUE", help="A parameter of the method; repeatable."),
+        typer.Option(
+            "--param",
+            metavar="NAME=VALUE",
+            help="A parameter of the method, or any argument of wrap; repeatable.",
+        ),
     ] = None,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Of the weights.")] = Dtype.auto,
     device: Annotated[
@@ -112,19 +116,18 @@ def _prune_arguments(
     method: str, keep: str | None, layer: str | None, budget: Budget, param: list[str]
 ) -> dict[str, Any]:
     """The arguments of `wrap`; what can be checked without a model is, before a large one is loaded."""
+    from tokenprune.arguments import Arguments
     from tokenprune.methods import make_method
 
-    parameters = parse_parameters(method, param)
-    make_method(method, parameters)
-    place = None if layer is None else parse_layer(layer)
-    arguments: dict[str, Any] = {"method": method, "layer": place, "budget": budget.value, **parameters}
+    texts = {"method": method, "budget": budget.value, **parse_pairs(method, param)}
+    texts |= {name: text for name, text in (("keep", keep), ("layer", layer)) if text is not None}
     if keep is not None and method == "none":
         raise InputError("method 'none' keeps everything: leave --keep out, or choose another --method")
-    if keep is not None:
-        arguments["keep"] = parse_keep(keep)
-    elif method != "none":
+    asked = Arguments.from_text(texts)
+    make_method(asked.method, dict(asked.parameters))
+    if method != "none" and asked.keep is None and not (asked.cuts and asked.cuts[-1].keep):  # type: ignore[union-attr]
         raise InputError("say how much to keep, for example --keep 25% or --keep 144")
-    return arguments
+    return asked.given()
 
 
 def _check_picture(picture: Path | None) -> None:

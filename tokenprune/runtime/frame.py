@@ -24,7 +24,7 @@ class Frame:
     """State of one call, in one thread.
 
     Attributes:
-        owner: the module whose call this is.
+        config: what this call is asked.
         batch, length: shape of this call's input.
         past: unpruned columns of the conversation before it.
         record: what the cache's layers held before it, or None when nothing had been pruned.
@@ -38,9 +38,9 @@ class Frame:
         sizes: of its images and videos, as given and on the host.
     """
 
-    def __init__(self, owner: nn.Module, batch: int, length: int, cache: Any) -> None:
-        self.owner, self.batch, self.length, self.cache = owner, batch, length, cache
-        self.base_entered = self.text_entered = self.positions_given = False
+    def __init__(self, config: PruneConfig, batch: int, length: int, cache: Any) -> None:
+        self.config, self.batch, self.length, self.cache = config, batch, length, cache
+        self.positions_given = False
         self.past = 0
         self.record: Record | None = None
         self.attention: Tensor | None = None
@@ -60,6 +60,13 @@ class Frame:
         self.masks: dict[tuple[int, int, int, str], Any] = {}
         self.features: dict[int, Tensor] = {}  # (B, L', D) still to be added to the output of these layers
         self.scoring, self.compacting = Stopwatch(), Stopwatch()
+        # Filled in by the taps: states of the layer before a cut, until its method has all it needs.
+        self.caught: dict[str, Tensor] = {}
+        self.rope: Any = None
+        self.attention_module: nn.Module | None = None
+
+    def forget_caught(self) -> None:
+        self.caught, self.rope, self.attention_module = {}, None, None
 
     @property
     def stage(self) -> int:
@@ -67,9 +74,7 @@ class Frame:
         return 0 if self.pruning is None else len(self.pruning.stages)
 
 
-def begin(
-    model: nn.Module, family: Family, config: PruneConfig, owner: nn.Module, inputs: dict[str, Any]
-) -> Frame | None:
+def begin(model: nn.Module, family: Family, config: PruneConfig, inputs: dict[str, Any]) -> Frame | None:
     """The frame of a call, or None when the call is none of our business (decode of an unpruned conversation).
 
     Raises:
@@ -81,7 +86,7 @@ def begin(
         return None  # the model's own error says what is missing
     batch, length = reference.shape[:2]
     cache = inputs.get("past_key_values")
-    frame = Frame(owner, batch, length, cache)
+    frame = Frame(config, batch, length, cache)
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:
         frame.attention = mask
@@ -199,7 +204,7 @@ def _plan(
     _check_window(frame, text)
     pruning.num_heads = text.num_attention_heads
     pruning.padding = visible if mask is not None else None
-    if config.method.needs().digest and config.keep_lists is None:
+    if config.method.needs().digest and config.arguments.keep_lists is None:
         pruning.prompts = prompt_digests(ids, mask, pruning.rows)
     frame.pruning = pruning
 
@@ -239,7 +244,7 @@ def _images(
 
 
 def _asked(config: PruneConfig, rows: list[list[Image]]) -> bool:
-    keep = config.keep if config.keep is not None else config.cuts[-1].keep
+    keep = config.arguments.keep if config.arguments.keep is not None else config.cuts[-1].keep
     if keep is None:  # forced lists
         return False
     return any(keep < 1 if isinstance(keep, float) else keep < image.n for row in rows for image in row)
@@ -254,7 +259,7 @@ def _nothing_pruned(frame: Frame, config: PruneConfig, reason: str) -> None:
     if not config.cuts:
         return
     frame.reason = reason
-    if config.strict:
+    if config.arguments.strict:
         raise TokenPruneError(f"nothing would be pruned: {reason}")
     warnings.warn(f"nothing was pruned: {reason}", NothingPrunedWarning, stacklevel=2)
 

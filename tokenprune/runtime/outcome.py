@@ -50,8 +50,8 @@ class Outcome:
     reason: str | None = None
 
 
-def make_outcome(config: PruneConfig, text_config: Any, num_layers: int, frame: Frame) -> Outcome:
-    pruning = frame.pruning
+def make_outcome(text_config: Any, num_layers: int, frame: Frame) -> Outcome:
+    pruning, config = frame.pruning, frame.config
     lengths = []
     for i in range(num_layers):
         stage = 0 if pruning is None else sum(cut.layer <= i for cut in config.cuts)

@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tokenprune.arguments import KeepLists
 from tokenprune.budget import Cut, Keep, plan_counts
-from tokenprune.config import KeepLists, PruneConfig
+from tokenprune.config import PruneConfig
 from tokenprune.errors import BudgetError, ConfigError, TokenPruneError
 from tokenprune.hashing import digest, mix
 from tokenprune.methods.base import ImageTokens, Selection
@@ -60,7 +61,8 @@ class Pruning:
         """
         self.model, self.family = model, family
         # Forced lists say themselves what each image keeps.
-        self.pooled = config.allocation == "pooled" and config.keep_lists is None
+        asked = config.arguments
+        self.pooled = asked.allocation == "pooled" and asked.keep_lists is None
         rows = [pool(row) for row in rows] if self.pooled else rows
         self.rows, self.config = rows, config
         self.batch, self.length = ids.shape
@@ -92,18 +94,18 @@ class Pruning:
     # -- host ---------------------------------------------------------------------------------------------------
 
     def _plan(self, num_layers: int) -> list[dict[Key, int]]:
-        config = self.config
-        if config.keep_lists is not None:
-            return check_keep_lists(config.keep_lists, self.rows)
+        config, asked = self.config, self.config.arguments
+        if asked.keep_lists is not None:
+            return check_keep_lists(asked.keep_lists, self.rows)
         counts: list[dict[Key, int]] = [{} for _ in config.cuts]
         for key, image in self.images.items():
             own = len(image.parts) or 1  # a number of tokens is one per image
             cuts = tuple(Cut(cut.layer, _times(cut.keep, own)) for cut in config.cuts)
-            planned = plan_counts(image.n, num_layers, cuts, _times(config.keep, own), config.budget)
+            planned = plan_counts(image.n, num_layers, cuts, _times(asked.keep, own), asked.budget)
             frames = sum(grid.frames for grid in image.grids)
-            if planned and config.frame_floor * frames > planned[-1]:
+            if planned and asked.frame_floor * frames > planned[-1]:
                 raise BudgetError(
-                    f"frame_floor={config.frame_floor} takes {config.frame_floor * frames} tokens for the {frames} "
+                    f"frame_floor={asked.frame_floor} takes {asked.frame_floor * frames} tokens for the {frames} "
                     f"frames of a {image.kind} that keeps {planned[-1]}; keep more, or lower the floor"
                 )
             for c, k in enumerate(planned):
@@ -173,7 +175,7 @@ class Pruning:
             num_heads=self.num_heads,
             vision=vision,
             digest=digest,
-            frame_floor=self.config.frame_floor,
+            frame_floor=self.config.arguments.frame_floor,
             **states,
         )
 
@@ -187,12 +189,13 @@ class Pruning:
 
     def force(self, cut: int) -> None:
         """Turn the forced keep lists of a cut into selections."""
-        assert self.config.keep_lists is not None
-        lists = self.config.keep_lists[cut]
+        forced = self.config.arguments.keep_lists
+        assert forced is not None
+        lists = forced[cut]
         for key in self.wants(cut):
             raster = self.raster[key]
-            forced = torch.as_tensor(lists[key[0]][key[1]], dtype=torch.long).to(raster.device)
-            self.store(cut, key, Selection(torch.searchsorted(raster, forced)))
+            kept = torch.as_tensor(lists[key[0]][key[1]], dtype=torch.long).to(raster.device)
+            self.store(cut, key, Selection(torch.searchsorted(raster, kept)))
 
     def store(self, cut: int, key: Key, selection: Selection) -> None:
         """Keep a selection, on the plan's device: with several devices the scored layer's may be another."""

@@ -1,0 +1,310 @@
+"""Everything `wrap` takes, once: names, defaults, the checks that need no model, and how a text is read.
+
+`wrap`, `pruned`, `override`, the command line and evaluations are made from `Arguments`; an argument is added here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Any, Literal
+
+from tokenprune.budget import BudgetMeaning, Cut, Keep, check_keep
+from tokenprune.errors import ConfigError
+from tokenprune.methods import METHODS, Method
+
+Positions = Literal["keep", "compact"]
+Allocation = Literal["image", "pooled"]
+# keep_lists[cut][row][image] = kept raster indices
+KeepLists = Sequence[Sequence[Sequence[Any]]]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What is asked of a wrapped model.
+
+    Attributes:
+        method: a name from `tokenprune methods`, or a `Method` of your own.
+        keep: how many visual tokens to keep: a float in (0, 1] is a fraction, an int a number per image.
+        layer: prune on entering this decoder layer; 0 is before the LLM. Default: the family's published layer.
+            "auto": the one `detect_ecl` found for this model.
+        cuts: several cuts instead of `layer`: (layer, keep) pairs, each keep a share of the image's original
+            tokens; leave the last one's keep None to have it solved from the budget.
+        budget: what `keep` means: "average" over the decoder layers (as papers count), or "after_cut".
+        positions: "keep" the original position ids, or "compact" them (cuts before the LLM with 1-D RoPE only).
+        strict: raise instead of warning when a call prunes nothing although the budget asked for it.
+        keep_lists: force what is kept: keep_lists[cut][row][image] = ascending raster indices.
+        allocation: "image": every image has a budget of its own; "pooled": a prompt's images share the sum of theirs.
+        frame_floor: tokens that every frame of a video, and every view of an image, keeps at least.
+        parameters: of the method.
+
+    Raises:
+        ConfigError: names the argument and what it may be.
+    """
+
+    method: str | Method = "entropyprune"
+    keep: Keep | None = None
+    layer: int | Literal["auto"] | None = None
+    cuts: Sequence[Cut | tuple[int, Keep | None]] | None = None
+    budget: BudgetMeaning = "average"
+    positions: Positions = "keep"
+    strict: bool = False
+    keep_lists: KeepLists | None = None
+    allocation: Allocation = "image"
+    frame_floor: int = 0
+    parameters: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __post_init__(self) -> None:
+        _one_of("budget", self.budget, ("average", "after_cut"))
+        _one_of("positions", self.positions, ("keep", "compact"))
+        _one_of("allocation", self.allocation, ("image", "pooled"))
+        if (
+            isinstance(self.frame_floor, bool)
+            or not isinstance(self.frame_floor, int)
+            or self.frame_floor < 0
+        ):
+            raise ConfigError(f"frame_floor must be a number of tokens, 0 or more, not {self.frame_floor!r}")
+        if not isinstance(self.strict, bool):
+            raise ConfigError(f"strict must be True or False, not {self.strict!r}")
+        if self.method == "none" and self.says_how_much:
+            raise ConfigError("method 'none' keeps everything: leave keep, cuts and keep_lists out")
+        if self.keep is not None:
+            object.__setattr__(self, "keep", check_keep(self.keep))
+        if self.cuts is not None and self.layer is not None:
+            raise ConfigError("pass layer or cuts, not both")
+        if self.cuts is not None:
+            object.__setattr__(self, "cuts", check_cuts(self.cuts))
+        if self.keep_lists is not None and not _is_list(self.keep_lists):
+            raise ConfigError(
+                f"keep_lists must be keep_lists[cut][row][image] = kept raster indices, not {self.keep_lists!r}"
+            )
+
+    @property
+    def says_how_much(self) -> bool:
+        """Whether anything is to be dropped."""
+        return any(given is not None for given in (self.keep, self.cuts, self.keep_lists))
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Arguments:
+        """From keyword arguments as `wrap` takes them: names that are none of ours are the method's parameters."""
+        own = {name: value for name, value in given.items() if name in NAMES}
+        return cls(**own, parameters={name: value for name, value in given.items() if name not in NAMES})
+
+    def changed(self, changes: Mapping[str, Any]) -> Arguments:
+        """These arguments after an `override`.
+
+        A new method starts from its own default parameters; a new `layer` replaces `cuts` and the other way round.
+        Method "none", and cuts that all say their own keep, need no `keep=None` beside them.
+        """
+        new = {name: value for name, value in changes.items() if name in NAMES}
+        own = {name: value for name, value in changes.items() if name not in NAMES}
+        if "method" not in changes:
+            own = {**self.parameters, **own}
+        gone: set[str] = set()
+        if "layer" in changes:
+            gone.add("cuts")
+        if "cuts" in changes:
+            gone.add("layer")
+            if new["cuts"] is not None:
+                new["cuts"] = check_cuts(new["cuts"])
+                if new["cuts"][-1].keep is not None:
+                    gone.add("keep")
+        if changes.get("method") == "none":
+            gone |= {"keep", "layer", "cuts", "keep_lists"}
+        if {"layer", "cuts", "keep"} & changes.keys():
+            gone.add("keep_lists")
+        replaced: dict[str, Any] = {**dict.fromkeys(gone), "parameters": own, **new}
+        return dataclasses.replace(self, **replaced)
+
+    @classmethod
+    def from_text(cls, texts: Mapping[str, str]) -> Arguments:
+        """From words, as on a command line: each is read as its argument's type, others as the method's parameters.
+
+        Raises:
+            ConfigError: a text that cannot be read; says what it may be.
+        """
+        method = texts.get("method", cls.method)
+        read: dict[str, Any] = {}
+        for name, text in texts.items():
+            if name in NAMES:
+                read[name] = _READERS.get(name, str)(text)
+            else:
+                defaults = _parameters(METHODS[method]) if method in METHODS else {}
+                read[name] = read_like(name, text, defaults.get(name, ""))
+        return cls.of(read)
+
+    def given(self) -> dict[str, Any]:
+        """As keyword arguments of `wrap`: those that differ from the defaults."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in NAMES}
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        return {n: v for n, v in own.items() if v != defaults[n] or n == "method"} | dict(self.parameters)
+
+    @classmethod
+    def signature(cls, *before: inspect.Parameter) -> inspect.Signature:
+        """Of a function that takes `before`, the method, and every other argument by name."""
+        own = [
+            inspect.Parameter(
+                f.name,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD
+                if f.name == "method"
+                else inspect.Parameter.KEYWORD_ONLY,
+                default=f.default,
+                annotation=f.type,
+            )
+            for f in dataclasses.fields(cls)
+            if f.name in NAMES
+        ]
+        rest = inspect.Parameter("parameters", inspect.Parameter.VAR_KEYWORD, annotation=Any)
+        return inspect.Signature([*before, *own, rest])
+
+
+NAMES = tuple(f.name for f in dataclasses.fields(Arguments) if f.name != "parameters")
+
+
+def _one_of(name: str, value: object, values: tuple[str, str]) -> None:
+    if value not in values:
+        raise ConfigError(f"{name} must be {values[0]!r} or {values[1]!r}, not {value!r}")
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def check_cuts(cuts: Any) -> tuple[Cut, ...]:
+    """The cuts as `Cut`s, in order and each with a keep (but for the last, which may have none).
+
+    Raises:
+        ConfigError: says what they must look like.
+    """
+    try:
+        checked = tuple(c if isinstance(c, Cut) else Cut(*c) for c in cuts)
+    except TypeError:
+        raise ConfigError(f"cuts must be a list of (layer, keep) pairs, not {cuts!r}") from None
+    if not checked:
+        raise ConfigError("cuts is empty; give at least one (layer, keep)")
+    for cut in checked[:-1]:
+        if cut.keep is None:
+            raise ConfigError(
+                f"the cut at layer {cut.layer} needs a keep; only the last cut is solved from the budget"
+            )
+    for cut in checked:
+        if cut.keep is not None:
+            check_keep(cut.keep, f"keep of the cut at layer {cut.layer}")
+    for cut in checked:
+        if isinstance(cut.layer, bool) or not isinstance(cut.layer, int):
+            raise ConfigError(f"the layer of a cut must be an int, not {cut.layer!r}")
+    if any(b.layer <= a.layer for a, b in pairwise(checked)):
+        raise ConfigError("cuts must be in ascending order of layer, one per layer")
+    for a, b in pairwise(checked):
+        # A fraction and a count can be compared only once the image is known.
+        if a.keep is not None and b.keep is not None and type(a.keep) is type(b.keep) and b.keep > a.keep:
+            raise ConfigError(
+                f"the cut at layer {b.layer} keeps {b.keep}, more than the {a.keep} left by the cut before it; "
+                f"both are shares of the original tokens: make the schedule non-increasing"
+            )
+    return checked
+
+
+# -- reading texts ----------------------------------------------------------------------------------------------------
+
+_COUNT = re.compile(r"[0-9]+")
+_FRACTION = re.compile(r"[0-9]+\.[0-9]*|\.[0-9]+")
+_PERCENT = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+) ?%")
+_BOOLEANS = {"true": True, "yes": True, "false": False, "no": False}
+
+
+def read_keep(text: str) -> Keep:
+    """How much to keep: `25%` and `0.25` are fractions, `192` is a count, `1.0` is all and `1` one token.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    text = text.strip()
+    keep: Keep | None = None
+    if _COUNT.fullmatch(text):
+        keep = int(text)
+        wrong = "that keeps nothing"
+    elif _FRACTION.fullmatch(text):
+        keep = float(text)
+        above = f"a fraction above 1; a number of tokens is written {int(keep)}"
+        wrong = "that keeps nothing" if keep == 0 else above
+    elif match := _PERCENT.fullmatch(text):
+        keep = float(match[1]) / 100
+        wrong = "that keeps nothing" if keep == 0 else "more than all tokens"
+    else:
+        wrong = "that is none of them"
+    if keep is None or keep <= 0 or (isinstance(keep, float) and keep > 1):
+        raise ConfigError(
+            f"keep takes a fraction (25% or 0.25, at most 100%) or a number of tokens (192), not {text!r}: {wrong}"
+        )
+    return keep
+
+
+def read_layer(text: str) -> int | Literal["auto"]:
+    """A decoder layer, or "auto".
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if text == "auto":
+        return "auto"
+    if not _COUNT.fullmatch(text):
+        raise ConfigError(f"layer takes a decoder layer (a whole number) or auto, not {text!r}")
+    return int(text)
+
+
+def read_cuts(text: str) -> tuple[Cut, ...]:
+    """Cuts written as `2:50%,9:25%,18`; the last one's keep may be left to the budget.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    cuts = []
+    for part in text.split(","):
+        layer, colon, keep = part.partition(":")
+        if not _COUNT.fullmatch(layer.strip()):
+            raise ConfigError(f"cuts takes layers with what each keeps, such as 2:50%,9:25%,18, not {text!r}")
+        cuts.append(Cut(int(layer), read_keep(keep) if colon else None))
+    return check_cuts(cuts)
+
+
+def read_like(name: str, text: str, default: Any) -> Any:
+    """A text as a value of the default's type.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if isinstance(default, bool):
+        if text.lower() not in _BOOLEANS:
+            raise ConfigError(f"{name} takes true or false, not {text!r}")
+        return _BOOLEANS[text.lower()]
+    if isinstance(default, int | float):
+        try:
+            return type(default)(text)
+        except ValueError:
+            kind = "a whole number" if isinstance(default, int) else "a number"
+            raise ConfigError(f"{name} takes {kind}, not {text!r}") from None
+    return text
+
+
+def _no_text(text: str) -> Any:
+    raise ConfigError("keep_lists cannot be given as text")
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    "keep": read_keep,
+    "layer": read_layer,
+    "cuts": read_cuts,
+    "keep_lists": _no_text,
+    "strict": lambda text: read_like("strict", text, False),
+    "frame_floor": lambda text: read_like("frame_floor", text, 0),
+}
+
+
+def _parameters(method: type[Method]) -> dict[str, Any]:
+    return {f.name: f.default for f in dataclasses.fields(method)}

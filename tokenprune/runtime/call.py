@@ -1,0 +1,136 @@
+"""Hooks on the model itself: a call's beginning and end."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.errors import UnsupportedModeError
+from tokenprune.runtime import compiled
+from tokenprune.runtime.frame import Frame, begin
+from tokenprune.runtime.outcome import make_outcome
+from tokenprune.runtime.pruning import Pruning
+from tokenprune.runtime.record import Columns, attach, extend, record_of
+
+if TYPE_CHECKING:
+    from tokenprune.runtime.install import Runtime
+
+Changed = tuple[tuple[Any, ...], dict[str, Any]] | None
+
+
+class CallHooks:
+    """Args:
+    runtime: whose hooks they are.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self._names: dict[
+            nn.Module, list[str]
+        ] = {}  # forward parameters of the modules a call may begin with
+
+    def install(self) -> None:
+        runtime = self.runtime
+        for module in dict.fromkeys((runtime.model, runtime.family.base(runtime.model))):
+            parameters = inspect.signature(type(module).forward).parameters
+            self._names[module] = [name for name in parameters if name != "self"]
+            runtime.before(module, self._enter, self._step)
+            runtime.after(module, self._leave, self._step, always=True)
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
+        """Before the model, or before its inner multimodal model when that is called directly."""
+        runtime = self.runtime
+        calls = runtime.calls
+        if module is not runtime.model and calls.stack:
+            outer = calls.stack[-1]
+            if outer.owner is runtime.model and not outer.base_entered and outer.is_running():
+                outer.base_entered = True
+                return None
+        calls.drop_interrupted()
+        names = self._names[module]
+        inputs = {**kwargs, **dict(zip(names, args, strict=False))}
+        frame = begin(runtime.model, runtime.family, runtime.settings, inputs)
+        with runtime.gate:
+            if not runtime.installed:  # another thread unwraps the model at this moment: it is stock already
+                return None
+            if frame is not None and frame.pruning is not None:
+                runtime.taps.check(frame.config)
+            calls.begin(module, frame)
+        if frame is None or frame.pruning is None or module is not runtime.model:
+            return None
+        frame.labels = inputs.pop("labels", None)
+        # What the stock forward would pass on to the loss (the Trainer's num_items_in_batch, for example).
+        frame.loss_options = {name: value for name, value in inputs.items() if name not in names}
+        if isinstance(inputs.get("logits_to_keep"), Tensor):
+            inputs["logits_to_keep"] = _after_last_image(frame.pruning, inputs["logits_to_keep"])
+        return (), inputs
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        entry = self.runtime.calls.end(module)
+        if (
+            entry is None or entry.frame is None or output is None
+        ):  # not its end, none of our business, or it failed
+            return None
+        return self._finish(entry.frame, output)
+
+    def _finish(self, frame: Frame, output: Any) -> Any:
+        runtime, pruning = self.runtime, frame.pruning
+        layers = len(runtime.layers)
+        if pruning is None and frame.record is not None:
+            frame.record.after += frame.length
+        if pruning is not None:
+            if frame.cache is not None:
+                cuts = [sum(cut.layer <= i for cut in frame.config.cuts) for i in range(layers)]
+                new = [pruning.stages[c - 1] if c else None for c in cuts]
+                record = extend(
+                    frame.record,
+                    frame.past,
+                    frame.visible,
+                    frame.batch,
+                    new,
+                    frame.length,
+                    pruning.last + 1,
+                    frame.shift,
+                )
+                attach(frame.cache, record)
+            if frame.labels is not None:
+                output = self._with_loss(frame, pruning.stages[-1], frame.labels, output)
+        if frame.rows is not None:
+            runtime.outcome = make_outcome(runtime.text_config, layers, frame)
+        return output
+
+    def _with_loss(self, frame: Frame, columns: Columns, labels: Tensor, output: Any) -> Any:
+        """The model's own loss, on the labels of the columns that are left."""
+        index = columns.index.to(labels.device)
+        labels = labels.gather(1, index.clamp(min=0)).masked_fill(index < 0, -100)
+        model: Any = self.runtime.model
+        logits = output[0] if isinstance(output, tuple) else output.logits
+        vocabulary = self.runtime.text_config.vocab_size
+        loss = model.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **frame.loss_options)
+        if isinstance(output, tuple):
+            return (loss, *output)
+        return type(output)(**{**dict(output), "loss": loss})
+
+    def _step(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any = None) -> Any:
+        """The same, of a decoding step under torch.compile."""
+        inputs = {**kwargs, **dict(zip(self._names[module], args, strict=False))}
+        ids = inputs.get("input_ids")
+        cache = inputs.get("past_key_values")
+        if ids is None or not compiled.is_step(self.runtime.text_config, ids.shape[1], cache):
+            return NotImplemented
+        record = record_of(cache)
+        if record is not None:
+            record.compiled = True
+        return None
+
+
+def _after_last_image(pruning: Pruning, index: Tensor) -> Tensor:
+    """Columns counted from the left, as the caller sees them, in the shortened sequence."""
+    if any(0 <= column <= pruning.last for column in index.tolist()):
+        raise UnsupportedModeError(
+            "logits_to_keep may only name columns after the last image of a pruned prompt"
+        )
+    return torch.where(index < 0, index, index - (pruning.length - pruning.lengths[-1]))
