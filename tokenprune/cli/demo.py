@@ -44,7 +44,7 @@ class Setting:
 
 
 SETTINGS = {
-    "smol": Setting(2, scenes=60, quick_scenes=20, parameters={"source": "hidden", "normalization": "trace"}),
+    "smol": Setting(2, scenes=30, quick_scenes=10, parameters={"source": "hidden", "normalization": "trace"}),
     "small": Setting(
         1, scenes=160, quick_scenes=40, parameters={"source": "hidden", "normalization": "trace"}
     ),
