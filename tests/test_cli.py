@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -280,7 +281,8 @@ def test_our_warnings_take_one_line_and_others_are_silent(
 
 @pytest.mark.slow
 def test_demo(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_module, "QUICK_REPEATS", 1)
+    once = replace(demo_module.SETTINGS["small"], quick_repeats=1)
+    monkeypatch.setitem(demo_module.SETTINGS, "small", once)
     monkeypatch.setattr(demo_module, "TIMED_PROMPTS", 2)
     out = tmp_path / "pictures"
     document = read("demo", "--model", "small", "--quick", "--scenes", 7, "--out", out)
@@ -301,7 +303,8 @@ def test_demo(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.slow
 def test_demo_as_text(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_module, "QUICK_REPEATS", 1)
+    once = replace(demo_module.SETTINGS["small"], quick_repeats=1)
+    monkeypatch.setitem(demo_module.SETTINGS, "small", once)
     monkeypatch.setattr(demo_module, "TIMED_PROMPTS", 1)
     monkeypatch.setattr(demo_module, "BUDGETS", (0.5,))
     result = call("demo", "--model", "small", "--quick", "--scenes", 1, "--out", tmp_path)

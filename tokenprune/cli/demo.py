@@ -34,22 +34,36 @@ class Setting:
     Attributes:
         layer: the cut's.
         scenes, quick_scenes: how many are asked about.
+        repeats, quick_repeats: timed forwards of each variant.
         parameters: of EntropyPrune, where the released form is not what works.
     """
 
     layer: int
     scenes: int
     quick_scenes: int
+    repeats: int
+    quick_repeats: int
     parameters: dict[str, Any] = field(default_factory=dict)
 
 
 SETTINGS = {
-    "smol": Setting(2, scenes=30, quick_scenes=10, parameters={"source": "hidden", "normalization": "trace"}),
+    "smol": Setting(
+        2,
+        scenes=20,
+        quick_scenes=10,
+        repeats=3,
+        quick_repeats=2,
+        parameters={"source": "hidden", "normalization": "trace"},
+    ),
     "small": Setting(
-        1, scenes=160, quick_scenes=40, parameters={"source": "hidden", "normalization": "trace"}
+        1,
+        scenes=160,
+        quick_scenes=40,
+        repeats=10,
+        quick_repeats=5,
+        parameters={"source": "hidden", "normalization": "trace"},
     ),
 }
-REPEATS, QUICK_REPEATS = 10, 5  # timed forwards of each variant
 TIMED_PROMPTS = 8  # prompts in the batch that is timed
 # What is shown is settled before anything is asked: the first question of each of these families.
 SHOWN, QUICK_SHOWN = ("attribute", "position", "reading"), ("attribute", "position")
@@ -155,9 +169,9 @@ def demo(
             say(f"{len(samples)} questions: {variant.title}")
             ask(variant, loaded, processor, samples, shown)
         say("timing prefill")
-        timed = time_prefill(variants, loaded, processor, samples, QUICK_REPEATS if quick else REPEATS)
+        repeats = setting.quick_repeats if quick else setting.repeats
+        timed = time_prefill(variants, loaded, processor, samples, repeats)
         pictures = _save_pictures(out, variants, samples, shown)
-    repeats = QUICK_REPEATS if quick else REPEATS
     document = _document(name, variants, samples, shown, timed, pictures, repeats)
     if as_json:
         print_json(document)
