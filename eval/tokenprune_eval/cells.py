@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-SOURCES = ("query", "key", "value", "hidden")
+from tokenprune.methods.base import State
+
+SOURCES: tuple[State, ...] = ("query", "key", "value", "hidden")
 NORMALIZATIONS = ("none", "trace")
 METHODS = ("none", "random", "uniform", "entropyprune")
 

@@ -13,26 +13,23 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import tokenprune
-from tokenprune.methods import EntropyPrune, ImageTokens, Method, Needs, Selection
-from tokenprune.methods.base import State
+from tokenprune.methods import EntropyPrune
 from tokenprune.testbed import load
 from tokenprune.testbed.dense import BACKGROUND, patch_objects
 from tokenprune.testbed.language import make_inputs
 from tokenprune.testbed.questions import Sample, ask
 from tokenprune.testbed.scenes import DEFAULT_SCENES, SCENE_KINDS, Scene, make_scene
-from tokenprune_eval.cells import NORMALIZATIONS
+from tokenprune_eval.cells import NORMALIZATIONS, SOURCES
 from tokenprune_eval.machine import describe
+from tokenprune_eval.recorded import images_at
 
-STATES: tuple[State, ...] = ("query", "key", "value", "hidden")
 LAYERS = (1, 2, 3, 4, 6, 8, 10, 12, 15)
 COLUMNS = (
     "model",
@@ -50,26 +47,6 @@ COLUMNS = (
     "cpu",
     "torch",
 )
-
-
-@dataclass(frozen=True)
-class _Record(Method):
-    """Keeps what it is shown; any tokens will do."""
-
-    name: ClassVar[str] = "record"
-    min_layer: ClassVar[int] = 1
-
-    states: list[dict[str, Tensor]] = field(default_factory=list)
-    scores: list[dict[tuple[str, str], Tensor]] = field(default_factory=list)
-
-    def needs(self) -> Needs:
-        return Needs(states=STATES)
-
-    def select(self, image: ImageTokens, k: int) -> Selection:
-        self.states.append({s: getattr(image, s).float().flatten(1) for s in STATES})
-        made = {(s, n): EntropyPrune(source=s, normalization=n) for s in STATES for n in NORMALIZATIONS}
-        self.scores.append({name: method.score(image).float() for name, method in made.items()})
-        return Selection(torch.arange(k, device=self.states[-1]["query"].device))
 
 
 def auc(scores: Tensor, is_object: Tensor) -> float:
@@ -121,17 +98,19 @@ def measure(model: Any, inputs: Any, labels: Tensor, layer: int) -> list[dict[st
         with torch.inference_mode():
             output = model.model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
         return [row("projector", torch.cat(list(output)).float().cpu()[sure], {})]
-    method = _Record()
-    with tokenprune.pruned(model, method, layer=layer, keep=labels.shape[1] - 1, budget="after_cut"):
-        with torch.inference_mode():
-            model(**inputs, logits_to_keep=1)
+    images = images_at(model, [inputs], SOURCES, layer)
+
+    def score(source: str, normalization: str) -> Tensor:
+        method = EntropyPrune(source=source, normalization=normalization)
+        return torch.cat([method.score(image) for image in images]).float().cpu()
+
     return [
         row(
-            state,
-            torch.cat([s[state] for s in method.states]).cpu()[sure],
-            {n: torch.cat([s[state, n] for s in method.scores]).cpu() for n in NORMALIZATIONS},
+            source,
+            torch.cat([getattr(image, source).float().flatten(1) for image in images]).cpu()[sure],
+            {normalization: score(source, normalization) for normalization in NORMALIZATIONS},
         )
-        for state in STATES
+        for source in SOURCES
     ]
 
 

@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import argparse
 import csv
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import tokenprune
-from tokenprune.methods import ImageTokens, Needs, ScoreMethod
 from tokenprune.methods.base import State
+from tokenprune_eval.cells import SOURCES
 from tokenprune_eval.machine import describe
+from tokenprune_eval.recorded import images_at
 from tokenprune_kernels.dual_gram_entropy.reference import matrix_entropy, spectrum
 
-SOURCES: tuple[State, ...] = ("query", "key", "value", "hidden")
 QUANTILES = (0.05, 0.5, 0.95, 1.0)
 COLUMNS = (
     "source",
@@ -40,32 +38,14 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class _Record(ScoreMethod):
-    """Keeps the states it is shown; any tokens will do."""
-
-    name: ClassVar[str] = "record"
-    min_layer: ClassVar[int] = 1
-
-    source: State = "query"
-    states: list[Tensor] = field(default_factory=list)
-
-    def needs(self) -> Needs:
-        return Needs(states=(self.source,))
-
-    def score(self, image: ImageTokens) -> Tensor:
-        x = getattr(image, self.source)
-        self.states.append(x.unflatten(1, (image.num_heads, -1)) if self.source == "hidden" else x)
-        return torch.zeros(image.n)
-
-
 def record(model: Any, calls: list[dict[str, Any]], source: State, layer: int) -> list[Tensor]:
     """The states (n, heads, head_dim) of every image in `calls` that a cut at `layer` would score."""
-    method = _Record(source=source)
-    with tokenprune.pruned(model, method, layer=layer, keep=1, budget="after_cut"), torch.no_grad():
-        for inputs in calls:
-            model(**inputs, logits_to_keep=1)
-    return method.states
+    images = images_at(model, calls, (source,), layer)
+    if source == "hidden":
+        return [
+            image.hidden.unflatten(1, (image.num_heads, -1)) for image in images if image.hidden is not None
+        ]
+    return [getattr(image, source) for image in images]
 
 
 def describe_spectrum(images: list[Tensor]) -> dict[str, float]:
@@ -107,20 +87,11 @@ def main() -> None:
     options = parser.parse_args()
 
     from tokenprune.testbed import evaluation_set, load
+    from tokenprune.testbed.language import make_inputs
 
     model, processor = load(options.model)
     samples = [s for s in evaluation_set(10 * options.images) if len(s.images) == 1][: options.images]
-    calls = [
-        processor(
-            text=processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": s.question}]}],
-                add_generation_prompt=True,
-            ),
-            images=s.images,
-            return_tensors="pt",
-        )
-        for s in samples
-    ]
+    calls = [make_inputs(processor, [sample]) for sample in samples]
     machine = describe()
     rows = []
     for layer in options.layers:

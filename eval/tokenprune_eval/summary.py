@@ -22,7 +22,8 @@ def summarise(results: Results, layers: Sequence[int]) -> str:
     if not ok:
         return "no rows yet"
     first = ok[0]
-    families = families_of("mosaic" if first["scenes"] == "mosaic" else "plain")
+    scenes: Any = first["scenes"]
+    families = families_of(scenes)
     parts = [
         f"{first['questions']} questions, model {first['model']}, {first['cpu']}, {first['threads']} thread(s), torch "
         f"{first['torch']}, transformers {first['transformers']}, {first['date']}. Accuracy in %, with 95 % Wilson "
@@ -30,7 +31,7 @@ def summarise(results: Results, layers: Sequence[int]) -> str:
         f"layers; kept is per image, after the cut. Prefill is one batch of 8 prompts, vision tower included; KV is "
         f"per prompt; FLOPs are the decoder's in prefill, against none."
     ]
-    clusters = _scenes(int(first["questions"]), int(first["question_seed"]), first["scenes"])
+    clusters = _scenes(int(first["questions"]), int(first["question_seed"]), scenes)
     for layer in layers:
         here = [row for row in results.rows.values() if row["layer"] in ("", str(layer))]
         if any(row["layer"] for row in here):
