@@ -54,16 +54,15 @@ def wrap(model: ModelT, method: str | Method = "entropyprune", **arguments: Any)
             f"transformers {transformers.__version__} is too old: install transformers >= {'.'.join(map(str, _OLDEST))}"
         )
     inner = stock_model(model)
-    if _ATTRIBUTE in inner.__dict__:
-        raise TokenPruneError(
-            "this model is wrapped already; tokenprune.unwrap(model) first, or change one call with tokenprune.override"
-        )
-    asked = Arguments.of({"method": method, **arguments})
-    family = find_family(inner)
-    runtime = Runtime(inner, family, settle(inner, family, asked))
     with _WRAPPING:
         if _ATTRIBUTE in inner.__dict__:
-            raise TokenPruneError("this model was wrapped by another thread just now")
+            raise TokenPruneError(
+                "this model is wrapped already; tokenprune.unwrap(model) first, or change one call with "
+                "tokenprune.override"
+            )
+        family = find_family(inner)
+        asked = Arguments.of({"method": method, **arguments})
+        runtime = Runtime(inner, family, settle(inner, family, asked))
         runtime.install()
         inner.__dict__[_ATTRIBUTE] = runtime
     return model

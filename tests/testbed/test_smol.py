@@ -47,17 +47,6 @@ def loaded() -> Any:
     return load("smol")
 
 
-@pytest.fixture(autouse=True)
-def _located(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The judge asks the tiny models' layouts where visual tokens are, and does not know this one's image token."""
-
-    def positions(model: Any, inputs: Any) -> list[list[torch.Tensor]]:
-        rows = inputs["input_ids"] == model.config.image_token_id
-        return [list(row.nonzero()[:, 0].split(NUM_VISUAL_TOKENS)) for row in rows]
-
-    monkeypatch.setattr(judge.tiny, "visual_positions", positions)
-
-
 def _ragged(processor: Any) -> Any:
     """Three prompts, padded on the left: one image, two images, and a longer question."""
     samples = evaluation_set(40, seed=3, scenes="mosaic")

@@ -86,7 +86,9 @@ class Blocks(Family):
         return Piece([IMAGE] * self.tokens(config), {"pixel_values": pixels})
 
     def positions(self, config: Any, inputs: dict[str, torch.Tensor]) -> list[list[torch.Tensor]]:
-        return [in_turn(row, IMAGE, repeat(self.tokens(config))) for row in inputs["input_ids"]]
+        return [
+            in_turn(row, config.image_token_id, repeat(self.tokens(config))) for row in inputs["input_ids"]
+        ]
 
 
 def columns(row: torch.Tensor, token: int) -> torch.Tensor:

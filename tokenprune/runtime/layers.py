@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tokenprune.errors import UnsupportedModeError
 from tokenprune.models.base import Family
 from tokenprune.runtime import compiled
+from tokenprune.runtime.call import Changed
 from tokenprune.runtime.frame import Frame
 from tokenprune.runtime.layer_masks import columns
 from tokenprune.runtime.masks import attention_backend
@@ -19,8 +20,6 @@ from tokenprune.runtime.record import record_of
 
 if TYPE_CHECKING:
     from tokenprune.runtime.install import Runtime
-
-Changed = tuple[tuple[Any, ...], dict[str, Any]] | None
 
 
 class LayerHooks:

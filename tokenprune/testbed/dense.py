@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
-from tokenprune.testbed.grounds import COLUMN_WORDS, IMAGE_SIZE, PLACES, ROW_WORDS, UInt8Array
+from tokenprune.testbed.grounds import COLUMN_WORDS, IMAGE_SIZE, ROW_WORDS, UInt8Array
 from tokenprune.testbed.language import PATCH_WORDS
 from tokenprune.testbed.modeling import (
     GRID,
@@ -73,15 +73,15 @@ class DenseTargets:
         return DenseTargets(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
-def patch_places() -> list[str]:
-    """The ninth of the image each of the 144 patches lies in; patches do not cross the borders."""
-    third = GRID // 3
-    return [PLACES[3 * (i // GRID // third) + i % GRID // third] for i in range(NUM_VISUAL_TOKENS)]
+def _patch_thirds() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The third of the rows and of the columns each of the 144 patches lies in; patches do not cross the borders."""
+    row, column = np.divmod(np.arange(NUM_VISUAL_TOKENS), GRID)
+    return row // (GRID // 3), column // (GRID // 3)
 
 
 def dense_targets(scenes: Sequence[Scene]) -> DenseTargets:
     """Targets of a batch of scenes."""
-    places = patch_places()
+    thirds = _patch_thirds()
     shape = (len(scenes), NUM_VISUAL_TOKENS)
     kind, color, row, column = (np.full(shape, IGNORE) for _ in range(4))
     background = np.zeros(shape, dtype=bool)
@@ -90,13 +90,11 @@ def dense_targets(scenes: Sequence[Scene]) -> DenseTargets:
         owner = patch_objects(scene)
         background[i] = owner == BACKGROUND
         if scene.ground is not None:
-            cells = dict(zip(PLACES, scene.ground.cells, strict=True))
-            for patch in np.flatnonzero(background[i]):
-                shown = cells[places[patch]]
-                kind[i, patch] = PATCH_WORDS["kind"].index(shown)
-                color[i, patch] = PATCH_WORDS["color"].index(scene.ground.tints[shown])
-                row_word, column_word = places[patch].split()
-                row[i, patch], column[i, patch] = ROW_WORDS.index(row_word), COLUMN_WORDS.index(column_word)
+            mine = background[i]
+            row[i, mine], column[i, mine] = (third[mine] for third in thirds)
+            shown = [scene.ground.cells[cell] for cell in 3 * row[i, mine] + column[i, mine]]
+            kind[i, mine] = [PATCH_WORDS["kind"].index(name) for name in shown]
+            color[i, mine] = [PATCH_WORDS["color"].index(scene.ground.tints[name]) for name in shown]
         for j, obj in enumerate(scene.objects):
             k, c = KINDS.index(obj.kind), COLOR_NAMES.index(obj.color)
             mine = owner == j

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from tokenprune.testbed.grounds import UInt8Array
-from tokenprune.testbed.language import chat_prompt
+from tokenprune.testbed.language import make_inputs
 from tokenprune.testbed.questions import FAMILIES, Sample, evaluation_set
 from tokenprune.testbed.scenes import DEFAULT_SCENES, SCENE_KINDS
 
@@ -131,13 +131,8 @@ def evaluate(
     answers = [""] * len(samples)
     options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, **generate_kwargs}
     for indices in _batches(samples, batch_size, mix_image_counts):
-        inputs = processor(
-            images=[frame for i in indices for frame in images[i]],
-            text=[chat_prompt(processor, samples[i].question, len(images[i])) for i in indices],
-            return_tensors="pt",
-            padding=True,
-            add_special_tokens=False,
-        ).to(model.device)
+        asked = [replace(samples[i], images=images[i]) for i in indices]
+        inputs = make_inputs(processor, asked).to(model.device)
         with torch.inference_mode():
             output = model.generate(**inputs, **options)
         new = output[:, inputs["input_ids"].shape[1] :]

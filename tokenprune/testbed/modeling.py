@@ -84,11 +84,16 @@ def build_config(num_layers: int = 16) -> LlavaConfig:
         bos_token_id=BOS,
         eos_token_id=EOS,
     )
+    return join_config(vision, text, IMAGE)
+
+
+def join_config(vision: CLIPVisionConfig, text: LlamaConfig, image: int) -> LlavaConfig:
+    """A LLaVA of a tower and a decoder, whose vocabulary has the image token `image`."""
     return LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=IMAGE,
-        image_token_index=IMAGE,
+        image_token_id=image,
+        image_token_index=image,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         image_seq_length=NUM_VISUAL_TOKENS,
@@ -106,13 +111,24 @@ def build_model(num_layers: int = 16) -> LlavaForConditionalGeneration:
     return model
 
 
-def build_image_processor() -> CLIPImageProcessor:
-    """CLIP's, that passes a 96 x 96 image unscaled."""
-    return CLIPImageProcessor(
+def join_processor(
+    tokenizer: PreTrainedTokenizerFast, chat_template: str, image: str = "<image>"
+) -> LlavaProcessor:
+    """CLIP's image processor, which passes a 96 x 96 image unscaled, and a tokenizer with the image token `image`."""
+    image_processor = CLIPImageProcessor(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         do_center_crop=False,
         image_mean=list(IMAGE_MEAN),
         image_std=list(IMAGE_STD),
+    )
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        chat_template=chat_template,
+        image_token=image,
+        num_additional_image_tokens=1,  # CLS, which "default" drops again
     )
 
 
@@ -129,11 +145,4 @@ def build_processor() -> LlavaProcessor:
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
-    return LlavaProcessor(
-        image_processor=build_image_processor(),
-        tokenizer=tokenizer,
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default",
-        chat_template=CHAT_TEMPLATE,
-        num_additional_image_tokens=1,  # CLS, which "default" drops again
-    )
+    return join_processor(tokenizer, CHAT_TEMPLATE)

