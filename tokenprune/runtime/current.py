@@ -41,11 +41,6 @@ _OVERRIDES: ContextVar[tuple[Override, ...]] = ContextVar("tokenprune_overrides"
 _OUTCOMES: ContextVar[Mapping[weakref.ref[Any], Outcome]] = ContextVar("tokenprune_outcomes", default={})  # noqa: B039
 
 
-def override_of(owner: object) -> Override | None:
-    """The innermost override of this thread or task, or None."""
-    return next((s for s in reversed(_OVERRIDES.get()) if s.owner is owner), None)
-
-
 def begin_override(override: Override) -> None:
     _OVERRIDES.set((*_OVERRIDES.get(), override))
 
@@ -54,14 +49,9 @@ def end_override(override: Override) -> None:
     _OVERRIDES.set(tuple(o for o in _OVERRIDES.get() if o is not override))
 
 
-def overrides_here(owner: object) -> set[Override]:
-    """This thread's or task's overrides of a model."""
-    return {s for s in _OVERRIDES.get() if s.owner is owner}
-
-
-def forget_overrides(owner: object) -> None:
-    """End this thread's or task's overrides of a model that is unwrapped."""
-    _OVERRIDES.set(tuple(s for s in _OVERRIDES.get() if s.owner is not owner))
+def overrides_here(owner: object) -> list[Override]:
+    """This thread's or task's overrides of a model, the innermost last."""
+    return [o for o in _OVERRIDES.get() if o.owner is owner]
 
 
 def note_outcome(owner: object, outcome: Outcome) -> None:

@@ -25,10 +25,8 @@ from tokenprune.runtime.current import (
     Override,
     begin_override,
     end_override,
-    forget_overrides,
     last_outcome,
     note_outcome,
-    override_of,
     overrides_here,
 )
 from tokenprune.runtime.frame import Frame
@@ -94,11 +92,13 @@ class Runtime:
                 raise TokenPruneError(
                     "a call of this model is under way (in another thread, or around this one); unwrap it afterwards"
                 )
-            if self.overrides - overrides_here(self):
+            own = overrides_here(self)
+            if not self.overrides.issubset(own):
                 raise TokenPruneError(
                     "an override of this model is in force in another thread or task; unwrap it after that has ended"
                 )
-            forget_overrides(self)
+            for override in own:
+                end_override(override)
             self._remove()
 
     def _remove(self) -> None:
@@ -166,8 +166,8 @@ class Runtime:
     @property
     def settings(self) -> PruneConfig:
         """Those a call that begins now would have."""
-        own = override_of(self)
-        return self.config if own is None else own.config
+        own = overrides_here(self)
+        return own[-1].config if own else self.config
 
     @property
     def frame(self) -> Frame | None:
