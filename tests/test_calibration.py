@@ -1,13 +1,15 @@
 """Calibration samples from folders, JSONL, datasets and the testbed; and everything that is none."""
 
+import io
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tokenprune.analysis.calibration import PROMPT, calibration_calls, load_calibration
-from tokenprune.errors import ConfigError
+from tokenprune.analysis.calibration import PROMPT, calibration_calls, load_calibration, make_prompt
+from tokenprune.errors import ConfigError, SkippedFilesWarning
+from tokenprune.images import MOST_PIXELS, open_image
 
 
 def picture(value: int, size=(8, 6)) -> Image.Image:
@@ -174,7 +176,98 @@ def test_broken_dataset_folder(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_broken_image(folder):
+def test_broken_images_of_a_folder_are_left_out_counted_and_named(folder):
     (folder / "0.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
-    with pytest.raises(ConfigError, match="is no image that Pillow can read"):
+    (folder / "eps.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.warns(SkippedFilesWarning, match=r"2 of 7 image files .* left out: .*(0\.png|eps\.jpg)"):
+        samples = load_calibration(folder)
+    assert sorted(value(s.images[0]) for s in samples) == [10, 20, 30, 40, 200]
+    for i in (*range(1, 5), "deeper/grey"):
+        (folder / f"{i}.{'PNG' if i == 'deeper/grey' else 'png'}").write_bytes(b"")
+    with pytest.warns(SkippedFilesWarning), pytest.raises(ConfigError, match="holds no images"):
         load_calibration(folder)
+
+
+def test_a_broken_image_that_was_named_is_refused(folder):
+    (folder / "0.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
+    (folder / "samples.jsonl").write_text('{"image": "0.png"}')
+    with pytest.raises(ConfigError, match=r"0\.png' is no image that can be read"):
+        load_calibration(folder / "samples.jsonl")
+
+
+def test_deeply_nested_lines(folder):
+    (folder / "samples.jsonl").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="line 1 is not JSON"):
+        load_calibration(folder / "samples.jsonl")
+
+
+@pytest.mark.parametrize("source", ["x" * 5000, "~nosuchuser/pictures", "a\0b"], ids=["long", "user", "nul"])
+def test_paths_that_cannot_even_be_looked_up(source):
+    with pytest.raises(ConfigError, match="cannot be used") as caught:
+        load_calibration(source)
+    assert len(str(caught.value)) < 300
+
+
+def test_text_that_holds_the_placeholder():
+    from tokenprune.testbed.modeling import build_processor
+
+    processor = build_processor()
+    with pytest.raises(ConfigError, match="stands for the picture"):
+        make_prompt(processor, [picture(0)], f"what is {processor.image_token} ?")
+
+
+def test_a_broken_chat_template():
+    from tokenprune.testbed.modeling import build_processor
+
+    processor = build_processor()
+    for template in ("{% for x in %}", "{{ messages[7].nothing.more }}", "{{ 1 / 0 }}"):
+        processor.chat_template = template
+        with pytest.raises(ConfigError, match="cannot make a prompt") as caught:
+            make_prompt(processor, [picture(0)], "what ?")
+        assert "\n" not in str(caught.value)
+
+
+# -- image files from outside ---------------------------------------------------------------------------------------
+
+
+def _saved(kind, image=None, **options):
+    out = io.BytesIO()
+    (image or picture(100, (40, 30))).save(out, kind, **options)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
+def test_malformed_files_of_every_format(kind, tmp_path):
+    """Cut short, and with bytes overwritten: an image, or one refusal; Pillow alone raises a dozen of kinds."""
+    whole, rng = _saved(kind), np.random.default_rng(0)
+    path = tmp_path / "image.bin"
+    for i in range(150):
+        data = bytearray(whole[: rng.integers(1, len(whole) + 1)] if i % 2 else whole)
+        for place in rng.integers(0, len(data), 1 + i % 7):
+            data[place] = rng.integers(0, 256)
+        path.write_bytes(bytes(data))
+        try:
+            assert open_image(path).mode == "RGB"
+        except ConfigError as error:
+            assert "\n" not in str(error)  # noqa: PT017
+
+
+def test_formats_that_are_not_wanted_are_never_opened(tmp_path, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("ran a program"))
+    for name, data in (
+        ("a.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"),
+        ("a.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"),
+        ("a.ppm", b"P6 1 1 255 abc"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ConfigError, match="is no image that can be read"):
+            open_image(tmp_path / name)
+
+
+def test_the_pixel_limit_holds_for_every_kind_of_picture(tmp_path):
+    side = int(MOST_PIXELS**0.5) + 1
+    Image.new("1", (side, side)).save(tmp_path / "large.png")  # a few kB in the file, 400 MB as RGB
+    with pytest.raises(ConfigError, match="pixels, more than"):
+        open_image(tmp_path / "large.png")

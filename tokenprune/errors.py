@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from tokenprune.analysis.collapse import Collapse
-
 
 class TokenPruneError(Exception):
     """Base of all errors of this library; catching it catches every refusal."""
@@ -28,13 +23,9 @@ class UnsupportedModeError(TokenPruneError, RuntimeError):
     """This way of calling the model cannot be pruned exactly, so it is refused before anything changes."""
 
 
-class NoCollapseError(TokenPruneError):
-    """The visual tokens' diversity has no clear collapse; `collapse` holds the curve."""
-
-    def __init__(self, message: str, collapse: Collapse) -> None:
-        super().__init__(message)
-        self.collapse = collapse
-
-
 class NothingPrunedWarning(UserWarning):
     """The call had visual tokens and a budget below all of them, and yet nothing was pruned."""
+
+
+class SkippedFilesWarning(UserWarning):
+    """Files of a folder could not be read and were left out; the message counts and names them."""

@@ -8,24 +8,58 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from tokenprune.errors import ConfigError
+from tokenprune.files import given_path
+
+# By Pillow's name, and the ends of such files' names. Others are never opened: EPS, for one, runs a program.
+FORMATS = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+}
+SUFFIXES = tuple(suffix for own in FORMATS.values() for suffix in own)
+MOST_PIXELS = 2**27  # 400 MB as RGB, whatever they take in the file
 
 
 def open_image(path: Path) -> Image.Image:
-    """An image file as RGB, turned the way the camera was held.
+    """An image file as RGB, turned the way the camera was held; of an animation the first picture.
 
     Raises:
-        ConfigError: it is missing, or no image.
+        ConfigError: it is missing, no image of the known formats, broken, or too large.
     """
+    path = given_path(path)
     if not path.is_file():
         raise ConfigError(f"there is no image file {str(path)!r}; check the path")
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    # SyntaxError: what Pillow calls broken PNGs
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        opened = Image.open(path, formats=tuple(FORMATS))
+    except Exception as error:  # what Pillow's readers raise on broken files has no common base
+        raise _unreadable(repr(str(path))) from error
+    with opened:
+        return as_rgb(opened, repr(str(path)))
+
+
+def as_rgb(image: Image.Image, name: str) -> Image.Image:
+    """A picture as RGB, turned the way the camera was held. It may not have been read yet.
+
+    Raises:
+        ConfigError: it is broken, or too large.
+    """
+    width, height = image.size
+    if width * height > MOST_PIXELS:
         raise ConfigError(
-            f"{str(path)!r} is no image that Pillow can read; give a PNG, JPEG or WebP file"
-        ) from error
+            f"{name} has {width} x {height} pixels, more than the {MOST_PIXELS:,} that are read; make it smaller"
+        )
+    try:
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # as above
+        raise _unreadable(name) from error
+
+
+def _unreadable(name: str) -> ConfigError:
+    known = ", ".join(FORMATS)
+    return ConfigError(f"{name} is no image that can be read ({known}); give another file")
 
 
 def as_seen(image_processor: Any, image: Image.Image) -> Image.Image:

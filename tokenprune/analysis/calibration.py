@@ -6,20 +6,21 @@ A source is a folder of images, a JSONL file, a Hugging Face dataset, or "testbe
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenprune.errors import ConfigError
-from tokenprune.images import open_image
+from tokenprune.errors import ConfigError, SkippedFilesWarning
+from tokenprune.files import given_path
+from tokenprune.images import SUFFIXES, as_rgb, open_image
 
 if TYPE_CHECKING:
     from PIL import Image
 
 PROMPT = "Describe the image."
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _HUB = "hf:"
 _IMAGE_NAMES, _PROMPT_NAMES = ("image", "images"), ("prompt", "question", "text")
 
@@ -47,7 +48,11 @@ def load_calibration(source: str | Path, limit: int = 64, *, seed: int = 0) -> l
     """
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
         raise ConfigError(f"the number of samples must be an int of at least 1, not {limit!r}")
-    text, path = str(source), Path(source).expanduser()
+    text = str(source)
+    if text.startswith(_HUB) or text == "testbed":
+        path = Path(text)
+    else:
+        path = given_path(source)
     if text == "testbed":
         found = _from_testbed(limit, seed)
     elif text.startswith(_HUB):
@@ -77,20 +82,38 @@ def calibration_calls(
     Raises:
         ConfigError: the processor has no chat template.
     """
+    for sample in samples:
+        inputs = make_prompt(processor, sample.images, sample.prompt)
+        yield inputs if device is None else inputs.to(device)
+
+
+def make_prompt(processor: Any, images: Sequence[Image.Image], text: str) -> Any:
+    """Inputs of a model for one question of a user about images, made by its processor's chat template.
+
+    Raises:
+        ConfigError: the processor has no chat template, or can make nothing of the text.
+    """
     if getattr(processor, "chat_template", None) is None:
         raise ConfigError(
             "this model's processor has no chat template, so prompts cannot be made; use another checkpoint"
         )
-    for sample in samples:
-        content = [*({"type": "image", "image": image} for image in sample.images)]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": [*content, {"type": "text", "text": sample.prompt}]}],
+    for placeholder in ("image_token", "video_token"):
+        token = getattr(processor, placeholder, None)
+        if isinstance(token, str) and token in text:
+            raise ConfigError(
+                f"the text contains {token!r}, which stands for the picture in this model's prompts; leave it out"
+            )
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
+    try:
+        return processor.apply_chat_template(
+            [{"role": "user", "content": content}],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
         )
-        yield inputs if device is None else inputs.to(device)
+    except Exception as error:  # a template is a program of the checkpoint's, run in jinja's sandbox
+        raise ConfigError(f"this model's processor cannot make a prompt of it: {one_line(error)}") from error
 
 
 def _from_testbed(limit: int, seed: int) -> Iterator[CalibrationSample]:
@@ -107,20 +130,44 @@ def _from_testbed(limit: int, seed: int) -> Iterator[CalibrationSample]:
 
 
 def _from_folder(folder: Path, limit: int, seed: int) -> Iterator[CalibrationSample]:
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    for i in _drawn(len(paths), limit, seed):
-        yield CalibrationSample((open_image(paths[i]),))
+    try:
+        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    except OSError as error:
+        raise ConfigError(f"cannot read the folder {str(folder)!r}: {error.strerror or error}") from None
+    good: dict[int, Image.Image] = {}
+    bad: list[str] = []
+    for i in _order(len(paths), seed):
+        if len(good) == limit:
+            break
+        try:
+            good[i] = open_image(paths[i])
+        except ConfigError:
+            bad.append(paths[i].name)
+    if bad:
+        named = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
+        warnings.warn(
+            f"{len(bad)} of {len(bad) + len(good)} image files of {str(folder)!r} cannot be read and were left out: "
+            f"{named}",
+            SkippedFilesWarning,
+            stacklevel=2,
+        )
+    for i in sorted(good):
+        yield CalibrationSample((good[i],))
 
 
 def _from_jsonl(path: Path, limit: int) -> Iterator[CalibrationSample]:
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
+    try:
+        opened = path.open(encoding="utf-8-sig", errors="replace")
+    except OSError as error:
+        raise ConfigError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
+    with opened as file:
         lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
         for number, line in islice(lines, limit):
             where = f"{path.name}, line {number}"
             try:
                 record = json.loads(line)
-            except ValueError as error:
-                raise ConfigError(f"{where} is not JSON: {error}") from None
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(f"{where} is not JSON: {one_line(error)}") from None
             if not isinstance(record, dict):
                 raise ConfigError(
                     f"{where} must be an object with 'image' and 'prompt', not {line.strip()[:60]}"
@@ -180,7 +227,7 @@ def _from_record(record: dict[str, Any], where: str) -> CalibrationSample:
     images = given if isinstance(given, list) else [given]
     if not images or not all(isinstance(image, Image.Image) for image in images):
         raise ConfigError(f"{where}: 'image' must be an image feature")
-    return CalibrationSample(tuple(image.convert("RGB") for image in images), prompt)
+    return CalibrationSample(tuple(as_rgb(image, where) for image in images), prompt)
 
 
 def _fields(record: dict[str, Any], where: str) -> tuple[Any, str]:
@@ -195,6 +242,10 @@ def _fields(record: dict[str, Any], where: str) -> tuple[Any, str]:
 
 def _drawn(count: int, limit: int, seed: int) -> list[int]:
     """Up to `limit` of `count` indices, ascending."""
+    return sorted(_order(count, seed)[:limit])
+
+
+def _order(count: int, seed: int) -> list[int]:
     import numpy as np
 
-    return sorted(int(i) for i in np.random.default_rng(seed).permutation(count)[:limit])
+    return [int(i) for i in np.random.default_rng(seed).permutation(count)]

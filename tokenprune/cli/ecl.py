@@ -11,11 +11,12 @@ import typer
 from tokenprune.cli.loading import load_model
 from tokenprune.cli.run import Dtype
 from tokenprune.cli.shell import InputError, JsonOption, console, print_json
+from tokenprune.files import given_path
 
 if TYPE_CHECKING:
     from tokenprune.analysis.calibration import CalibrationSample
-    from tokenprune.analysis.collapse import Collapse
     from tokenprune.analysis.layers import LayerStatistics
+    from tokenprune.profiles.collapse import Collapse
 
 
 def ecl(
@@ -64,13 +65,12 @@ def ecl(
 ) -> None:
     """Find the Entropy Collapse Layer of a model on calibration images, one prefill each."""
     from tokenprune.analysis.calibration import load_calibration
-    from tokenprune.errors import NoCollapseError
     from tokenprune.estimators import ESTIMATORS, make_estimator
 
     names = list(ESTIMATORS) if estimator == "all" else [make_estimator(estimator).name]
     for path in (figure, attention_figure, maps):
         _check_figure(path)
-    from tokenprune.analysis.collapse import MIN_IMAGES, begin, find_collapse, settle
+    from tokenprune.analysis.collapse import MIN_IMAGES, NoCollapseError, begin, find_collapse, settle
 
     calibration = load_calibration(data, samples, seed=seed)
     images = sum(len(sample.images) for sample in calibration)
@@ -109,6 +109,7 @@ def ecl(
 def _check_figure(path: Path | None) -> None:
     if path is None:
         return
+    given_path(path)
     if path.suffix.lower() != ".png":
         raise InputError(f"figures are PNGs: give a name that ends in .png, not {path.name!r}")
     if not path.parent.is_dir():

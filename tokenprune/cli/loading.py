@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenprune.cli.shell import InputError, one_line, quiet_transformers
+from tokenprune.files import given_path
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -54,7 +55,7 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
     if name in MODELS:
         model, processor = load_testbed(name, wanted)
         return model.to("cpu" if device == "auto" else device), processor
-    folder = Path(name).expanduser()
+    folder = given_path(name)
     if not folder.is_dir() and (folder.exists() or not _HUB_ID.fullmatch(name)):
         raise InputError(
             f"{name!r} is no model folder; give a folder, a hub id such as {_an_example()}, or 'small' or 'smol', the "
@@ -64,19 +65,24 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
     quiet_transformers()
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    _check_type(name, _pretrained(AutoConfig, source, name))
+    config = _pretrained(AutoConfig, source, name)
+    _check_type(name, config)
     processor = _pretrained(AutoProcessor, source, name)
     if getattr(processor, "image_processor", None) is None:
         raise InputError(f"{name!r} has no image processor; give a folder saved with its processor")
     spread = {"device_map": "auto"} if device == "auto" else {}
-    model = _pretrained(AutoModelForImageTextToText, source, name, dtype=wanted or "auto", **spread)
+    # Not the attention that the checkpoint's config asks for: it may name a kernel to be fetched from the hub.
+    for own in (config, *(getattr(config, part) for part in config.sub_configs)):
+        own._attn_implementation = "sdpa"
+    options = {"config": config, "dtype": wanted or "auto", **spread}
+    model = _pretrained(AutoModelForImageTextToText, source, name, **options)
     return (model if spread else model.to(device)).eval(), processor
 
 
 def _pretrained(auto: Any, source: str, name: str, **options: Any) -> Any:
     try:
         return auto.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # broken files raise whatever their reader does
         # Their messages fill a screen; the first sentence says what happened.
         reason = re.split(r"(?<=[a-z)'\"])[.:]?\s(?=[A-Z])", one_line(str(error)))[0][:160].rstrip(".: ")
         hint = "" if Path(source).is_dir() else f", nor is there a folder {name!r}"
@@ -112,10 +118,11 @@ def _check_device(device: str | None) -> str:
         return device
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without CUDA
-        raise InputError(
-            f"--device {device!r} cannot be used here; give cpu, cuda, cuda:N or auto"
-        ) from error
+        usable = torch.device(device).type != "meta"  # which holds no numbers
+    except (RuntimeError, AssertionError):  # an AssertionError where torch was built without CUDA
+        usable = False
+    if not usable:
+        raise InputError(f"--device {device!r} cannot be used here; give cpu, cuda, cuda:N or auto")
     return device
 
 

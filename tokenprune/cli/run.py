@@ -12,6 +12,7 @@ import typer
 from tokenprune.cli.loading import load_images, load_model
 from tokenprune.cli.parse import parse_pairs
 from tokenprune.cli.shell import InputError, JsonOption, console, print_json
+from tokenprune.files import given_path
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -86,9 +87,10 @@ def run(
     question = _words_of_small(question) if model == "small" else question
 
     import tokenprune
+    from tokenprune.analysis.calibration import make_prompt
 
     loaded, processor = load_model(model, dtype.value, device)
-    inputs = _prompt(processor, pictures, question).to(loaded.device, dtype=loaded.dtype)
+    inputs = make_prompt(processor, pictures, question).to(loaded.device, dtype=loaded.dtype)
     with tokenprune.pruned(loaded, **arguments):
         answer = _answer(loaded, processor, inputs, max_new_tokens)
         report = tokenprune.report(loaded)
@@ -133,6 +135,7 @@ def _prune_arguments(
 def _check_picture(picture: Path | None) -> None:
     if picture is None:
         return
+    given_path(picture)
     if picture.suffix.lower() != ".png":
         raise InputError(f"--picture writes a PNG: give a name that ends in .png, not {picture.name!r}")
     if not picture.parent.is_dir():
@@ -155,21 +158,6 @@ def _words_of_small(question: str) -> str:
             f"example 'what color is the star ?', 'where is the seven ?' or 'how many digits ?'"
         )
     return " ".join(words)
-
-
-def _prompt(processor: Any, images: list[Image.Image], question: str) -> Any:
-    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
-    if getattr(processor, "chat_template", None) is None:
-        raise InputError(
-            "this model's processor has no chat template, so a prompt cannot be made; use another checkpoint"
-        )
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
 
 
 def _answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tokenprune.errors import NothingPrunedWarning, TokenPruneError
+from tokenprune.errors import NothingPrunedWarning, SkippedFilesWarning, TokenPruneError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,10 +42,13 @@ class OneLineErrors(TyperGroup):
         try:
             with short_warnings(debug):
                 code = super().main(given, *more, **{**options, "standalone_mode": False})
-        except (TokenPruneError, _UsageError, typer.Abort) as error:
+        except (TokenPruneError, OSError, _UsageError, typer.Abort) as error:
             if debug:
                 traceback.print_exc()
-            typer.echo(f"error: {one_line(_message(error))}", err=True)
+            message = one_line(_message(error))
+            typer.echo(f"error: {message}", err=True)
+            if "--json" in given:
+                print_json({"error": message})
             code = USAGE_ERROR
         sys.exit(code if isinstance(code, int) else 0)
 
@@ -66,7 +69,8 @@ def short_warnings(debug: bool) -> Iterator[None]:
     with warnings.catch_warnings():
         if not debug:
             warnings.simplefilter("ignore")
-            warnings.simplefilter("always", NothingPrunedWarning)
+            for ours in (NothingPrunedWarning, SkippedFilesWarning):
+                warnings.simplefilter("always", ours)
             warnings.showwarning = lambda message, *_, **__: typer.echo(
                 f"warning: {one_line(str(message))}", err=True
             )
@@ -74,7 +78,8 @@ def short_warnings(debug: bool) -> Iterator[None]:
 
 
 def one_line(text: str) -> str:
-    return " ".join(text.split())
+    """A text from anywhere on one line, without the escapes by which it could steer the terminal."""
+    return " ".join("".join(c if c.isprintable() or c.isspace() else "?" for c in text).split())
 
 
 def print_json(document: Any) -> None:
