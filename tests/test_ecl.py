@@ -11,8 +11,9 @@ import torch
 import tiny
 import tokenprune
 from tokenprune import ConfigError, NoCollapseError
-from tokenprune.analysis.collapse import Collapse, cached_path, find_collapse, read_collapse
+from tokenprune.analysis.collapse import find_collapse
 from tokenprune.fingerprint import fingerprint
+from tokenprune.profiles.collapse import Collapse, collapse_path, read_collapse
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +115,7 @@ def test_detect_save_and_use():
     found = tokenprune.detect_ecl(model, calls(model))
     assert (found.layer, found.clear, found.images) == (2, True, 16)
     assert found.model == fingerprint(model)
-    assert read_collapse(cached_path(found.model)) == found
+    assert read_collapse(collapse_path(found.model)) == found
     inputs = calls(model)[0]
     with tokenprune.pruned(model, keep=0.5, layer="auto"), torch.no_grad():
         model(**inputs)
@@ -131,7 +132,7 @@ def test_no_clear_collapse_is_an_error_with_the_curve():
     with pytest.raises(NoCollapseError, match=r"no clear collapse.*fallback_layer") as caught:
         tokenprune.detect_ecl(model, calls(model))
     assert len(caught.value.collapse.mean) == 7 and not caught.value.collapse.clear
-    assert not cached_path(fingerprint(model)).exists()
+    assert not collapse_path(fingerprint(model)).exists()
     found = tokenprune.detect_ecl(model, calls(model), fallback_layer=4)
     assert (found.layer, found.source, found.clear) == (4, "fallback", False)
     with tokenprune.pruned(model, keep=0.8, layer="auto"), torch.no_grad():
@@ -163,6 +164,12 @@ def test_another_models_layer_is_not_taken():
     [
         (lambda d: {**d, "layer": 100}, "the layer on them"),
         (lambda d: {**d, "layer": "2; import os"}, "layer"),
+        (lambda d: {**d, "layer": "2"}, "layer: .*valid integer"),
+        (lambda d: {**d, "layer": 2.0}, "layer: .*valid integer"),
+        (lambda d: {**d, "layer": True}, "layer: .*valid integer"),
+        (lambda d: {**d, "clear": 1}, "clear: .*valid boolean"),
+        (lambda d: {**d, "estimator": "\x1b[31mred"}, "estimator: "),
+        (lambda d: {**d, "model": "../../etc/passwd"}, "model: "),
         (lambda d: {**d, "mean": d["mean"][:-1]}, "of one length"),
         (lambda d: {**d, "mean": [float("nan")] * len(d["mean"])}, r"mean.0: .*finite"),
         (lambda d: {**d, "version": 2}, "version"),
@@ -174,7 +181,7 @@ def test_another_models_layer_is_not_taken():
 def test_a_file_that_was_tampered_with(change, message):
     model = tiny.llava()
     found = tokenprune.detect_ecl(model, calls(model), fallback_layer=2)
-    path = cached_path(found.model)
+    path = collapse_path(found.model)
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     with pytest.raises(ConfigError, match=message):
         tokenprune.wrap(model, keep=0.5, layer="auto")
@@ -225,7 +232,8 @@ def test_fingerprint_is_of_the_weights_and_config():
     model = tiny.llava(dtype=torch.bfloat16)
     own = fingerprint(model)
     assert len(own) == 32
-    assert fingerprint(copy.deepcopy(model).float()) == own
+    assert fingerprint(copy.deepcopy(model)) == own
+    assert fingerprint(copy.deepcopy(model).float()) != own
     assert fingerprint(tiny.llava(dtype=torch.bfloat16, attn_implementation="eager")) == own
     with tokenprune.pruned(model, keep=0.5, layer=1):
         assert fingerprint(model) == own

@@ -9,7 +9,6 @@ from tokenprune.budget import Cut
 from tokenprune.errors import (
     BudgetError,
     ConfigError,
-    NoCollapseError,
     NothingPrunedWarning,
     TokenPruneError,
     UnsupportedModeError,
@@ -17,7 +16,7 @@ from tokenprune.errors import (
 )
 
 if TYPE_CHECKING:
-    from tokenprune.analysis.collapse import detect_ecl
+    from tokenprune.analysis.collapse import NoCollapseError, detect_ecl
     from tokenprune.api import is_wrapped, override, pruned, report, unwrap, wrap
     from tokenprune.arguments import Arguments
     from tokenprune.reporting import Report
@@ -44,14 +43,18 @@ __all__ = [
     "wrap",
 ]
 
+_HOME = {
+    "Arguments": "tokenprune.arguments",
+    "NoCollapseError": "tokenprune.analysis.collapse",
+    "detect_ecl": "tokenprune.analysis.collapse",
+}
+
 
 def __getattr__(name: str) -> Any:
     """Import torch and transformers at the first use: `tokenprune --help` does without them."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # detect_ecl needs pydantic, which the rest does not.
-    module = {"detect_ecl": "tokenprune.analysis.collapse", "Arguments": "tokenprune.arguments"}
-    value = getattr(importlib.import_module(module.get(name, "tokenprune.api")), name)
+    value = getattr(importlib.import_module(_HOME.get(name, "tokenprune.api")), name)
     globals()[name] = value
     return value
 

@@ -124,7 +124,7 @@ def _default_layer(family: Family, num_layers: int, method: Method) -> tuple[int
 
 
 def _detected_layer(model: nn.Module) -> tuple[int, str]:
-    from tokenprune.analysis.collapse import detected_layer  # pydantic is not needed otherwise
+    from tokenprune.profiles.collapse import detected_layer  # pydantic is not needed otherwise
 
     found = detected_layer(model)
     return found.layer, f"{found.source} on {found.images} images by {found.estimator}"

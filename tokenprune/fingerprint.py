@@ -10,18 +10,20 @@ import torch
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.models import stock_model
+from tokenprune.tensors import plain_tensors
 
-_VALUES = 64  # taken from each parameter, evenly spread
+_BYTES = 4096  # of each parameter
 # Of a config: where it was loaded from and how it is run, not what it is.
 _VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 
 
 def fingerprint(model: Any) -> str:
-    """32 hex digits that identify a model: its class, its config, and some values of every parameter.
+    """32 hex digits that identify a model: its class, its config, and every parameter's name, shape, dtype and first
+    4 KiB.
 
-    The same checkpoint has one fingerprint wherever it was loaded from and on whatever device; float32 and bfloat16
-    copies of bfloat16 weights share it. Adapters and training of whole layers change it; an edit of a few rows of one
-    matrix may not, and a release of transformers that adds settings to the config may change it.
+    The same checkpoint in the same dtype has one fingerprint wherever it was loaded from and on whatever device.
+    Adapters and training change it; an edit behind the first 4 KiB of one matrix may not, and a release of
+    transformers that adds settings to the config may change it.
 
     Raises:
         UnsupportedModelError: no stock model, or parameters whose values are not in memory (offloaded to disk).
@@ -30,16 +32,13 @@ def fingerprint(model: Any) -> str:
     config: Any = inner.config
     digest = hashlib.sha256(type(inner).__name__.encode())
     digest.update(json.dumps(_settled(config.to_dict()), sort_keys=True, default=str).encode())
-    parts = []
     for name, parameter in sorted(inner.named_parameters()):
-        if parameter.is_meta:
-            raise UnsupportedModelError(f"{name} is not in memory; load the model without offloading")
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        flat = parameter.detach().reshape(-1)
-        index = torch.linspace(0, len(flat) - 1, min(_VALUES, len(flat)), dtype=torch.float64)
-        # Exact in both dtypes the same weights are commonly held in.
-        parts.append(flat[index.long().to(flat.device)].to("cpu", torch.bfloat16))
-    digest.update(torch.cat(parts).view(torch.int16).numpy().tobytes())
+        for i, tensor in enumerate(plain_tensors(parameter)):
+            if tensor.is_meta:
+                raise UnsupportedModelError(f"{name} is not in memory; load the model without offloading")
+            digest.update(f"{name}.{i} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            first = tensor.detach().flatten()[: _BYTES // tensor.element_size()]
+            digest.update(first.cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
 
 

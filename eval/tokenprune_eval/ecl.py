@@ -19,10 +19,11 @@ import torch
 from PIL import Image
 
 from tokenprune.analysis.calibration import CalibrationSample, calibration_calls, load_calibration
-from tokenprune.analysis.collapse import Collapse, find_collapse
+from tokenprune.analysis.collapse import find_collapse
 from tokenprune.analysis.layers import read_layers
 from tokenprune.analysis.plots import plot_collapse
 from tokenprune.estimators import ESTIMATORS
+from tokenprune.profiles.collapse import Collapse
 from tokenprune.testbed import load
 from tokenprune_eval import machine
 

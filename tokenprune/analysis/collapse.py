@@ -2,98 +2,30 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tokenprune.analysis.layers import read_layers
-from tokenprune.cache import cache_folder
-from tokenprune.errors import ConfigError, NoCollapseError
+from tokenprune.errors import ConfigError, TokenPruneError
 from tokenprune.estimators import Estimator
 from tokenprune.fingerprint import fingerprint
 from tokenprune.models import find_family, stock_model
+from tokenprune.profiles.collapse import KIND, Collapse, candidates, collapse_path
+from tokenprune.profiles.store import check_writable, write_document
 
 MIN_IMAGES = 16
 _LEVEL = (2.5, 97.5)
-_LARGEST_FILE = 2**20
-
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class Collapse(BaseModel):
-    """What was found; L decoder layers. A JSON document that is checked when it is read.
+class NoCollapseError(TokenPruneError):
+    """The visual tokens' diversity has no clear collapse; `collapse` holds the curve."""
 
-    Attributes:
-        version: of this document.
-        layer: the Entropy Collapse Layer, the l in 1 .. L/2 with the largest mean drop H_{l-1} - H_l.
-        clear: whether that drop's interval lies above 0 and above the second largest drop's interval.
-        source: "detected", or "fallback" when there was no clear collapse and a layer was given for that case.
-        estimator: what H is.
-        mean, low, high: (L + 1,) diversity on entering layer l, and its 95 % bootstrap interval over images.
-        drop, drop_low, drop_high: (L + 1,) H_{l-1} - H_l and its interval, from the same resamples; 0 at l = 0.
-        images, excluded: how many images were used, and left out because some layer's value was not a number.
-        resamples, seed: of the bootstrap.
-        model: the model's fingerprint, "" when it was not asked.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    version: Literal[1] = 1
-    layer: Annotated[int, Field(ge=1, le=10_000)]
-    clear: bool
-    source: Literal["detected", "fallback"] = "detected"
-    estimator: Annotated[str, Field(max_length=200)]
-    mean: tuple[Finite, ...]
-    low: tuple[Finite, ...]
-    high: tuple[Finite, ...]
-    drop: tuple[Finite, ...]
-    drop_low: tuple[Finite, ...]
-    drop_high: tuple[Finite, ...]
-    images: Annotated[int, Field(ge=1)]
-    excluded: Annotated[int, Field(ge=0)]
-    resamples: int
-    seed: int
-    model: Annotated[str, Field(max_length=64)] = ""
-
-    @model_validator(mode="after")
-    def _lengths(self) -> Collapse:
-        curves = (self.mean, self.low, self.high, self.drop, self.drop_low, self.drop_high)
-        if len({len(c) for c in curves}) != 1 or not self.layer < len(self.mean):
-            raise ValueError("the curves must be of one length, and the layer on them")
-        return self
-
-    @property
-    def runner_up(self) -> int | None:
-        """The layer of the second largest drop in the searched half, or None when there is but one."""
-        others = [l for l in _candidates(len(self.mean) - 1) if l != self.steepest]
-        return max(others, key=lambda l: self.drop[l]) if others else None
-
-    @property
-    def steepest(self) -> int:
-        """The layer of the largest drop in the searched half, whether it is clear or not."""
-        return max(_candidates(len(self.mean) - 1), key=lambda l: self.drop[l])
-
-    def verdict(self) -> str:
-        """One sentence for people."""
-        l = self.steepest
-        drop = f"H drops by {self.drop[l]:.4f} [{self.drop_low[l]:.4f}, {self.drop_high[l]:.4f}] on entering layer {l}"
-        of = f"({self.estimator}, {self.images} images)"
-        if self.clear:
-            return f"clear collapse: {drop} {of}"
-        if self.drop_low[l] <= 0:
-            return f"no clear collapse: {drop}, which could be none at all {of}"
-        other = self.runner_up
-        assert other is not None
-        return (
-            f"no clear collapse: {drop}, but by {self.drop[other]:.4f} [{self.drop_low[other]:.4f}, "
-            f"{self.drop_high[other]:.4f}] at layer {other} too {of}"
-        )
+    def __init__(self, message: str, collapse: Collapse) -> None:
+        super().__init__(message)
+        self.collapse = collapse
 
 
 def detect_ecl(
@@ -150,17 +82,7 @@ def begin(model: Any, fallback_layer: object, *, save: bool) -> str:
     if not save:
         return ""
     own = fingerprint(model)
-    folder = cached_path(own).parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        raise ConfigError(
-            f"the layer cannot be kept in {str(folder)!r}; set TOKENPRUNE_CACHE to a folder that can be written to, or "
-            f"pass save=False"
-        )
+    check_writable(KIND)
     return own
 
 
@@ -178,16 +100,7 @@ def settle(found: Collapse, model: str, fallback_layer: int | None, *, save: boo
     if not found.clear and fallback_layer is None:
         raise NoCollapseError(f"{found.verdict()}; choose a layer yourself, or give fallback_layer", found)
     if save:
-        path = cached_path(found.model)
-        try:
-            # Written beside and renamed, so that a reader never sees half of it.
-            with tempfile.NamedTemporaryFile(
-                "w", dir=path.parent, suffix=".tmp", encoding="utf-8", delete=False
-            ) as file:
-                file.write(found.model_dump_json(indent=1))
-            os.replace(file.name, path)
-        except OSError as error:
-            raise ConfigError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+        write_document(found, collapse_path(found.model))
     return found
 
 
@@ -217,73 +130,21 @@ def find_collapse(
     drop = -np.diff(mean, prepend=mean[0])
     low, high = np.percentile(means, _LEVEL, axis=0)
     drop_low, drop_high = np.percentile(-np.diff(means, axis=1, prepend=means[:, :1]), _LEVEL, axis=0)
-    candidates = _candidates(points - 1)
-    ranked = sorted(candidates, key=lambda l: -drop[l])
+    ranked = sorted(candidates(points - 1), key=lambda l: -drop[l])
     first = ranked[0]
     above_second = len(ranked) < 2 or drop_low[first] > drop_high[ranked[1]]
     return Collapse(
         layer=first,
         clear=bool(drop_low[first] > 0 and above_second),
         estimator=estimator,
-        mean=mean.tolist(),
-        low=low.tolist(),
-        high=high.tolist(),
-        drop=drop.tolist(),
-        drop_low=drop_low.tolist(),
-        drop_high=drop_high.tolist(),
+        mean=tuple(mean.tolist()),
+        low=tuple(low.tolist()),
+        high=tuple(high.tolist()),
+        drop=tuple(drop.tolist()),
+        drop_low=tuple(drop_low.tolist()),
+        drop_high=tuple(drop_high.tolist()),
         images=n,
         excluded=excluded,
         resamples=resamples,
         seed=seed,
     )
-
-
-def _candidates(num_layers: int) -> Sequence[int]:
-    return range(1, num_layers // 2 + 1)
-
-
-# -- the cache ------------------------------------------------------------------------------------------------------
-
-
-def cached_path(model: str) -> Path:
-    """The file of the model with that fingerprint."""
-    return cache_folder() / "ecl" / f"{model}.json"
-
-
-def read_collapse(path: Path) -> Collapse:
-    """A result from its file.
-
-    Raises:
-        ConfigError: no such file, or not what `detect_ecl` writes.
-    """
-    try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise ConfigError(f"{path} is too large for a detected layer; remove it and detect again")
-        return Collapse.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
-    except ValidationError as error:
-        what = error.errors()[0]
-        where = ".".join(map(str, what["loc"])) or "the document"
-        raise ConfigError(
-            f"{path} is no detected layer ({where}: {what['msg']}); remove it and detect again"
-        ) from None
-
-
-def detected_layer(model: Any) -> Collapse:
-    """What `detect_ecl` found for this model before.
-
-    Raises:
-        ConfigError: nothing yet, or the file is not one of ours or of another model.
-    """
-    own = fingerprint(model)
-    path = cached_path(own)
-    if not path.is_file():
-        raise ConfigError(
-            "layer='auto' takes the layer that was detected for this model, and none was yet: run "
-            "tokenprune.detect_ecl(model, calls) or 'tokenprune ecl MODEL --data ...' once, or give a number"
-        )
-    found = read_collapse(path)
-    if found.model != own:
-        raise ConfigError(f"{path} is of another model; remove it and detect again")
-    return found

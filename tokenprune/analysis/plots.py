@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from tokenprune.analysis.collapse import Collapse
 from tokenprune.analysis.layers import LayerStatistics
 from tokenprune.errors import ConfigError
+from tokenprune.profiles.collapse import Collapse
 
 
 def plot_collapse(

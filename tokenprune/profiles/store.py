@@ -1,0 +1,81 @@
+"""Documents about models in the user's cache folder: one JSON file per kind and fingerprint."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from tokenprune.cache import cache_folder
+from tokenprune.errors import ConfigError
+
+DocumentT = TypeVar("DocumentT", bound=BaseModel)
+_LARGEST = 2**20  # bytes
+
+
+def stored_path(kind: str, model: str) -> Path:
+    """The file of a kind of document about the model with that fingerprint."""
+    return cache_folder() / kind / f"{model}.json"
+
+
+def check_writable(kind: str) -> None:
+    """Refuse a cache folder that cannot be written to, before anything is measured for it.
+
+    Raises:
+        ConfigError: says how to name another.
+    """
+    folder = stored_path(kind, "").parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise ConfigError(
+            f"nothing can be kept in {str(folder)!r}; set TOKENPRUNE_CACHE to a folder that can be written to"
+        )
+
+
+def write_document(document: BaseModel, path: Path) -> None:
+    """Write a document beside its place and rename it, so that a reader never sees half of it.
+
+    Raises:
+        ConfigError: the file could not be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, suffix=".tmp", encoding="utf-8", delete=False
+        ) as file:
+            file.write(document.model_dump_json(indent=1))
+        os.replace(file.name, path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+
+
+def read_document(kind: type[DocumentT], path: Path, what: str) -> DocumentT:
+    """A document from its file; nothing in it is ever executed.
+
+    Args:
+        kind: its class.
+        path: of the file.
+        what: what it is called in errors, "detected layer" for example.
+
+    Raises:
+        ConfigError: no such file, or something else in it; names the file and the field.
+    """
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise ConfigError(f"{path} is too large for a {what}; remove it and make it again")
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the document"
+        raise ConfigError(
+            f"{path} is no {what} ({where}: {first['msg']}); remove it and make it again"
+        ) from None
