@@ -161,7 +161,7 @@ def counts_of(
     """
 
     def tokens(share: Share) -> Fraction:
-        return share * n if isinstance(share, Fraction) else Fraction(share)
+        return share * n if isinstance(share, Fraction) else Fraction(min(share, n))
 
     counts: list[int] = []
     for layer, share in cuts:
@@ -169,8 +169,6 @@ def counts_of(
         wanted = keep if share is None else share
         assert wanted is not None
         target = tokens(wanted)
-        if target > n:
-            return None
         if share is not None or budget == "after_cut":
             counts.append(max(1, int(target)))
             if counts[-1] > before:

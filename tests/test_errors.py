@@ -264,7 +264,7 @@ def refuse_call(
             logits(model, good)
 
 
-def test_more_tokens_than_the_image_has(llava: Any, qwen: Any) -> None:
+def test_strict_wants_the_tokens_an_image_has_not(llava: Any, qwen: Any) -> None:
     refuse_call(
         llava,
         tiny.inputs(llava, [ONE]),
@@ -272,6 +272,7 @@ def test_more_tokens_than_the_image_has(llava: Any, qwen: Any) -> None:
         r"keep=26 tokens, but the image has only 25",
         keep=26,
         layer=1,
+        strict=True,
     )
     # the smallest image decides: its grid is known at the call only
     inputs = tiny.inputs(qwen, [["image:4x4", "text:2", "image:2x2"]])
@@ -283,7 +284,27 @@ def test_more_tokens_than_the_image_has(llava: Any, qwen: Any) -> None:
         method="random",
         keep=5,
         layer=0,
+        strict=True,
     )
+
+
+def test_an_image_smaller_than_a_number_of_tokens_stays_whole_and_the_report_says_so(qwen: Any) -> None:
+    inputs = tiny.inputs(qwen, [["image:4x4", "text:2", "image:2x2", "text:1"]])
+    with tokenprune.pruned(qwen, "random", keep=5, layer=0):
+        logits(qwen, inputs)
+        large, small = tokenprune.report(qwen).images
+    assert (large.kept, large.notes) == ((5,), {})
+    assert (small.kept, small.notes) == ((4,), {"kept whole: fewer tokens than keep=5": 1})
+
+
+def test_all_images_smaller_than_a_number_of_tokens(llava: Any, recwarn: pytest.WarningsRecorder) -> None:
+    stock = logits(llava, tiny.inputs(llava, [ONE]))
+    with tokenprune.pruned(llava, layer=1, keep=26):
+        assert torch.equal(logits(llava, tiny.inputs(llava, [ONE])), stock)
+        report = tokenprune.report(llava)
+    assert not report.pruned and report.images[0].notes == {"kept whole: fewer tokens than keep=26": 1}
+    assert "kept whole" in str(report)
+    assert not [w for w in recwarn if issubclass(w.category, tokenprune.NothingPrunedWarning)]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -95,3 +96,60 @@ def test_decode_steps_do_not_overwrite_the_prompts_report() -> None:
     with tokenprune.pruned(model, "random", layer=2, keep=0.5):
         model.generate(**tiny.inputs(model, judge.ROWS, pad="left"), max_new_tokens=4, do_sample=False)
         assert tokenprune.report(model).tokens == 125
+
+
+def test_guidance_does_not_overwrite_the_prompts_report() -> None:
+    model = tiny.llava()
+    with tokenprune.pruned(model, "random", layer=2, keep=0.5):
+        inputs = tiny.inputs(model, judge.ROWS[:1])
+        model.generate(**inputs, max_new_tokens=3, do_sample=False, guidance_scale=1.5)
+        assert tokenprune.report(model).tokens == 50 and tokenprune.report(model).pruned
+
+
+class _Quantised(torch.Tensor):
+    """As torchao's and quanto's: a subclass made of plain tensors."""
+
+    @staticmethod
+    def __new__(cls: Any, data: torch.Tensor, scale: torch.Tensor) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=torch.float32)
+
+    def __init__(self, data: torch.Tensor, scale: torch.Tensor) -> None:
+        self.data_, self.scale_ = data, scale
+
+    def __tensor_flatten__(self) -> Any:
+        return ["data_", "scale_"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].data_, args[0].scale_)
+        raise NotImplementedError(func)
+
+
+def test_bytes_of_a_quantised_cache() -> None:
+    from transformers import DynamicCache
+
+    from tokenprune.runtime.outcome import kv_bytes
+
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 8), 0)
+    plain = 2 * 2 * 5 * 8 * 4
+    assert kv_bytes(cache, [5]) == ([plain], [plain])
+    data, scale = torch.zeros(1, 2, 100, 8, dtype=torch.int8), torch.zeros(1, 2, 100, 1)
+    layer: Any = cache.layers[0]
+    layer._quantized_keys = _Quantised(data, scale)
+    layer._quantized_values = (data.clone(), {"scale": scale.clone(), "group": 64})
+    assert kv_bytes(cache, [105])[0] == [plain + 2 * (1600 + 800)]
+
+
+def test_fingerprint_of_quantised_parameters() -> None:
+    from tokenprune.fingerprint import fingerprint
+
+    model = tiny.llava()
+    projection = model.model.language_model.layers[0].self_attn.q_proj
+    found = set()
+    for value in (0, 1):
+        data = torch.full(tuple(projection.weight.shape), value, dtype=torch.int8)
+        projection.weight = torch.nn.Parameter(_Quantised(data, torch.ones(4)), requires_grad=False)
+        found.add(fingerprint(model))
+    assert len(found) == 2

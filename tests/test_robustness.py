@@ -496,6 +496,27 @@ def test_hidden_states_and_attentions(cut: dict[str, Any], attention: str) -> No
         torch.testing.assert_close(out.hidden_states[3], last, atol=judge.TOLERANCE, rtol=0)
 
 
+def test_hidden_states_of_a_model_that_adds_features_between_its_layers() -> None:
+    """What is captured does not depend on when transformers put in its own hooks: before `wrap` or after it."""
+    found = []
+    for asked_before in (True, False):
+        model = tiny.qwen3_vl(layers=4)
+        inputs = tiny.inputs(model, judge.ROWS[:1])
+        if asked_before:
+            logits(model, inputs, output_hidden_states=True)
+        with tokenprune.pruned(model, "random", layer=1, keep=0.6), torch.no_grad():
+            out = model(**inputs, output_hidden_states=True)
+        assert layers_with_features(model) > 1
+        found.append([out.logits, *out.hidden_states])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def layers_with_features(model: Any) -> int:
+    """Layers after which features are added."""
+    return len(model.config.vision_config.deepstack_visual_indexes)
+
+
 def test_index_maps_logits_to_columns(model: Any, cut: dict[str, Any]) -> None:
     """Contract 12: right-aligned, -1 for filler, text after the last image unmoved from the right."""
     for pad in ("left", "right"):
@@ -660,16 +681,107 @@ def test_prefix_cache(name: str, batch: int) -> None:
     assert float((first - wanted[:, -4:]).abs().max()) <= judge.TOLERANCE
 
 
+MOVES: dict[str, tuple[Callable[[Any], None], list[int]]] = {
+    "select": (lambda cache: cache.batch_select_indices(torch.tensor([3, 1, 0])), [3, 1, 0]),
+    "twice": (lambda cache: cache.batch_select_indices(torch.tensor([2, 2])), [2, 2]),
+    "one": (lambda cache: cache.batch_select_indices(torch.tensor([2])), [2]),
+    "reorder": (lambda cache: cache.reorder_cache(torch.tensor([1, 0, 3, 2])), [1, 0, 3, 2]),
+    "repeat": (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2, 3, 3]),
+    "by layer": (
+        lambda cache: [layer.reorder_cache(torch.tensor([3, 2, 1, 0])) for layer in cache.layers],
+        [3, 2, 1, 0],
+    ),
+    "nothing": (lambda cache: None, [0, 1, 2, 3]),
+}
+
+
+@pytest.mark.parametrize("name", ["layer2", "two"])
+@pytest.mark.parametrize("pad", ["left", "right"])
+@pytest.mark.parametrize("move", MOVES)
+def test_rows_of_a_cache_that_are_moved_take_their_record_with_them(move: str, pad: str, name: str) -> None:
+    """Contract 3: as if each row had been a prompt of its own."""
+    do, source = MOVES[move]
+    model = tiny.llava(layers=4)
+    inputs = tiny.inputs(model, judge.ROWS, pad=pad)
+    after = torch.randint(tiny.FIRST_TEXT_ID, tiny.VOCAB, (8, 3), generator=torch.Generator().manual_seed(3))
+    after = after[: len(source)]
+    mask = F.pad(inputs["attention_mask"][source], (0, 3), value=1)
+    position = mask.cumsum(1)[:, -3:] - 1
+    steps = []
+    with tokenprune.pruned(model, **CUTS[name]), torch.no_grad():
+        own = inputs["attention_mask"].cumsum(1) - 1
+        cache = model(**inputs, position_ids=own, use_cache=True).past_key_values
+        report = tokenprune.report(model)
+        do(cache)
+        for i in range(3):
+            if i == 2:
+                cache = copy.deepcopy(cache)
+            call = {
+                "input_ids": after[:, i : i + 1],
+                "position_ids": position[:, i : i + 1],
+                "attention_mask": mask[:, : mask.shape[1] - 2 + i],
+            }
+            steps.append(model(**call, past_key_values=cache).logits[:, 0])
+    cuts, positions = judge.cuts_of(report), tiny.visual_positions(model, inputs)
+    ids, whole = inputs["input_ids"], F.pad(inputs["attention_mask"], (0, 3), value=1)
+    pixels = inputs["pixel_values"].split([len(row) for row in positions])
+    for row, r in enumerate(source):
+        history = {
+            "input_ids": torch.cat([ids[r : r + 1], after[row : row + 1]], 1),
+            "attention_mask": whole[r : r + 1],
+            "position_ids": whole[r : r + 1].cumsum(1) - 1,
+        }
+        if len(pixels[r]):
+            history["pixel_values"] = pixels[r]
+        lists = [(layer, kept[r : r + 1]) for layer, kept in cuts]
+        wanted = oracle.masked_forward(model, history, lists, positions[r : r + 1]).logits[0, -3:]
+        for step, logit in zip(steps, wanted, strict=True):
+            assert float((step[row] - logit).abs().max()) <= judge.TOLERANCE
+
+
+def test_a_cache_of_other_prompts_is_refused() -> None:
+    """Its record was put on it, but its rows are others."""
+    model = tiny.llava(layers=4)
+    step = {"input_ids": torch.full((2, 1), tiny.FIRST_TEXT_ID)}
+    with tokenprune.pruned(model, **ENTROPY), torch.no_grad():
+        cache, other = (
+            model(**tiny.inputs(model, judge.ROWS[2:], seed=seed), use_cache=True).past_key_values
+            for seed in (0, 1)
+        )
+        cache.layers = other.layers
+        with pytest.raises(tokenprune.UnsupportedModeError, match="other rows than the pruned prompts"):
+            model(**step, past_key_values=cache)
+
+
 def test_a_cache_of_another_batch_is_refused() -> None:
     model = tiny.llava(layers=4)
     inputs = tiny.inputs(model, judge.ROWS[2:])
     with tokenprune.pruned(model, **ENTROPY), torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
-        cache.batch_repeat_interleave(2)
         with pytest.raises(
-            tokenprune.UnsupportedModeError, match="batch 2 and is used with batch 4; expand the batch"
+            tokenprune.UnsupportedModeError, match="batch 2 and is used with batch 4; repeat or select"
         ):
             model(input_ids=torch.full((4, 1), tiny.FIRST_TEXT_ID), past_key_values=cache)
+
+
+def test_a_step_that_failed_is_named_when_its_cache_is_used_again() -> None:
+    model = tiny.llava(layers=4)
+    inputs = tiny.inputs(model, judge.ROWS[:1])
+    step = {"input_ids": torch.full((1, 1), tiny.FIRST_TEXT_ID)}
+
+    def fail(*_: Any) -> None:
+        raise MemoryError("no memory for this")
+
+    with tokenprune.pruned(model, **ENTROPY), torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        before = copy.deepcopy(cache)
+        handle = model.model.language_model.layers[2].register_forward_pre_hook(fail)
+        with pytest.raises(MemoryError):
+            model(**step, past_key_values=cache)
+        handle.remove()
+        with pytest.raises(tokenprune.UnsupportedModeError, match="failed half way"):
+            model(**step, past_key_values=cache)
+        model(**step, past_key_values=before)
 
 
 def test_cropping(model: Any) -> None:

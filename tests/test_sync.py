@@ -35,6 +35,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch, *names: str) -> Iterator[list[str]
     """Run the runtime's hooks of these names under `Refuse`; yields which ones ran."""
     ran: list[str] = []
     with monkeypatch.context() as patch:
+        patch.delenv("TOKENPRUNE_DEBUG", raising=False)
         for name in names:
             owner = next(c for c in (CallHooks, LayerHooks, Taps) if name in vars(c))
             original = getattr(owner, name)

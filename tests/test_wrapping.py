@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from torch import nn
 from transformers import (
     AttentionInterface,
     CLIPImageProcessor,
@@ -352,6 +354,46 @@ def lora() -> Any:
     # init_lora_weights=False: adapters that do something
     config = peft.LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
     return peft.get_peft_model(tiny.llava(layers=4), config).eval()
+
+
+@pytest.mark.parametrize(
+    ("around", "text"),
+    [
+        (torch.compile, r"OptimizedModule is not the model itself; wrap the model before torch\.compile"),
+        (nn.DataParallel, r"DataParallel is not the model itself; give its \.module"),
+        (lambda model: _Distributed(model), r"DistributedDataParallel is not .* give its \.module"),
+    ],
+)
+def test_what_is_put_around_a_model_is_refused_by_name(around: Any, text: str) -> None:
+    model = tiny.llava()
+    with pytest.raises(tokenprune.UnsupportedModelError, match=text):
+        tokenprune.wrap(around(model), "random", layer=1, keep=0.5)
+    tokenprune.unwrap(tokenprune.wrap(model, "random", layer=1, keep=0.5))
+
+
+class _Distributed(nn.parallel.DistributedDataParallel):
+    """Without a process group."""
+
+    def __init__(self, module: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.module = module
+
+
+def test_shallow_copies_and_exports_are_refused_and_the_model_works_on() -> None:
+    model = tiny.llava()
+    inputs = tiny.inputs(model, [["text:4", "image", "text:5"]])
+    with tokenprune.pruned(model, "random", layer=1, keep=0.5), torch.no_grad():
+        wanted = model(**inputs).logits
+        other = copy.copy(model)
+        with pytest.raises(tokenprune.UnsupportedModeError, match=r"a copy .* of a wrapped model"):
+            other(**inputs)
+        with pytest.raises(tokenprune.TokenPruneError, match="shallow copy of a wrapped model"):
+            tokenprune.unwrap(other)
+        with pytest.raises(
+            Exception, match="cannot be exported"
+        ):  # which torch may put into an error of its own
+            torch.export.export(model, (), kwargs=dict(inputs))
+        assert torch.equal(model(**inputs).logits, wanted)
 
 
 @pytest.mark.parametrize("source", ["query", "key", "value"])

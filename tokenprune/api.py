@@ -135,6 +135,10 @@ def _runtime(model: object) -> Runtime:
     if runtime is None:
         raise TokenPruneError("this model is not wrapped; call tokenprune.wrap(model, ...) first")
     assert isinstance(runtime, Runtime)
+    if runtime.model is not stock_model(model):
+        raise TokenPruneError(
+            "this is a shallow copy of a wrapped model; unwrap the model it was copied from first"
+        )
     return runtime
 
 

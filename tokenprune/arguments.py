@@ -79,7 +79,7 @@ class Arguments:
             raise ConfigError("pass layer or cuts, not both")
         if self.cuts is not None:
             object.__setattr__(self, "cuts", check_cuts(self.cuts))
-        if self.keep_lists is not None and not _is_list(self.keep_lists):
+        if self.keep_lists is not None and not is_list(self.keep_lists):
             raise ConfigError(
                 f"keep_lists must be keep_lists[cut][row][image] = kept raster indices, not {self.keep_lists!r}"
             )
@@ -171,7 +171,7 @@ def _one_of(name: str, value: object, values: tuple[str, str]) -> None:
         raise ConfigError(f"{name} must be {values[0]!r} or {values[1]!r}, not {value!r}")
 
 
-def _is_list(value: object) -> bool:
+def is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 

@@ -45,16 +45,8 @@ def check_keep(keep: object, what: str = "keep") -> Keep:
 
 
 def tokens(keep: Keep, n: int) -> float:
-    """`keep` as a number of tokens of an image that has `n` (not rounded).
-
-    Raises:
-        BudgetError: a count larger than `n`.
-    """
-    if isinstance(keep, float):
-        return keep * n
-    if keep > n:
-        raise BudgetError(f"keep={keep} tokens, but the image has only {n}; pass at most {n}, or a fraction")
-    return float(keep)
+    """`keep` as a number of tokens of an image that has `n` (not rounded); a count above `n` is all of them."""
+    return keep * n if isinstance(keep, float) else float(min(keep, n))
 
 
 def _floor(x: float) -> int:
@@ -87,7 +79,7 @@ def plan_counts(
         One count per cut, non-increasing, each in [1, n].
 
     Raises:
-        BudgetError: a count above `n`, a growing schedule, or a target that the cuts cannot reach.
+        BudgetError: a growing schedule, or a target that the cuts cannot reach.
     """
     counts: list[int] = []
     spent, previous, start = 0.0, n, 0

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokenprune.budget import average_kept
@@ -30,6 +31,7 @@ class ImageReport:
         kept: tokens left after each cut.
         merged: tokens merged into others at each cut.
         average: mean over decoder layers of its remaining tokens.
+        notes: what happened to it besides, and how often ("scores that were no numbers": 3).
     """
 
     row: int
@@ -41,6 +43,7 @@ class ImageReport:
     kept: tuple[int, ...]
     merged: tuple[int, ...]
     average: float
+    notes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,7 @@ class Report:
                 f"  {image.row:>3} {image.image:>5} {grid:>9} {tokens:>7} {kept:>12} {sum(image.merged):>7} "
                 f"{image.average:>8.1f}"
             )
+            lines += [f"  {'':>9} {what} ({times})" for what, times in image.notes.items()]
         nothing = "" if self.pruned else " (NOTHING WAS PRUNED)"
         if self.reason is not None:
             nothing = f" (NOTHING WAS PRUNED: {self.reason})"
@@ -195,6 +199,7 @@ def make_report(outcome: Outcome) -> Report:
     num_layers = len(outcome.lengths)
     images = []
     lists = _keep_lists(outcome) if outcome.pooled else []
+    notes = _notes(outcome)
     for r, row in enumerate(outcome.rows):
         for i, image in enumerate(row):
             kept = (
@@ -206,7 +211,18 @@ def make_report(outcome: Outcome) -> Report:
             average = average_kept(image.n, num_layers, config.cuts, kept) if kept else float(image.n)
             grids = tuple((g.frames, g.height, g.width) for g in image.grids)
             images.append(
-                ImageReport(r, i, image.kind, grids, image.n, image.structural, kept, merged, average)
+                ImageReport(
+                    r,
+                    i,
+                    image.kind,
+                    grids,
+                    image.n,
+                    image.structural,
+                    kept,
+                    merged,
+                    average,
+                    notes.get((r, i), {}),
+                )
             )
     used = outcome.kv_used or [0] * num_layers
     allocated = outcome.kv_allocated or [0] * num_layers
@@ -238,6 +254,25 @@ def _keep_lists(outcome: Outcome) -> list[list[list[list[int]]]]:
         return [cut[r, i].tolist() for i in range(len(row))]
 
     return [[row_of(cut, r, row) for r, row in enumerate(outcome.rows)] for cut in outcome.kept]
+
+
+def _notes(outcome: Outcome) -> dict[tuple[int, int], dict[str, int]]:
+    """What was told of each image, summed over the cuts, in one copy from the device."""
+    told = [
+        (key, what, times)
+        for key, notes in outcome.notes.items()
+        for note in notes
+        for what, times in note.items()
+    ]
+    away = [times for _, _, times in told if isinstance(times, Tensor)]
+    counts = iter(torch.stack([t.to(away[0].device, torch.long) for t in away]).tolist() if away else [])
+    summed: dict[tuple[int, int], dict[str, int]] = {}
+    for key, what, times in told:
+        count = next(counts) if isinstance(times, Tensor) else times
+        if count:
+            own = summed.setdefault(key, {})
+            own[what] = own.get(what, 0) + count
+    return summed
 
 
 def _shape(grid: tuple[int, int, int]) -> str:

@@ -7,14 +7,14 @@ shorter tensors.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from tokenprune.errors import ConfigError
+from tokenprune.errors import ConfigError, TokenPruneError
 
 State = Literal["query", "key", "value", "hidden"]
 
@@ -166,11 +166,14 @@ class Selection:
         merges: (m, 2) long pairs (source, slot), or None: the state of each slot named is replaced by the
             weighted sum of its sources (the slot itself is one only if listed). Slots must be kept tokens.
         weights: (m,) float weights of the pairs.
+        notes: how often something worth telling happened, by what it was ("scores that were no numbers"): ints, or
+            integer tensors () that are read only when the report is. Those above 0 stand in it.
     """
 
     keep: Tensor
     merges: Tensor | None = None
     weights: Tensor | None = None
+    notes: Mapping[str, int | Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,7 @@ class Method(ABC):
 
 @dataclass(frozen=True)
 class ScoreMethod(Method):
-    """A method that keeps the k tokens of largest score; equal scores: the lower index wins.
+    """A method that keeps the k tokens of largest score; equal scores: the lower index wins, NaN comes last.
 
     With a `frame_floor` the best tokens of every frame come first.
     """
@@ -217,11 +220,20 @@ class ScoreMethod(Method):
         """(n,) importance of each token, larger is kept."""
 
     def select(self, image: ImageTokens, k: int) -> Selection:
-        order = self.score(image).sort(descending=True, stable=True).indices
+        score = self.score(image)
+        if score.shape != (image.n,):
+            raise TokenPruneError(
+                f"method {self.name!r} returned scores {tuple(score.shape)} where {image.n} were asked for"
+            )
+        # Ascending order puts NaN last; whole numbers have none, and the least of them no negative.
+        floats = score.is_floating_point()
+        order = (
+            (-score).sort(stable=True).indices if floats else score.sort(descending=True, stable=True).indices
+        )
         if image.frame_floor:
             beyond = _rank_in_frame(image, order) >= image.frame_floor
             order = order[beyond[order].long().sort(stable=True).indices]
-        return Selection(order[:k].sort().values)
+        return Selection(order[:k].sort().values, notes={"scores that were no numbers": score.isnan().sum()})
 
 
 def _rank_in_frame(image: ImageTokens, order: Tensor) -> Tensor:

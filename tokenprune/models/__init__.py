@@ -43,13 +43,24 @@ REFUSED = {
     "mllama": "its images are read by cross-attention: there are no visual tokens in the sequence to prune"
 }
 
+# What people put around a model, by class, and what to give instead.
+WRAPPERS = {
+    "OptimizedModule": "wrap the model before torch.compile (or the compiled one's ._orig_mod)",
+    "DataParallel": "give its .module, on one GPU: replicas share hooks; use DistributedDataParallel or device_map",
+    "DistributedDataParallel": "give its .module",
+    "FullyShardedDataParallel": "give its .module",
+}
+
 
 def stock_model(model: object) -> nn.Module:
     """The transformers model itself: `model`, or the one inside a PEFT wrapper.
 
     Raises:
-        UnsupportedModelError: not a model at all.
+        UnsupportedModelError: not a model at all, or one inside another wrapper.
     """
+    for kind, instead in WRAPPERS.items():
+        if any(cls.__name__ == kind for cls in type(model).__mro__):
+            raise UnsupportedModelError(f"a {kind} is not the model itself; {instead}")
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(inner, nn.Module) or not hasattr(inner, "config"):
         raise UnsupportedModelError(

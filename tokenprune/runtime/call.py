@@ -13,7 +13,7 @@ from tokenprune.runtime import compiled
 from tokenprune.runtime.frame import Frame, begin
 from tokenprune.runtime.outcome import make_outcome
 from tokenprune.runtime.pruning import Pruning
-from tokenprune.runtime.record import Columns, attach, extend, record_of
+from tokenprune.runtime.record import Columns, attach, extend, record_of, remember
 
 if TYPE_CHECKING:
     from tokenprune.runtime.install import Runtime
@@ -44,6 +44,13 @@ class CallHooks:
         """Before the model, or before its inner multimodal model when that is called directly."""
         runtime = self.runtime
         calls = runtime.calls
+        if module not in self._names:
+            raise UnsupportedModeError(
+                f"this {type(module).__name__} is a copy (by copy.copy, or a replica of DataParallel) of a wrapped "
+                f"model and shares its hooks; unwrap it first, copy with copy.deepcopy, and wrap the copy"
+            )
+        if torch.compiler.is_exporting():
+            raise UnsupportedModeError("a wrapped model cannot be exported; tokenprune.unwrap(model) first")
         if module is not runtime.model and calls.stack:
             outer = calls.stack[-1]
             if outer.owner is runtime.model and not outer.base_entered and outer.is_running():
@@ -81,6 +88,7 @@ class CallHooks:
         layers = len(runtime.layers)
         if pruning is None and frame.record is not None:
             frame.record.after += frame.length
+            remember(frame.cache, frame.record)
         if pruning is not None:
             if frame.cache is not None:
                 cuts = [sum(cut.layer <= i for cut in frame.config.cuts) for i in range(layers)]
@@ -96,9 +104,12 @@ class CallHooks:
                     frame.shift,
                 )
                 attach(frame.cache, record)
+                remember(frame.cache, record)
             if frame.labels is not None:
                 output = self._with_loss(frame, pruning.stages[-1], frame.labels, output)
-        if frame.rows is not None:
+        # One token of text and no cache may be the unconditional half of guidance, which follows the prompt that the
+        # report is about.
+        if frame.rows is not None and (any(frame.rows) or frame.length > 1 or runtime.outcome is None):
             runtime.outcome = make_outcome(runtime.text_config, layers, frame)
         return output
 

@@ -33,7 +33,7 @@ def either(hook: Callable[..., Any], quick: Callable[..., Any] | None = None) ->
 def _choose(
     hook: Callable[..., Any], quick: Callable[..., Any] | None, slow: Callable[..., Any], *given: Any
 ) -> Any:
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return hook(*given)
     done = NotImplemented if quick is None else quick(*given)
     return slow(*given) if done is NotImplemented else done

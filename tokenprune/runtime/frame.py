@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from tokenprune.config import PruneConfig
 from tokenprune.errors import NothingPrunedWarning, TokenPruneError, UnsupportedModeError
 from tokenprune.models.base import Family, Image, IntArray
 from tokenprune.runtime.masks import attention_backend, local_attention
-from tokenprune.runtime.pruning import Pruning, prompt_digests
+from tokenprune.runtime.pruning import Key, Pruning, prompt_digests
 from tokenprune.runtime.record import Record, attach, crop, is_static, layer_length, read
 from tokenprune.runtime.timing import Stopwatch
 from tokenprune.runtime.vision import VisionFacts, read_facts
@@ -34,6 +35,7 @@ class Frame:
         rows: images by row; empty rows for a text-only prompt; None when this call continues one.
         pruning: the plan, when this call prunes.
         reason: why nothing is pruned although the budget asks for it.
+        notes: what was told of its images while nothing is pruned; see `Selection.notes`.
         kinds, facts: the kinds of visual input it brings, and what the vision tower's hook noted of them.
         sizes: of its images and videos, as given and on the host.
     """
@@ -55,6 +57,7 @@ class Frame:
         self.loss_options: dict[str, Any] = {}
         self.shift: Tensor | None = None
         self.reason: str | None = None
+        self.notes: dict[Key, list[Mapping[str, int | Tensor]]] = {}
         # Filled in by the layers' hooks.
         self.positions: dict[tuple[int, int], dict[str, Any]] = {}
         self.masks: dict[tuple[int, int, int, str], Any] = {}
@@ -194,6 +197,7 @@ def _plan(
     text: Any = family.text_model(model).config
     pruning = Pruning(model, family, rows, config, ids_host, mask)
     if not pruning.prunes:
+        frame.notes = pruning.notes
         if _asked(config, rows):
             _nothing_pruned(frame, config, "the budget rounds to all tokens of every image")
         return

@@ -33,13 +33,12 @@ class LayerHooks:
     def install(self) -> None:
         runtime = self.runtime
         family, text_model = runtime.family, runtime.family.text_model(runtime.model)
-        adds_features = type(family).layer_features is not Family.layer_features
         runtime.before(text_model, self._enter_text_model, self._step_text_model)
         runtime.after(text_model, self._leave_text_model, _nothing, always=True)
+        if type(family).layer_features is not Family.layer_features:
+            runtime.before(family.final_norm(runtime.model), self._enter_norm, _nothing)
         for i, layer in enumerate(runtime.layers):
             runtime.before(layer, partial(self._enter_layer, i), partial(self._step_layer, i))
-            if adds_features:
-                runtime.after(layer, partial(self._leave_layer, i), nothing_in_a_step)
             attention: Any = family.attention(layer)
             if family.temperature(attention, torch.zeros(1)) is not None:
                 runtime.after(attention.q_proj, partial(self._rescale, i, attention))
@@ -144,16 +143,23 @@ class LayerHooks:
         frame.cache = kwargs.get("past_key_values", frame.cache)  # the text model may just have made it
         record, pruning = frame.record, frame.pruning
         cuts = frame.config.cuts
-        hidden = args[0] if args else kwargs["hidden_states"]
+        given = args[0] if args else kwargs["hidden_states"]
+        hidden = _with_features(frame, i, given)
         if pruning is not None and frame.stage < len(cuts) and cuts[frame.stage].layer == i:
             hidden = self._cut(frame, hidden)
         elif frame.stage == 0 and (record is None or self._like_first(frame, i)):
-            return None  # the model's own mask and positions are right
+            # The model's own mask and positions are right.
+            return None if hidden is given else _with_hidden(hidden, args, kwargs)
         mask = self.runtime.masks.of_layer(frame, i, hidden, kwargs.get("attention_mask"))
-        changed = {**kwargs, **self._positions(frame, kwargs), "attention_mask": mask}
-        if args:
-            return (hidden, *args[1:]), changed
-        return (), {**changed, "hidden_states": hidden}
+        return _with_hidden(
+            hidden, args, {**kwargs, **self._positions(frame, kwargs), "attention_mask": mask}
+        )
+
+    def _enter_norm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
+        frame = self.runtime.frame
+        if frame is None or not frame.features:
+            return None
+        return (_with_features(frame, len(self.runtime.layers), args[0]), *args[1:]), kwargs
 
     def _like_first(self, frame: Frame, i: int) -> bool:
         """Whether layer i holds what layer 0 holds, by whose length the model makes its masks."""
@@ -173,14 +179,6 @@ class LayerHooks:
             hidden, *features = pruning.apply(cut, [hidden, *frame.features.values()])
             frame.features = dict(zip(frame.features, features, strict=True))
         return hidden
-
-    def _leave_layer(
-        self, i: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor
-    ) -> Tensor | None:
-        frame = self.runtime.frame
-        if frame is None or i not in frame.features:
-            return None
-        return output + frame.features.pop(i).to(output.device)
 
     def _rescale(
         self, i: int, attention: nn.Module, module: nn.Module, args: Any, kwargs: Any, output: Tensor
@@ -229,6 +227,21 @@ class LayerHooks:
         if not compiled.is_step(self.runtime.text_config, hidden.shape[1], cache):
             return NotImplemented
         return args, compiled.mask(i, hidden, kwargs, self.runtime.text_config)
+
+
+def _with_features(frame: Frame, i: int, hidden: Tensor) -> Tensor:
+    """The states entering layer i, with what the model would have added to the output of the layer before.
+
+    Added here and not behind that layer: what `output_hidden_states` captures there is without it.
+    """
+    own = frame.features.pop(i - 1, None)
+    return hidden if own is None else hidden + own.to(hidden.device)
+
+
+def _with_hidden(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return (), {**kwargs, "hidden_states": hidden}
 
 
 def nothing_in_a_step(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any = None) -> Any:

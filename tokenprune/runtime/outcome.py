@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from tokenprune.models.base import Image
 from tokenprune.runtime.frame import Frame
 from tokenprune.runtime.pruning import Key
 from tokenprune.runtime.timing import Stopwatch
+from tokenprune.tensors import plain_tensors
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Outcome:
     counts: per cut, tokens each (row, image) kept.
     kept: per cut, raster indices each (row, image) kept (device tensors).
     merged: per cut, (pairs, weights) by raster index where tokens were merged.
+    notes: what was told of each (row, image), by the runtime and by the method at each cut; see `Selection.notes`.
     index: (B, L') columns left at the end, -1 filler; None when nothing was cut.
     length: columns of the input.
     lengths: columns entering each decoder layer.
@@ -38,6 +41,7 @@ class Outcome:
     counts: list[dict[Key, int]]
     kept: list[dict[Key, Tensor]]
     merged: list[dict[Key, tuple[Tensor, Tensor]]]
+    notes: dict[Key, list[Mapping[str, int | Tensor]]]
     index: Tensor | None
     length: int
     lengths: list[int]
@@ -65,6 +69,7 @@ def make_outcome(text_config: Any, num_layers: int, frame: Frame) -> Outcome:
         counts=[] if pruning is None else pruning.counts,
         kept=[] if pruning is None else pruning.kept,
         merged=[] if pruning is None else pruning.merged,
+        notes=frame.notes if pruning is None else pruning.notes,
         index=None if pruning is None else pruning.stages[-1].index,
         length=frame.length,
         lengths=lengths,
@@ -88,15 +93,14 @@ def kv_bytes(cache: Any, static_lengths: list[int]) -> tuple[list[int], list[int
     used: list[int] = []
     allocated: list[int] = []
     for i, layer in enumerate(getattr(cache, "layers", None) or []):
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if keys is None or values is None or not keys.numel():
-            used.append(0)
-            allocated.append(0)
-            continue
-        total = keys.nbytes + values.nbytes
-        if getattr(layer, "is_compileable", False):
-            total = total // keys.shape[-2] * min(static_lengths[i], keys.shape[-2])
+        # A quantised layer holds most of its entries in the second pair.
+        names = ("keys", "values", "_quantized_keys", "_quantized_values")
+        tensors = [t for name in names for t in plain_tensors(getattr(layer, name, None)) if t.numel()]
+        total = sum(t.nbytes for t in tensors)
+        if tensors and getattr(layer, "is_compileable", False):
+            entries = tensors[0].shape[-2]
+            total = total // entries * min(static_lengths[i], entries)
         used.append(total)
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (keys, values)}
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         allocated.append(sum(storages.values()))
     return used, allocated

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tokenprune.arguments import KeepLists
+from tokenprune.arguments import KeepLists, is_list
 from tokenprune.budget import Cut, Keep, plan_counts
 from tokenprune.config import PruneConfig
 from tokenprune.errors import BudgetError, ConfigError, TokenPruneError
@@ -70,8 +70,14 @@ class Pruning:
             (r, i): image for r, row in enumerate(rows) for i, image in enumerate(row)
         }
         self.last = max(int(image.columns[-1]) for image in self.images.values())
-        self.counts = self._plan(len(family.layers(model)))
         self._mask = mask
+        # Images whose last token ends their row: its state predicts the next token, so it stays whatever the method
+        # says, which is not shown it.
+        self.notes: dict[Key, list[Mapping[str, int | Tensor]]] = {}  # for the report
+        self.ends_row = {
+            key for key, image in self.images.items() if image.columns[-1] == self._row_end(key[0])
+        }
+        self.counts = self._plan(len(family.layers(model)))
         self.prunes = any(c[key] < image.n for c in self.counts for key, image in self.images.items())
         self._text = [self._text_columns(r) for r in range(self.batch)]
         self.lengths = [
@@ -96,14 +102,15 @@ class Pruning:
     def _plan(self, num_layers: int) -> list[dict[Key, int]]:
         config, asked = self.config, self.config.arguments
         if asked.keep_lists is not None:
-            return check_keep_lists(asked.keep_lists, self.rows)
+            return check_keep_lists(asked.keep_lists, self.rows, self.ends_row)
         counts: list[dict[Key, int]] = [{} for _ in config.cuts]
         for key, image in self.images.items():
             own = len(image.parts) or 1  # a number of tokens is one per image
+            self._note_small(key, image, asked.strict)
             cuts = tuple(Cut(cut.layer, _times(cut.keep, own)) for cut in config.cuts)
             planned = plan_counts(image.n, num_layers, cuts, _times(asked.keep, own), asked.budget)
             frames = sum(grid.frames for grid in image.grids)
-            if planned and asked.frame_floor * frames > planned[-1]:
+            if asked.frame_floor and asked.frame_floor * frames > planned[-1] - (key in self.ends_row):
                 raise BudgetError(
                     f"frame_floor={asked.frame_floor} takes {asked.frame_floor * frames} tokens for the {frames} "
                     f"frames of a {image.kind} that keeps {planned[-1]}; keep more, or lower the floor"
@@ -111,6 +118,33 @@ class Pruning:
             for c, k in enumerate(planned):
                 counts[c][key] = k
         return counts
+
+    def _note_small(self, key: Key, image: Image, strict: bool) -> None:
+        """An image that has fewer tokens than are to be kept stays whole.
+
+        Raises:
+            BudgetError: `strict` does not allow that.
+        """
+        for asked in (self.config.arguments.keep, *(cut.keep for cut in self.config.cuts)):
+            small = [part for part in image.parts or (image,) if isinstance(asked, int) and asked > part.n]
+            if small and strict:
+                raise BudgetError(
+                    f"keep={asked} tokens, but the {image.kind} has only {small[0].n}; pass at most {small[0].n}, or a "
+                    f"fraction"
+                )
+            if small:
+                self.notes[key] = [{f"kept whole: fewer tokens than keep={asked}": len(small)}]
+                return
+
+    def _row_end(self, row: int) -> int:
+        """A row's last column that is no padding."""
+        if self._mask is None or not self._mask[row].any():
+            return self.length - 1
+        return int(np.flatnonzero(self._mask[row])[-1])
+
+    def to_choose(self, cut: int, key: Key) -> int:
+        """How many tokens of an image the method is asked for."""
+        return self.counts[cut][key] - (key in self.ends_row)
 
     def _text_columns(self, row: int) -> IntArray:
         """Columns of a row that are never pruned. Left padding goes: a shorter batch needs less of it."""
@@ -148,14 +182,16 @@ class Pruning:
         return row.index_select(0, self._slots[key].to(row.device))
 
     def view(self, key: Key, facts: Mapping[str, VisionFacts], /, **states: Tensor) -> ImageTokens:
-        """What the method sees of an image at this cut.
+        """What the method sees of an image at this cut: nothing that is the runtime's or the model's own.
 
         Args:
             key: (row, image).
             facts: what the vision tower's hook noted, by kind of image.
             states: (n, ...) of its remaining tokens, by name.
         """
-        image, raster = self.images[key], self.raster[key]
+        image, raster = self.images[key], self.raster[key].clone()
+        if key in self.ends_row:
+            raster, states = raster[:-1], {name: own[:-1] for name, own in states.items()}
         vision = digest = None
         noted = [(facts.get(part.kind), part) for part in image.parts or (image,)]
         if all(own is not None and own.attention for own, _ in noted):
@@ -195,18 +231,24 @@ class Pruning:
         for key in self.wants(cut):
             raster = self.raster[key]
             kept = torch.as_tensor(lists[key[0]][key[1]], dtype=torch.long).to(raster.device)
-            self.store(cut, key, Selection(torch.searchsorted(raster, kept)))
+            self.selections[cut][key] = Selection(torch.searchsorted(raster, kept))
 
     def store(self, cut: int, key: Key, selection: Selection) -> None:
-        """Keep a selection, on the plan's device: with several devices the scored layer's may be another."""
+        """Keep what a method chose, on the plan's device: with several devices the scored layer's may be another."""
         if selection.merges is not None and self.images[key].parts:
             raise TokenPruneError(
                 f"method {self.config.method.name!r} merges tokens, which allocation='pooled' does not offer; use "
                 f"allocation='image'"
             )
         device = self.raster[key].device
-        tensors = (selection.keep, selection.merges, selection.weights)
-        self.selections[cut][key] = Selection(*(t if t is None else t.to(device) for t in tensors))  # type: ignore[arg-type]
+        keep, merges, weights = (
+            t if t is None else t.to(device) for t in (selection.keep, selection.merges, selection.weights)
+        )
+        assert keep is not None
+        if key in self.ends_row:
+            keep = torch.cat([keep, keep.new_full((1,), len(self.raster[key]) - 1)])
+        self.selections[cut][key] = Selection(keep, merges, weights)
+        self.notes.setdefault(key, []).append(selection.notes)
 
     def apply(self, cut: int, states: list[Tensor]) -> list[Tensor]:
         """Carry out a cut.
@@ -270,8 +312,10 @@ class Pruning:
                 hidden, copied = hidden.clone(), True
             source, slot = selection.merges.to(hidden.device).unbind(1)
             states = self.take(hidden, key)
-            weights = selection.weights.to(hidden.device, hidden.dtype)
-            total = torch.zeros_like(states).index_add_(0, slot, states[source] * weights[:, None])
+            weights = selection.weights.to(hidden.device, torch.float32)
+            # Summed in float32 and rounded once.
+            parts = states[source].float() * weights[:, None]
+            total = parts.new_zeros(states.shape).index_add_(0, slot, parts).to(states.dtype)
             replaced = torch.zeros(len(states), dtype=torch.bool, device=hidden.device).index_fill_(
                 0, slot, True
             )
@@ -328,11 +372,19 @@ def _right_align(rows: Sequence[Tensor], length: int) -> Tensor:
     return torch.stack(padded).sort(dim=1).values
 
 
-def check_keep_lists(keep_lists: KeepLists, rows: list[list[Image]]) -> list[dict[Key, int]]:
+def check_keep_lists(
+    keep_lists: KeepLists, rows: list[list[Image]], ends_row: set[Key]
+) -> list[dict[Key, int]]:
     """Counts of forced keep lists, checked against the call's images.
 
+    Args:
+        keep_lists: as `wrap` takes them.
+        rows: images by row.
+        ends_row: images whose last token has to stay.
+
     Raises:
-        ConfigError: wrong shape, or indices that are not ascending, in range and a subset of the previous cut's.
+        ConfigError: wrong shape, or indices that are not ascending, in range and a subset of the previous cut's, or
+            an image that ends its row without its last token.
     """
     counts: list[dict[Key, int]] = []
     allowed: dict[Key, set[int]] = {
@@ -346,14 +398,16 @@ def check_keep_lists(keep_lists: KeepLists, rows: list[list[Image]]) -> list[dic
             )
         found: dict[Key, int] = {}
         for key, before in allowed.items():
-            try:
-                kept = [operator.index(x) for x in cut[key[0]][key[1]]]
-            except TypeError:  # no list, or none of integers
-                kept = []
+            kept = _indices(cut[key[0]][key[1]])
             if not kept or any(b <= a for a, b in pairwise(kept)) or not before.issuperset(kept):
                 raise ConfigError(
                     f"keep_lists[{c}][{key[0]}][{key[1]}] must be a list of ints, ascending, non-empty and drawn "
                     f"from the {len(before)} tokens left of that image"
+                )
+            if key in ends_row and kept[-1] != rows[key[0]][key[1]].n - 1:
+                raise ConfigError(
+                    f"keep_lists[{c}][{key[0]}][{key[1]}] must keep the image's last token, "
+                    f"{rows[key[0]][key[1]].n - 1}: the row ends in it, and its state predicts the next token"
                 )
             allowed[key], found[key] = set(kept), len(kept)
         counts.append(found)
@@ -362,10 +416,20 @@ def check_keep_lists(keep_lists: KeepLists, rows: list[list[Image]]) -> list[dic
 
 def _shape(cut: Any) -> list[int] | None:
     """Lists per row, or None where they are not nested as they should be."""
-    try:
-        return [len(row) for row in cut]
-    except TypeError:
+    if not is_list(cut) or not all(is_list(row) for row in cut):
         return None
+    return [len(row) for row in cut]
+
+
+def _indices(given: Any) -> list[int]:
+    """A list (or tensor, or array) of integers as ints; empty where it is anything else."""
+    given = given.tolist() if isinstance(given, Tensor | np.ndarray) else given
+    if not is_list(given) or any(isinstance(x, bool | np.bool_) for x in given):
+        return []
+    try:
+        return [operator.index(x) for x in given]
+    except TypeError:
+        return []
 
 
 def prompt_digests(ids: Tensor, mask: NDArray[np.bool_] | None, rows: list[list[Image]]) -> dict[Key, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +32,27 @@ class Columns:
 
 
 @dataclass
+class Rows:
+    """By what the rows of a cache are known again, should it be reordered, repeated or taken apart between calls.
+
+    Attributes:
+        layer: a layer that holds all it was given.
+        entries: how many of its entries belong to the pruned prompt.
+        marks: (B, head_dim) the largest of each row's first head's keys over those entries: exact in any order, and
+            different where prompts are. None where no layer can tell.
+        seen: the tensor the layer's keys were in after the last call. While they are, nothing was moved.
+    """
+
+    layer: int
+    entries: int
+    marks: Tensor | None
+    seen: weakref.ref[Tensor] | None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "seen": None}  # a copy of a cache has other tensors
+
+
+@dataclass
 class Record:
     """Which columns of a conversation each layer's cache still holds.
 
@@ -50,6 +72,11 @@ class Record:
     after: int = 0  # columns added since to a static cache, whose own length only the device knows
     compiled: bool = False  # whether torch.compile may have run steps that `after` does not count
     verify: bool = False  # whether the last continuation may have been cropped since
+    rows: Rows | None = None
+
+    @property
+    def batch(self) -> int:
+        return int(next(own for own in reversed(self.layers) if own is not None).index.shape[0])
 
     def cut_to(self, past: int) -> None:
         """Forget the last columns described: the cache was cropped to `past` columns, none of them pruned since."""
@@ -102,14 +129,20 @@ def read(cache: Any, num_layers: int, batch: int) -> Record | None:
     if cache is None or not getattr(cache, "layers", None):
         return None
     record = record_of(cache)
+    if (
+        record is not None
+        and not is_static(cache)
+        and layer_length(cache, 0) == 0 == layer_length(cache, num_layers - 1)
+    ):
+        attach(cache, None)  # a cache that was reset
+        return None
+    if record is not None:
+        record = follow(cache, record, batch)
     if is_static(cache):
         if record is not None and record.compiled:
             record.after = layer_length(cache, 0) + record.removed(0) - record.length
         return record
     first, last = layer_length(cache, 0), layer_length(cache, num_layers - 1)
-    if first == 0 and last == 0:  # a cache that was reset
-        attach(cache, None)
-        return None
     if record is None:
         if first != last:
             raise UnsupportedModeError(
@@ -119,6 +152,11 @@ def read(cache: Any, num_layers: int, batch: int) -> Record | None:
             )
         return None
     past = first + record.removed(0)
+    if past > last + record.removed(num_layers - 1):
+        raise UnsupportedModeError(
+            "a call on this cache failed half way: its first layers hold tokens that its last ones do not; start again "
+            "from the prompt, or from a copy made before"
+        )
     if last + record.removed(num_layers - 1) > past:
         # transformers before 5.23 crops to an absolute length, which leaves the shorter layers too long.
         crop(cache, record, past)
@@ -129,15 +167,92 @@ def read(cache: Any, num_layers: int, batch: int) -> Record | None:
         )
     if past < record.length:
         record.cut_to(past)
-    columns = record.layers[num_layers - 1]
-    if columns is not None and columns.index.shape[0] != batch:
-        if columns.index.shape[0] != 1:
-            raise UnsupportedModeError(
-                f"this cache was pruned with batch {columns.index.shape[0]} and is used with batch {batch}; expand the "
-                f"batch before the prompt is processed"
-            )
-        record = _expand(record, batch)
     return record
+
+
+def remember(cache: Any, record: Record) -> None:
+    """Note after a call in which tensors the rows are, and what they are known by if that is not noted yet."""
+    if record.rows is None:
+        record.rows = _rows(cache, record)
+    keys = getattr(cache.layers[record.rows.layer], "keys", None)
+    record.rows.seen = weakref.ref(keys) if isinstance(keys, Tensor) else None
+
+
+def _rows(cache: Any, record: Record) -> Rows:
+    for i in reversed(range(len(record.layers))):
+        columns, layer = record.layers[i], cache.layers[i]
+        keys = getattr(layer, "keys", None)
+        if columns is None or not isinstance(keys, Tensor) or keys.ndim != 4:
+            continue
+        entries = columns.length - (record.length - record.settled)
+        # Not a window that lets go of old entries, nor the unquantised rest of a quantised layer.
+        whole = (
+            not getattr(layer, "is_sliding", False) if is_static(cache) else keys.shape[2] == columns.length
+        )
+        if whole and 0 < entries <= keys.shape[2]:
+            return Rows(i, entries, _marks(keys, entries), None)
+    return Rows(len(record.layers) - 1, 0, None, None)
+
+
+def _marks(keys: Tensor, entries: int) -> Tensor:
+    return keys[:, 0, :entries].amax(1)
+
+
+def follow(cache: Any, record: Record, batch: int) -> Record:
+    """The record of a cache whose rows were reordered, repeated or left out since (attached to it, too).
+
+    Args:
+        cache: with a record.
+        record: its own.
+        batch: rows of the call that is about to use it.
+
+    Raises:
+        UnsupportedModeError: rows that are not those of the prompt, or that cannot be told apart.
+    """
+    rows, known = record.rows, record.batch
+    keys = None if rows is None else getattr(cache.layers[rows.layer], "keys", None)
+    unmoved = rows is not None and rows.seen is not None and rows.seen() is keys and keys is not None
+    if rows is None or not isinstance(keys, Tensor) or known == batch == 1 or (unmoved and known == batch):
+        source = None
+    elif keys.shape[2] < rows.entries and rows.marks is not None:
+        source = None  # cropped into the prompt, which the lengths tell
+    elif known == 1 or (rows.marks is None and _are_alike(record)):
+        source = torch.zeros(batch, dtype=torch.long, device=keys.device)
+    elif rows.marks is None:
+        raise UnsupportedModeError(
+            "this cache was copied or its rows were moved since the last call, and it no longer holds what they could "
+            "be told apart by; go on with the cache itself, one row at a time, or from the prompts"
+        )
+    else:
+        same = (_marks(keys, rows.entries)[:, None] == rows.marks.to(keys.device)[None]).all(-1)
+        source = same.long().argmax(1)
+        if not bool(same.any(1).all()):
+            raise UnsupportedModeError(
+                "this cache holds other rows than the pruned prompts it was made by; start again from the prompts"
+            )
+    if (
+        source is not None
+        and len(source) == known
+        and bool((source == torch.arange(known, device=source.device)).all())
+    ):
+        source = None
+    if source is not None:
+        record = _taken(record, source)
+        attach(cache, record)
+    if record.batch != batch:
+        raise UnsupportedModeError(
+            f"this cache was pruned with batch {record.batch} and is used with batch {batch}; repeat or select the "
+            f"cache's rows first (batch_repeat_interleave, batch_select_indices)"
+        )
+    return record
+
+
+def _are_alike(record: Record) -> bool:
+    """Whether all rows were pruned alike, as the beams of one prompt are."""
+    distinct = {id(own): own for own in record.layers if own is not None}.values()
+    tensors = [t for own in distinct for t in (own.index, own.visible) if t is not None]
+    tensors += [t for t in (record.padding, record.shift) if t is not None]
+    return all(bool((t == t[:1]).all()) for t in tensors)
 
 
 def crop(cache: Any, record: Record, past: int) -> None:
@@ -148,17 +263,27 @@ def crop(cache: Any, record: Record, past: int) -> None:
             layer.keys, layer.values = layer.keys[..., :entries, :], layer.values[..., :entries, :]
 
 
-def _expand(record: Record, batch: int) -> Record:
+def _taken(record: Record, source: Tensor) -> Record:
+    """The rows `source` of a record."""
+
+    def rows(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.index_select(0, source.to(x.device))
+
     seen: dict[int, Columns] = {}
     layers: list[Columns | None] = []
     for columns in record.layers:
         if columns is not None and id(columns) not in seen:
-            visible = None if columns.visible is None else columns.visible.expand(batch, -1)
-            seen[id(columns)] = Columns(columns.index.expand(batch, -1), visible)
+            index = columns.index.index_select(0, source.to(columns.index.device))
+            seen[id(columns)] = Columns(index, rows(columns.visible))
         layers.append(None if columns is None else seen[id(columns)])
-    padding = None if record.padding is None else record.padding.expand(batch)
-    shift = None if record.shift is None else record.shift.expand(batch, -1)
-    return Record(record.length, record.settled, layers, padding, shift)
+    own = record.rows
+    return replace(
+        record,
+        layers=layers,
+        padding=rows(record.padding),
+        shift=rows(record.shift),
+        rows=None if own is None else replace(own, marks=rows(own.marks)),
+    )
 
 
 def extend(

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from tokenprune.config import PruneConfig
 from tokenprune.errors import TokenPruneError
+from tokenprune.methods.base import Selection
 from tokenprune.models.base import VisionCall, VisionTap
 from tokenprune.models.decoder import by_token, rotate, state_module
 from tokenprune.runtime import compiled
 from tokenprune.runtime.frame import Frame
 from tokenprune.runtime.layers import nothing_in_a_step
 from tokenprune.runtime.pruning import Key, Pruning
+from tokenprune.runtime.selections import check_selection
 from tokenprune.runtime.vision import VisionFacts, attach_facts, sizes_on_host
 
 if TYPE_CHECKING:
@@ -167,13 +169,9 @@ class Taps:
                 own = {
                     name: _state(frame, pruning, key, name, x) for name, x in states.items() if name in needed
                 }
-                k = pruning.counts[cut][key]
-                selection = method.select(pruning.view(key, frame.facts, **own), k)
-                if selection.keep.shape != (k,):
-                    raise TokenPruneError(
-                        f"method {method.name!r} returned {tuple(selection.keep.shape)} indices where "
-                        f"{k} were asked for"
-                    )
+                image, k = pruning.view(key, frame.facts, **own), pruning.to_choose(cut, key)
+                selection = method.select(image, k) if k else Selection(image.raster[:0])
+                check_selection(method.name, selection, image.n, k)
                 pruning.store(cut, key, selection)
 
     # -- the vision tower ---------------------------------------------------------------------------------------------
@@ -244,15 +242,15 @@ def _wanted(config: PruneConfig) -> list[tuple[int, str]]:
 
 def _state(frame: Frame, pruning: Pruning, key: Key, name: str, x: Tensor) -> Tensor:
     """One image's states: (n, D) hidden, (n, heads, head_dim) otherwise, rotary applied."""
-    if name == "hidden":
-        return pruning.take(x, key)
-    own = pruning.take(by_token(frame.attention_module, name, x), key)
-    if name == "value":
-        return own
-    # With several devices the layer's inputs are moved only inside its forward.
-    rope = frame.rope
-    rope = pruning.take(rope, key) if isinstance(rope, Tensor) else [pruning.take(x, key) for x in rope]
-    return rotate(frame.attention_module, own, rope)
+    states = x if name == "hidden" else by_token(frame.attention_module, name, x)
+    own = pruning.take(states, key)
+    if name in ("query", "key"):
+        # With several devices the layer's inputs are moved only inside its forward.
+        rope = frame.rope
+        rope = pruning.take(rope, key) if isinstance(rope, Tensor) else [pruning.take(x, key) for x in rope]
+        own = rotate(frame.attention_module, own, rope)
+    # Never a view of the model's own states: a method that writes into what it is shown changes nothing else.
+    return own.clone() if own.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() else own
 
 
 def _no_state_in_a_step(
