@@ -6,6 +6,8 @@ import weakref
 import pytest
 import torch
 
+import judge
+import oracle
 import tiny
 import tokenprune
 from tokenprune.analysis.layers import last_row, read_layers
@@ -73,7 +75,7 @@ def test_last_row_is_the_models_own_attention(name, pad):
             assert (weights - truth).abs().max() < 1e-5, (layer, r)
             checked.append((layer, r))
 
-    with Reader(model, attention=compare) as reader:
+    with Reader(model, on_states=compare) as reader:
         reader.read(inputs)
     assert len(checked) == 12
 
@@ -143,4 +145,47 @@ def test_refusals_leave_the_model_alone():
     assert hooks(model) == before
     with tokenprune.pruned(model, keep=0.5, layer=1):
         with pytest.raises(TokenPruneError, match="unwrap"):
-            read_layers(model, [])
+            tokenprune.detect_ecl(model, [])
+
+
+@pytest.mark.parametrize("pad", ["left", "right"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_a_wrapped_model_is_read_as_it_is_pruned(name, pad):
+    """Every layer's states against the masked forward, and every image's places in what is left."""
+    model = MODELS[name](layers=4)
+    inputs = tiny.inputs(model, ROWS, pad=pad)
+    hidden, heads = {}, {}
+
+    def caught(layer, states, prompt):
+        def pick(x):
+            return x[0 if len(x) == 1 else 1].index_select(0, prompt.visual[1][0])
+
+        heads[layer] = {name: states.of(name, pick) for name in ("query", "key", "value")}
+
+    with tokenprune.pruned(model, "random", cuts=[(1, 0.6), (3, 0.3)]):
+        before = hooks(model)
+        with Reader(
+            model, lambda l, x, p: hidden.update({l: (x, p)}), caught, ("query", "key", "value")
+        ) as reader:
+            reader.read(inputs)
+        report = tokenprune.report(model)
+        assert tokenprune.is_wrapped(model)
+        with torch.no_grad():
+            model(**inputs)  # nobody is shown anything any more
+    assert len(hidden) == 5 and len(heads) == 4 and before
+    positions = tiny.visual_positions(model, inputs)
+    wanted = oracle.masked_forward(model, inputs, judge.cuts_of(report), positions, output_hidden=True).hidden
+    for layer in range(4):
+        states, prompt = hidden[layer]
+        cut = {0: None, 1: 0, 2: 0, 3: 1}[layer]
+        for r, row in enumerate(positions):
+            for i, columns in enumerate(row):
+                kept = list(range(len(columns))) if cut is None else report.keep_lists[cut][r][i]
+                assert prompt.raster[r][i].tolist() == kept
+                found = states[r, prompt.visual[r][i]]
+                torch.testing.assert_close(found, wanted[layer][r, columns[kept]], atol=1e-4, rtol=0)
+        # The value has no rotary embedding: it is the projection of the normed state.
+        block = model.model.language_model.layers[layer]
+        value = block.self_attn.v_proj(block.input_layernorm(states[1, prompt.visual[1][0]]))
+        torch.testing.assert_close(heads[layer]["value"].flatten(1), value, atol=1e-5, rtol=0)
+        assert len(heads[layer]["query"]) == len(prompt.visual[1][0])

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import judge
 import tiny
 import tokenprune
-from tokenprune.runtime.call import CallHooks
+from tokenprune.runtime.calls import CallHooks
 from tokenprune.runtime.layers import LayerHooks
 from tokenprune.runtime.taps import Taps
 
@@ -49,7 +49,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch, *names: str) -> Iterator[list[str]
         yield ran
 
 
-LAYERS = ("_enter_layer", "_enter_text_model", "_catch_rope", "_catch_state")
+LAYERS = ("_enter_layer", "_enter_text_model", "_enter_attention", "_catch_state")
 DECODE = ("_enter", "_leave", *LAYERS)
 CUTS: list[dict[str, Any]] = [
     {"method": "entropyprune", "layer": 2, "keep": 0.5},
@@ -93,16 +93,16 @@ def test_no_copy_on_decode_steps(cut: dict[str, Any], monkeypatch: pytest.Monkey
 
 def test_one_copy_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the host `_to_host` is the only door; a call goes through it once, a decode step never."""
-    from tokenprune.runtime import frame
+    from tokenprune.runtime import state
 
     calls: list[int] = []
-    original = frame._to_host
+    original = state._to_host
 
     def counted(tensors: Any) -> Any:
         calls.append(len(tensors))
         return original(tensors)
 
-    monkeypatch.setattr(frame, "_to_host", counted)
+    monkeypatch.setattr(state, "_to_host", counted)
     model = tiny.qwen2_5_vl()
     with tokenprune.pruned(model, "entropyprune", layer=2, keep=0.5):
         model.generate(**tiny.inputs(model, judge.ROWS, pad="left"), max_new_tokens=4, do_sample=False)

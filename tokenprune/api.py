@@ -130,11 +130,17 @@ def is_wrapped(model: object) -> bool:
         return False
 
 
-def _runtime(model: object) -> Runtime:
+def runtime_of(model: object) -> Runtime | None:
+    """The hooks of a wrapped model, for analysis; None where it is not wrapped."""
     runtime = stock_model(model).__dict__.get(_ATTRIBUTE)
+    assert runtime is None or isinstance(runtime, Runtime)
+    return runtime
+
+
+def _runtime(model: object) -> Runtime:
+    runtime = runtime_of(model)
     if runtime is None:
         raise TokenPruneError("this model is not wrapped; call tokenprune.wrap(model, ...) first")
-    assert isinstance(runtime, Runtime)
     if runtime.model is not stock_model(model):
         raise TokenPruneError(
             "this is a shallow copy of a wrapped model; unwrap the model it was copied from first"

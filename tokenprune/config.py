@@ -12,7 +12,7 @@ from tokenprune.budget import BudgetMeaning, Cut, Keep, average_floor
 from tokenprune.errors import BudgetError, ConfigError
 from tokenprune.methods import DecoderShape, Method, NoPruning, ScoreMethod, make_method
 from tokenprune.models.base import Family
-from tokenprune.models.decoder import check_states
+from tokenprune.models.decoders import check_states
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 from tokenprune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tokenprune.methods.base import Grid
     from tokenprune.reporting import Report
+    from tokenprune.tokens import Grid
 
 Picture: TypeAlias = Image.Image
 # (height, width), (frames, height, width), or tokenprune's own Grid

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from tokenprune.budget import average_kept
-from tokenprune.models.base import Image
 from tokenprune.runtime.flops import decoder_flops
 from tokenprune.runtime.outcome import Outcome
 from tokenprune.runtime.pruning import unpool
+from tokenprune.tokens import Image
 
 
 @dataclass(frozen=True)

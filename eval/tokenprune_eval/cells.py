@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokenprune.methods.base import State
+from tokenprune.tokens import State
 
 SOURCES: tuple[State, ...] = ("query", "key", "value", "hidden")
 NORMALIZATIONS = ("none", "trace")

@@ -3,40 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
+from torch import Tensor
 
-import tokenprune
-from tokenprune.methods import ImageTokens, Method, Needs, Selection
-from tokenprune.methods.base import State
-
-
-@dataclass(frozen=True)
-class _Record(Method):
-    """Keeps what it is shown; any tokens will do."""
-
-    name: ClassVar[str] = "record"
-    min_layer: ClassVar[int] = 1
-
-    states: tuple[State, ...] = ()
-    images: list[ImageTokens] = field(default_factory=list)
-
-    def needs(self) -> Needs:
-        return Needs(states=self.states)
-
-    def select(self, image: ImageTokens, k: int) -> Selection:
-        self.images.append(image)
-        return Selection(torch.arange(k, device=image.raster.device))
+from tokenprune.analysis.layers import picked
+from tokenprune.analysis.reader import Prompt, Reader
+from tokenprune.methods import ImageTokens
+from tokenprune.runtime.states import LayerStates
+from tokenprune.tokens import State
 
 
 def images_at(
     model: Any, calls: Iterable[Mapping[str, Any]], states: tuple[State, ...], layer: int
 ) -> list[ImageTokens]:
     """Every image in `calls`, with the states named, as a cut at `layer` would score it."""
-    method = _Record(states=states)
-    with tokenprune.pruned(model, method, layer=layer, keep=1, budget="after_cut"), torch.no_grad():
+    shown: list[dict[str, Tensor]] = []
+    images: list[ImageTokens] = []
+
+    def projected(l: int, caught: LayerStates, prompt: Prompt) -> None:
+        if l == layer - 1:
+            for r, row in enumerate(prompt.visual):
+                for columns in row:
+                    shown.append({s: caught.of(s, picked(r, columns)) for s in states if s != "hidden"})
+
+    def hidden(l: int, entering: Tensor, prompt: Prompt) -> None:
+        if l != layer:
+            return
+        keys = [(r, i) for r, row in enumerate(prompt.visual) for i in range(len(row))]
+        for k, (r, i) in enumerate(keys):
+            own: dict[str, Any] = dict(shown[k]) if shown else {}
+            if "hidden" in states:
+                own["hidden"] = picked(r, prompt.visual[r][i])(entering)
+            raster, grids = prompt.raster[r][i], prompt.images[r][i].grids
+            images.append(ImageTokens(len(raster), raster, grids, heads, **own))
+        shown.clear()
+
+    wanted: tuple[State, ...] = tuple(s for s in states if s != "hidden")
+    reader = Reader(model, hidden, projected if wanted else None, wanted)
+    text: Any = reader.family.text_model(reader.model)
+    heads: int = text.config.num_attention_heads
+    with reader:
         for inputs in calls:
-            model(**inputs, logits_to_keep=1)
-    return method.images
+            reader.read(inputs)
+    return images

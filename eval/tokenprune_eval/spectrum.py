@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.methods.base import State
+from tokenprune.tokens import State
 from tokenprune_eval.cells import SOURCES
 from tokenprune_eval.machine import describe
 from tokenprune_eval.recorded import images_at

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenprune.analysis.layers import read_layers
+from tokenprune.api import is_wrapped
 from tokenprune.errors import ConfigError, TokenPruneError
 from tokenprune.estimators import Estimator
 from tokenprune.fingerprint import fingerprint
@@ -70,6 +71,10 @@ def begin(model: Any, fallback_layer: object, *, save: bool) -> str:
         ConfigError: the model has no such layer, or the cache cannot be written to.
         UnsupportedModelError: the model's weights are not in memory and cannot be recognised again.
     """
+    if is_wrapped(model):
+        raise TokenPruneError(
+            "the model is wrapped; tokenprune.unwrap(model) before its collapse is looked for"
+        )
     inner = stock_model(model)
     layers = len(find_family(inner).layers(inner))
     good = (

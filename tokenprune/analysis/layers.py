@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenprune.analysis.reader import Attention, Prompt, Reader
+from tokenprune.analysis.reader import Prompt, Reader
 from tokenprune.errors import ConfigError
 from tokenprune.estimators import Estimator, estimate, make_estimator
-from tokenprune.methods.base import Grid
-from tokenprune.models.decoder import by_token, rotate
+from tokenprune.runtime.states import LayerStates
+from tokenprune.tokens import Grid
 from tokenprune_kernels.dual_gram_entropy import dual_gram_entropy
 
 FloatArray = NDArray[np.float64]
@@ -64,7 +64,7 @@ def read_layers(
     Nothing is copied: states are measured inside the layers' hooks and a number per image is kept.
 
     Args:
-        model: a stock model that is not wrapped.
+        model: a stock model; a wrapped one is measured as it is pruned.
         calls: inputs as its processor makes them, each a batch of any size.
         estimators: names or instances.
         attention: whether to measure attention too (of the last position only).
@@ -72,15 +72,12 @@ def read_layers(
 
     Raises:
         ConfigError: an unknown estimator, or calls without images.
-        TokenPruneError: the model is wrapped.
     """
     made = [make_estimator(e) for e in estimators]
     if not made:
         raise ConfigError("name at least one estimator")
     measuring = _Measuring(made, attention, maps)
-    reader = Reader(
-        model, hidden=measuring.hidden, attention=measuring.attention if attention or maps else None
-    )
+    reader = Reader(model, hidden=measuring.hidden, on_states=measuring.states if attention or maps else None)
     measuring.num_layers = len(reader.layers)
     with reader:
         for inputs in calls:
@@ -129,10 +126,9 @@ class _Measuring:
             value = estimate(tokens, estimator) if len(columns) > 1 else states.new_full((), torch.nan)
             self.values[kind][e].setdefault(layer, []).append(value.float())
 
-    def attention(self, layer: int, attention: Attention, prompt: Prompt) -> None:
+    def states(self, layer: int, states: LayerStates, prompt: Prompt) -> None:
         for (r, i), values in zip(self._maps, self.maps[len(self.maps) - len(self._maps) :], strict=True):
-            columns = prompt.visual[r][i].to(attention.query.device)
-            heads = turned(attention, "query", r, columns)
+            heads = states.of("query", picked(r, prompt.visual[r][i]))
             values[layer] = dual_gram_entropy(heads, normalization="trace")
         if not self.wants_attention:
             return
@@ -141,8 +137,8 @@ class _Measuring:
             self.entropy += [row[0] for row in self._rows]
             self.share += [row[1] for row in self._rows]
         for r, (entropy, share) in enumerate(self._rows):
-            columns = torch.cat([*prompt.visual[r], prompt.text[r]]).to(attention.query.device)
-            weights = last_row(attention, r, columns)
+            columns = torch.cat([*prompt.visual[r], prompt.text[r]])
+            weights = last_row(states, r, columns)
             entropy[layer] = -torch.special.xlogy(weights, weights).sum(-1) / math.log(len(columns))
             visual = sum(len(image) for image in prompt.visual[r])
             share[layer] = weights[:, :visual].sum(-1).mean()
@@ -177,18 +173,18 @@ class _Measuring:
         )
 
 
-def last_row(attention: Attention, row: int, columns: Tensor) -> Tensor:
+def last_row(states: LayerStates, row: int, columns: Tensor) -> Tensor:
     """Attention probabilities (heads, keys) of a row's last real position over the real positions it sees.
 
     Args:
-        attention: what the layer computes it from.
+        states: what the layer computes it from.
         row: of the batch.
         columns: (keys,) real positions in any order; the largest is the query's.
     """
-    module: Any = attention.module
+    module: Any = states.module
     last = columns.max().reshape(1)
-    query = turned(attention, "query", row, last)[0].float()
-    key = turned(attention, "key", row, columns).float()
+    query = states.of("query", picked(row, last))[0].float()
+    key = states.of("key", picked(row, columns)).float()
     key = key.repeat_interleave(query.shape[0] // key.shape[1], dim=1)
     logits = torch.einsum("hd,khd->hk", query, key) * module.scaling
     cap = getattr(module.config, "attn_logit_softcapping", None)
@@ -202,15 +198,9 @@ def last_row(attention: Attention, row: int, columns: Tensor) -> Tensor:
     return logits.softmax(-1)
 
 
-def turned(attention: Attention, state: str, row: int, columns: Tensor) -> Tensor:
-    """Queries or keys (n, heads, head_dim) of a row's columns (n,), rotary embedding applied."""
-    own = by_token(attention.module, state, getattr(attention, state))[row].index_select(0, columns)
-
-    def part(x: Tensor) -> Tensor:
-        return x[row if len(x) > 1 else 0].index_select(0, columns)
-
-    rope = attention.rope
-    return rotate(attention.module, own, part(rope) if isinstance(rope, Tensor) else [part(x) for x in rope])
+def picked(row: int, columns: Tensor) -> Callable[[Tensor], Tensor]:
+    """Takes a row's columns (n,) out of a tensor (B | 1, L, ...)."""
+    return lambda x: x[row if len(x) > 1 else 0].index_select(0, columns.to(x.device))
 
 
 def _label(estimator: Estimator) -> str:

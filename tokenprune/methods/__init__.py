@@ -6,20 +6,12 @@ import dataclasses
 from typing import Any
 
 from tokenprune.errors import ConfigError
-from tokenprune.methods.base import (
-    DecoderShape,
-    Grid,
-    ImageTokens,
-    Method,
-    Needs,
-    ScoreMethod,
-    Selection,
-    VisionAttention,
-)
+from tokenprune.methods.base import DecoderShape, ImageTokens, Method, Needs, ScoreMethod
 from tokenprune.methods.entropyprune import EntropyPrune
 from tokenprune.methods.none import NoPruning
 from tokenprune.methods.random import Random
 from tokenprune.methods.uniform import Uniform
+from tokenprune.tokens import Grid, Selection, VisionAttention
 
 METHODS: dict[str, type[Method]] = {m.name: m for m in (EntropyPrune, NoPruning, Random, Uniform)}
 

@@ -7,33 +7,15 @@ shorter tensors.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tokenprune.errors import ConfigError, TokenPruneError
-
-State = Literal["query", "key", "value", "hidden"]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Spatial layout of visual tokens: `frames` (or crops) x `height` x `width` in raster order.
-
-    Each token was made of `merge` x `merge` patches of the vision tower.
-    """
-
-    frames: int
-    height: int
-    width: int
-    merge: int = 1
-
-    @property
-    def tokens(self) -> int:
-        return self.frames * self.height * self.width
+from tokenprune.tokens import Grid, Selection, State, VisionAttention
 
 
 @dataclass(frozen=True)
@@ -45,60 +27,6 @@ class DecoderShape:
     num_key_value_heads: int
     head_dim: int
     hidden_size: int
-
-
-@dataclass(frozen=True)
-class VisionAttention:
-    """Queries and keys of the vision layer whose output becomes the features, for one picture.
-
-    That is what the tower attends within: an image, or one of its crops, or a frame of a video.
-    Only the rows a method asks for are ever computed; an n x n map is not materialised.
-
-    Attributes:
-        query: (heads, m, head_dim), m = patches, plus one when the tower has a CLS token (it comes first).
-        key: (heads, m, head_dim).
-        scale: factor on the dot products.
-        has_cls: whether token 0 is a CLS token.
-        real: (m,) bool, False at patches of padding, to which nothing attends; None where there are none.
-    """
-
-    query: Tensor
-    key: Tensor
-    scale: float
-    has_cls: bool
-    real: Tensor | None = None
-
-    def rows(self, index: Tensor) -> Tensor:
-        """Attention probabilities of the given query tokens, (heads, len(index), m), float32."""
-        logits = self.query[:, index].float() @ self.key.float().transpose(1, 2) * self.scale
-        if self.real is not None:
-            logits = logits.masked_fill(~self.real, float("-inf"))
-        return logits.softmax(-1)
-
-    def cls_row(self) -> Tensor:
-        """Attention from CLS to each patch, mean over heads, (n,).
-
-        Raises:
-            ConfigError: the tower has no CLS token.
-        """
-        if not self.has_cls:
-            raise ConfigError("this vision tower has no CLS token; use the received attention instead")
-        first = torch.zeros(1, dtype=torch.long, device=self.query.device)
-        return self.rows(first)[:, 0, 1:].mean(0)
-
-    def received(self, chunk: int = 256) -> Tensor:
-        """Mean attention each patch receives from all patches, (n,): c[j] = mean_i A[i, j], mean over heads.
-
-        Patches of padding neither give nor receive any.
-        """
-        start = int(self.has_cls)
-        m, device = self.query.shape[1], self.query.device
-        gives = torch.ones(m, device=device) if self.real is None else self.real.float()
-        total = torch.zeros(m, device=device)
-        for low in range(start, m, chunk):
-            index = torch.arange(low, min(low + chunk, m), device=device)
-            total += gives[low : low + chunk] @ self.rows(index).mean(0)
-        return total[start:] / gives[start:].sum()
 
 
 @dataclass(frozen=True)
@@ -155,25 +83,6 @@ class ImageTokens:
         sizes = [grid.height * grid.width for grid in self.grids for _ in range(grid.frames)]
         ends = torch.tensor(sizes).cumsum(0).to(self.raster.device, non_blocking=True)
         return torch.searchsorted(ends, self.raster, right=True)
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What one image keeps at one cut. All indices count the image's tokens *at this cut* (0 .. n - 1).
-
-    Attributes:
-        keep: (k,) long, ascending.
-        merges: (m, 2) long pairs (source, slot), or None: the state of each slot named is replaced by the
-            weighted sum of its sources (the slot itself is one only if listed). Slots must be kept tokens.
-        weights: (m,) float weights of the pairs.
-        notes: how often something worth telling happened, by what it was ("scores that were no numbers"): ints, or
-            integer tensors () that are read only when the report is. Those above 0 stand in it.
-    """
-
-    keep: Tensor
-    merges: Tensor | None = None
-    weights: Tensor | None = None
-    notes: Mapping[str, int | Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

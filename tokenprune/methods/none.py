@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from tokenprune.methods.base import ImageTokens, Method, Needs, Selection
+from tokenprune.methods.base import ImageTokens, Method, Needs
+from tokenprune.tokens import Selection
 
 
 @dataclass(frozen=True)

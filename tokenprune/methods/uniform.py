@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import torch
 
-from tokenprune.methods.base import Grid, ImageTokens, Method, Needs, Selection
+from tokenprune.methods.base import ImageTokens, Method, Needs
+from tokenprune.tokens import Grid, Selection
 
 
 @dataclass(frozen=True)

@@ -13,39 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tokenprune.errors import ConfigError, UnsupportedModelError
-from tokenprune.methods.base import Grid, VisionAttention
+from tokenprune.models.decoders import Decoder, find_decoder
+from tokenprune.tokens import Grid, Image, IntArray, VisionAttention
 
-IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Image:
-    """One image (or video) of one row.
-
-    Attributes:
-        columns: (n,) columns of `input_ids` that hold its prunable visual tokens, in raster order.
-        grids: their layout, one grid per view of the image, one view after the other.
-        kind: "image" or "video".
-        order: its place among the call's images (or videos), as in `pixel_values`.
-        items: which of the pictures the vision tower was given (crops, frames) it consists of, as a range.
-        structural: placeholders of it that are never pruned.
-        parts: the images pooled into this one (`allocation="pooled"`); empty for an image as it came.
-        size: what `Layout.size` says.
-    """
-
-    columns: IntArray
-    grids: tuple[Grid, ...]
-    kind: str
-    order: int
-    items: tuple[int, int]
-    structural: int = 0
-    parts: tuple[Image, ...] = ()
-    size: tuple[int, ...] = ()
-
-    @property
-    def n(self) -> int:
-        return len(self.columns)
 
 
 @dataclass(frozen=True)
@@ -140,6 +111,10 @@ class Family(ABC):
     def text_model(self, model: nn.Module) -> nn.Module:
         return self.base(model).language_model  # type: ignore[return-value]
 
+    def decoder(self, model: nn.Module) -> Decoder:
+        """The kind of its text model."""
+        return find_decoder(self.text_model(model).config)
+
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
         return self.text_model(model).layers  # type: ignore[return-value]
 
@@ -214,10 +189,6 @@ class Family(ABC):
         Returns:
             (B, total) the number of a token's block, -1 for none; None when attention is causal.
         """
-        return None
-
-    def temperature(self, attention: nn.Module, columns: Tensor) -> Tensor | None:
-        """By what a layer multiplies its queries at these columns of the conversation; None where it does not."""
         return None
 
     def to_tokens(self, model: nn.Module, patches: Tensor, image: Image) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.hashing import digest
-from tokenprune.methods.base import Grid, VisionAttention
-from tokenprune.models.base import Family, IntArray, Layout, VisionCall, VisionTap
+from tokenprune.models.base import Family, Layout, VisionCall, VisionTap
+from tokenprune.tokens import Grid, IntArray, VisionAttention
 
 
 class Crops(Family):

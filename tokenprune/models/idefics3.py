@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from tokenprune.methods.base import VisionAttention
-from tokenprune.models.base import Image, IntArray, Layout, VisionCall, locate
+from tokenprune.models.base import Layout, VisionCall, locate
 from tokenprune.models.crops import Crops
+from tokenprune.tokens import Image, IntArray, VisionAttention
 
 
 class Idefics3(Crops):

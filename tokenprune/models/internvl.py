@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from tokenprune.models.base import Image, IntArray, Layout, join
+from tokenprune.models.base import Layout, join
 from tokenprune.models.crops import Crops
+from tokenprune.tokens import Image, IntArray
 
 
 class InternVL(Crops):

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokenprune.methods.base import VisionAttention
-from tokenprune.models.base import Image, IntArray, Layout, VisionCall, join
+from tokenprune.models.base import Layout, VisionCall, join
 from tokenprune.models.crops import Crops, by_head
+from tokenprune.tokens import Image, IntArray, VisionAttention
 
 
 class Llama4(Crops):
@@ -43,12 +43,6 @@ class Llama4(Crops):
             starts = np.cumsum(row == config.boi_token_index)
             rows.append(join(tiles, lambda a, b, s=starts: s[a.columns[0]] == s[b.columns[0]]))  # type: ignore[misc]
         return rows
-
-    def temperature(self, attention: nn.Module, columns: Tensor) -> Tensor | None:
-        layer: Any = attention
-        if layer.use_rope or not layer.attn_temperature_tuning:
-            return None
-        return torch.log1p(torch.floor((columns.float() + 1) / layer.floor_scale)) * layer.attn_scale + 1
 
     def vision_attentions(self, tower: Any) -> list[nn.Module]:
         return [layer.self_attn for layer in tower.model.layers]

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from tokenprune.errors import ConfigError
-from tokenprune.methods.base import Grid
-from tokenprune.models.base import BoolArray, Image, IntArray, Layout
+from tokenprune.models.base import BoolArray, Layout
 from tokenprune.models.crops import Crops
 from tokenprune.models.llava import check_features
+from tokenprune.tokens import Grid, Image, IntArray
 
 # pack_image_features puts its lengths on the device of the first features: a wait for the device, if it is another.
 _FIRST = torch.zeros(1, 1, 1)

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokenprune.methods.base import Grid
-from tokenprune.models.base import Image, IntArray, Layout
+from tokenprune.models.base import Layout
 from tokenprune.models.llava_next import _FIRST, LlavaNext
+from tokenprune.tokens import Grid, Image, IntArray
 
 
 class LlavaOnevision(LlavaNext):

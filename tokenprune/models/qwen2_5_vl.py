@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import UnsupportedModelError
-from tokenprune.methods.base import VisionAttention
-from tokenprune.models.base import IntArray, VisionCall
+from tokenprune.models.base import VisionCall
 from tokenprune.models.qwen2_vl import Qwen2VL
+from tokenprune.tokens import IntArray, VisionAttention
 
 
 class Qwen25VL(Qwen2VL):

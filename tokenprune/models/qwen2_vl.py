@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from tokenprune.errors import ConfigError
 from tokenprune.hashing import digest, mix
-from tokenprune.methods.base import Grid, VisionAttention
-from tokenprune.models.base import Family, Image, IntArray, Layout, VisionCall, VisionTap, rotate_half
+from tokenprune.models.base import Family, Layout, VisionCall, VisionTap, rotate_half
+from tokenprune.tokens import Grid, Image, IntArray, VisionAttention
 
 _INPUTS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 

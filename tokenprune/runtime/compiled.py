@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenprune.runtime.masks import attention_backend, local_attention
 from tokenprune.runtime.record import Columns, is_static, record_of
@@ -97,3 +97,9 @@ def _real(columns: Columns, length: int, device: torch.device) -> Tensor:
     if columns.visible is None:
         return torch.ones(columns.index.shape[0], length, dtype=torch.bool, device=device)
     return torch.nn.functional.pad(columns.visible.to(device), (0, length - columns.length), value=True)
+
+
+def nothing_in_a_step(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any = None) -> Any:
+    """For hooks that only a prompt needs."""
+    states = args[0] if args else kwargs["hidden_states"]
+    return None if states.shape[1] == 1 else NotImplemented

@@ -14,14 +14,13 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from tokenprune.config import PruneConfig
-    from tokenprune.runtime.frame import Frame
-    from tokenprune.runtime.outcome import Outcome
+from tokenprune.config import PruneConfig
+from tokenprune.runtime.outcome import Outcome
+from tokenprune.runtime.state import Call
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,12 +69,12 @@ class Entry:
 
     Attributes:
         owner: the module that was called.
-        frame: its state; None where it is none of our business.
+        call: its state; None where it is none of our business.
         python: the interpreter's frame that runs it, by which a call that was interrupted is told; None if unknown.
     """
 
     owner: object
-    frame: Frame | None
+    call: Call | None
     python: FrameType | None
     base_entered: bool = False
     text_entered: bool = False
@@ -112,9 +111,9 @@ class Calls(threading.local):
             for entry in list(stack)
         )
 
-    def begin(self, owner: object, frame: Frame | None) -> None:
-        """A call begins; its state is `frame`."""
-        self.stack.append(Entry(owner, frame, _module_call()))
+    def begin(self, owner: object, call: Call | None) -> None:
+        """A call begins; its state is `call`."""
+        self.stack.append(Entry(owner, call, _module_call()))
 
     def end(self, owner: object) -> Entry | None:
         """The call of `owner` that is running ends; None if it is not its own (the model's inner model)."""

@@ -3,44 +3,41 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModeError
-from tokenprune.models.base import Family
 from tokenprune.runtime import compiled
-from tokenprune.runtime.call import Changed
-from tokenprune.runtime.frame import Frame
 from tokenprune.runtime.layer_masks import columns
 from tokenprune.runtime.masks import attention_backend
 from tokenprune.runtime.pruning import pick
 from tokenprune.runtime.record import record_of
-
-if TYPE_CHECKING:
-    from tokenprune.runtime.install import Runtime
+from tokenprune.runtime.state import Call
+from tokenprune.runtime.taps import Taps
+from tokenprune.runtime.wrapped import Changed, Wrapped
 
 
 class LayerHooks:
     """Args:
     runtime: whose hooks they are.
+    taps: who sees the states.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
+    def __init__(self, runtime: Wrapped, taps: Taps) -> None:
+        self.runtime, self.taps = runtime, taps
 
     def install(self) -> None:
         runtime = self.runtime
         family, text_model = runtime.family, runtime.family.text_model(runtime.model)
         runtime.before(text_model, self._enter_text_model, self._step_text_model)
         runtime.after(text_model, self._leave_text_model, _nothing, always=True)
-        if type(family).layer_features is not Family.layer_features:
-            runtime.before(family.final_norm(runtime.model), self._enter_norm, _nothing)
+        runtime.before(family.final_norm(runtime.model), self._enter_norm, _nothing)
         for i, layer in enumerate(runtime.layers):
             runtime.before(layer, partial(self._enter_layer, i), partial(self._step_layer, i))
             attention: Any = family.attention(layer)
-            if family.temperature(attention, torch.zeros(1)) is not None:
+            if runtime.decoder.temperature(attention, torch.zeros(1)) is not None:
                 runtime.after(attention.q_proj, partial(self._rescale, i, attention))
 
     # -- the text model -----------------------------------------------------------------------------------------------
@@ -54,9 +51,9 @@ class LayerHooks:
         if entry is None:
             return self._called_directly(module, args, kwargs)
         entry.text_entered = True
-        if entry.frame is None:
+        if entry.call is None:
             return None
-        return args, self._prompt(entry.frame, kwargs)
+        return args, self._prompt(entry.call, kwargs)
 
     def _called_directly(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
         """Not through the model: nothing is pruned, and what was pruned before cannot be told.
@@ -81,51 +78,51 @@ class LayerHooks:
         if calls.stack and calls.stack[-1].owner is module:
             calls.end(module)
 
-    def _prompt(self, frame: Frame, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _prompt(self, call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The text model's inputs, after what a cut before the LLM needs."""
         hidden = kwargs["inputs_embeds"]
-        frame.cache = kwargs.get("past_key_values", frame.cache)
-        record, pruning = frame.record, frame.pruning
+        call.cache = kwargs.get("past_key_values", call.cache)
+        record, pruning = call.record, call.pruning
         if record is not None and record.before_llm:
-            kwargs = self._continue_short(frame, hidden, dict(kwargs))
+            kwargs = self._continue_short(call, hidden, dict(kwargs))
         if pruning is None:
             return kwargs
         pruning.to(hidden.device)
-        first = frame.config.cuts[0].layer
+        first = call.config.cuts[0].layer
         if first == 0:
-            self.runtime.taps.select(frame, 0, hidden=hidden)
-            if frame.config.arguments.positions == "compact":
+            self.taps.select(call, 0, hidden=hidden)
+            if call.config.arguments.positions == "compact":
                 dropped = pruning.dropped(0, hidden.device).cumsum(1)
                 given = kwargs.get("position_ids")
                 if given is None:
-                    given = torch.arange(frame.length, device=hidden.device)[None]
-                frame.shift = dropped[:, -1:]
+                    given = torch.arange(call.length, device=hidden.device)[None]
+                call.shift = dropped[:, -1:]
                 kwargs = {**kwargs, "position_ids": given - dropped}
         kwargs, features = self.runtime.family.layer_features(kwargs, first)
         for i, (marks, own) in features.items():
             whole = torch.zeros_like(hidden)
-            frame.features[i] = whole.masked_scatter_(marks[..., None].to(hidden.device), own.to(hidden))
+            call.features[i] = whole.masked_scatter_(marks[..., None].to(hidden.device), own.to(hidden))
         return kwargs
 
-    def _continue_short(self, frame: Frame, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _continue_short(self, call: Call, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Decode after a cut before the LLM: even layer 0 holds fewer entries than the mask has columns."""
-        record, masks = frame.record, self.runtime.masks
+        record, masks = call.record, self.runtime.masks
         assert record is not None
-        if not frame.positions_given:  # what the model would make of the cache's length is wrong
-            first = frame.past + self.runtime.family.first_position
-            kwargs["position_ids"] = torch.arange(first, first + frame.length, device=hidden.device)[None]
+        if not call.positions_given:  # what the model would make of the cache's length is wrong
+            first = call.past + self.runtime.family.first_position
+            kwargs["position_ids"] = torch.arange(first, first + call.length, device=hidden.device)[None]
         if record.shift is not None:
             kwargs["position_ids"] = kwargs["position_ids"] - record.shift.to(hidden.device)
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2:
-            kwargs["attention_mask"] = masks.entries(frame, 0, hidden).to(mask.dtype)
+            kwargs["attention_mask"] = masks.entries(call, 0, hidden).to(mask.dtype)
         elif isinstance(mask, dict):
             example = {masks.kind(i): i for i in reversed(range(len(self.runtime.layers)))}
             kwargs["attention_mask"] = {
-                kind: masks.rebuild(frame, example[kind], hidden, all_visible=False) for kind in mask
+                kind: masks.rebuild(call, example[kind], hidden, all_visible=False) for kind in mask
             }
         elif mask is not None or record.layers[0].visible is not None:  # type: ignore[union-attr]
-            kwargs["attention_mask"] = masks.rebuild(frame, 0, hidden, all_visible=False)
+            kwargs["attention_mask"] = masks.rebuild(call, 0, hidden, all_visible=False)
         return kwargs
 
     # -- decoder layers -----------------------------------------------------------------------------------------------
@@ -137,82 +134,82 @@ class LayerHooks:
         if not stack:  # the call's beginning was compiled, and this is not
             changed = self._step_layer(i, module, args, kwargs)
             return None if changed is NotImplemented else changed
-        frame = stack[-1].frame
-        if frame is None:
+        call = stack[-1].call
+        if call is None:
             return None
-        frame.cache = kwargs.get("past_key_values", frame.cache)  # the text model may just have made it
-        record, pruning = frame.record, frame.pruning
-        cuts = frame.config.cuts
+        call.cache = kwargs.get("past_key_values", call.cache)  # the text model may just have made it
+        record, pruning = call.record, call.pruning
+        cuts = call.config.cuts
         given = args[0] if args else kwargs["hidden_states"]
-        hidden = _with_features(frame, i, given)
-        if pruning is not None and frame.stage < len(cuts) and cuts[frame.stage].layer == i:
-            hidden = self._cut(frame, hidden)
-        elif frame.stage == 0 and (record is None or self._like_first(frame, i)):
+        hidden = _with_features(call, i, given)
+        if pruning is not None and call.stage < len(cuts) and cuts[call.stage].layer == i:
+            hidden = self._cut(call, hidden)
+        elif call.stage == 0 and (record is None or self._like_first(call, i)):
             # The model's own mask and positions are right.
+            self.taps.show_hidden(i, hidden, call)
             return None if hidden is given else _with_hidden(hidden, args, kwargs)
-        mask = self.runtime.masks.of_layer(frame, i, hidden, kwargs.get("attention_mask"))
-        return _with_hidden(
-            hidden, args, {**kwargs, **self._positions(frame, kwargs), "attention_mask": mask}
-        )
+        self.taps.show_hidden(i, hidden, call)
+        mask = self.runtime.masks.of_layer(call, i, hidden, kwargs.get("attention_mask"))
+        return _with_hidden(hidden, args, {**kwargs, **self._positions(call, kwargs), "attention_mask": mask})
 
     def _enter_norm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
-        frame = self.runtime.frame
-        if frame is None or not frame.features:
+        call = self.runtime.call
+        if call is None:
             return None
-        return (_with_features(frame, len(self.runtime.layers), args[0]), *args[1:]), kwargs
+        i, given = len(self.runtime.layers), args[0] if args else kwargs["hidden_states"]
+        hidden = _with_features(call, i, given)
+        self.taps.show_hidden(i, hidden, call)
+        return None if hidden is given else _with_hidden(hidden, args, kwargs)
 
-    def _like_first(self, frame: Frame, i: int) -> bool:
+    def _like_first(self, call: Call, i: int) -> bool:
         """Whether layer i holds what layer 0 holds, by whose length the model makes its masks."""
-        assert frame.record is not None
-        own = frame.record.layers[i]
-        if own is not frame.record.layers[0]:
+        assert call.record is not None
+        own = call.record.layers[i]
+        if own is not call.record.layers[0]:
             return False
-        return own is None or not self.runtime.masks.looks_back(frame, i)
+        return own is None or not self.runtime.masks.looks_back(call, i)
 
-    def _cut(self, frame: Frame, hidden: Tensor) -> Tensor:
-        pruning, cut = frame.pruning, frame.stage
+    def _cut(self, call: Call, hidden: Tensor) -> Tensor:
+        pruning, cut = call.pruning, call.stage
         assert pruning is not None
         # States of the layer before that wait for the hidden states a method also needs.
-        self.runtime.taps.select(frame, cut, hidden=hidden, **frame.caught)
-        frame.forget_caught()
-        with frame.compacting.running(hidden.device):
-            hidden, *features = pruning.apply(cut, [hidden, *frame.features.values()])
-            frame.features = dict(zip(frame.features, features, strict=True))
+        self.taps.select(call, cut, hidden=hidden, caught=call.caught)
+        call.caught = None
+        with call.compacting.running(hidden.device):
+            hidden, *features = pruning.apply(cut, [hidden, *call.features.values()])
+            call.features = dict(zip(call.features, features, strict=True))
         return hidden
 
     def _rescale(
         self, i: int, attention: nn.Module, module: nn.Module, args: Any, kwargs: Any, output: Tensor
     ) -> Tensor | None:
         """Queries whose temperature the layer tells from its cache's length get that of their original columns."""
-        frame = self.runtime.frame
-        if frame is None or (not frame.stage and (frame.record is None or frame.record.layers[i] is None)):
+        call = self.runtime.call
+        if call is None or (not call.stage and (call.record is None or call.record.layers[i] is None)):
             return None
-        original = columns(frame, i, output.device)
+        original = columns(call, i, output.device)
         assumed = torch.arange(original.shape[1], device=output.device)
-        wanted, made = (self.runtime.family.temperature(attention, x) for x in (original, assumed))
+        wanted, made = (self.runtime.decoder.temperature(attention, x) for x in (original, assumed))
         assert wanted is not None and made is not None
         ratio = (wanted / made)[:, -output.shape[1] :, None]
         return (output * ratio).to(output.dtype)
 
-    def _positions(self, frame: Frame, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _positions(self, call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Position ids and rotary embeddings of the tokens that are left, made once for all layers that share them."""
-        if not frame.stage:
+        if not call.stage:
             return {}
-        assert frame.pruning is not None
+        assert call.pruning is not None
         rope, ids = kwargs["position_embeddings"], kwargs.get("position_ids")
-        key = (frame.stage, id(rope))
-        if key not in frame.positions:
-            index = frame.pruning.stages[-1].index.clamp(min=0)
+        key = (call.stage, id(rope))
+        if key not in call.positions:
+            index = call.pruning.stages[-1].index.clamp(min=0)
             if ids is not None and "flash" in attention_backend(self.runtime.text_config):
                 ids = None  # gaps in them would be read as packed sequences; rotary embeddings carry the positions
-            frame.positions[key] = {
-                # Llama 4's is one complex tensor instead of cosines and sines.
-                "position_embeddings": pick(rope, index)
-                if isinstance(rope, Tensor)
-                else tuple(pick(x, index) for x in rope),
+            call.positions[key] = {
+                "position_embeddings": self.runtime.decoder.rope_of(rope, lambda x: pick(x, index)),
                 "position_ids": ids if ids is None else pick(ids, index),
             }
-        return frame.positions[key]
+        return call.positions[key]
 
     # -- the same, of a decoding step under torch.compile -----------------------------------------------------------
 
@@ -229,12 +226,12 @@ class LayerHooks:
         return args, compiled.mask(i, hidden, kwargs, self.runtime.text_config)
 
 
-def _with_features(frame: Frame, i: int, hidden: Tensor) -> Tensor:
+def _with_features(call: Call, i: int, hidden: Tensor) -> Tensor:
     """The states entering layer i, with what the model would have added to the output of the layer before.
 
     Added here and not behind that layer: what `output_hidden_states` captures there is without it.
     """
-    own = frame.features.pop(i - 1, None)
+    own = call.features.pop(i - 1, None)
     return hidden if own is None else hidden + own.to(hidden.device)
 
 
@@ -242,12 +239,6 @@ def _with_hidden(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if args:
         return (hidden, *args[1:]), kwargs
     return (), {**kwargs, "hidden_states": hidden}
-
-
-def nothing_in_a_step(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any = None) -> Any:
-    """For hooks that only a prompt needs."""
-    states = args[0] if args else kwargs["hidden_states"]
-    return None if states.shape[1] == 1 else NotImplemented
 
 
 def _nothing(module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:

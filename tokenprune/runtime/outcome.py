@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from tokenprune.config import PruneConfig
-from tokenprune.models.base import Image
-from tokenprune.runtime.frame import Frame
 from tokenprune.runtime.pruning import Key
+from tokenprune.runtime.state import Call
 from tokenprune.runtime.timing import Stopwatch
 from tokenprune.tensors import plain_tensors
+from tokenprune.tokens import Image
 
 
 @dataclass(frozen=True)
@@ -54,32 +54,32 @@ class Outcome:
     reason: str | None = None
 
 
-def make_outcome(text_config: Any, num_layers: int, frame: Frame) -> Outcome:
-    pruning, config = frame.pruning, frame.config
+def make_outcome(text_config: Any, num_layers: int, call: Call) -> Outcome:
+    pruning, config = call.pruning, call.config
     lengths = []
     for i in range(num_layers):
         stage = 0 if pruning is None else sum(cut.layer <= i for cut in config.cuts)
-        lengths.append(frame.length if pruning is None or not stage else pruning.lengths[stage - 1])
-    used, allocated = kv_bytes(frame.cache, [frame.past + n for n in lengths])
-    assert frame.rows is not None
+        lengths.append(call.length if pruning is None or not stage else pruning.lengths[stage - 1])
+    used, allocated = kv_bytes(call.cache, [call.past + n for n in lengths])
+    assert call.rows is not None
     return Outcome(
         config=config,
-        rows=frame.rows,
+        rows=call.rows,
         pooled=pruning is not None and pruning.pooled,
         counts=[] if pruning is None else pruning.counts,
         kept=[] if pruning is None else pruning.kept,
         merged=[] if pruning is None else pruning.merged,
-        notes=frame.notes if pruning is None else pruning.notes,
+        notes=call.notes if pruning is None else pruning.notes,
         index=None if pruning is None else pruning.stages[-1].index,
-        length=frame.length,
+        length=call.length,
         lengths=lengths,
         kv_used=used,
         kv_allocated=allocated,
-        batch=frame.batch,
+        batch=call.batch,
         text_config=text_config,
-        scoring=frame.scoring,
-        compacting=frame.compacting,
-        reason=frame.reason,
+        scoring=call.scoring,
+        compacting=call.compacting,
+        reason=call.reason,
     )
 
 

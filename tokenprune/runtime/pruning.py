@@ -21,10 +21,11 @@ from tokenprune.budget import Cut, Keep, plan_counts
 from tokenprune.config import PruneConfig
 from tokenprune.errors import BudgetError, ConfigError, TokenPruneError
 from tokenprune.hashing import digest, mix
-from tokenprune.methods.base import ImageTokens, Selection
-from tokenprune.models.base import Family, Image, IntArray
+from tokenprune.methods.base import ImageTokens
+from tokenprune.models.base import Family
 from tokenprune.runtime.record import Columns
 from tokenprune.runtime.vision import VisionFacts
+from tokenprune.tokens import Image, IntArray, Selection
 
 Key = tuple[int, int]  # (row, image)
 

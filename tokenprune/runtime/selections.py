@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import TokenPruneError
-from tokenprune.methods.base import Selection
+from tokenprune.tokens import Selection
 
 DEBUG = "TOKENPRUNE_DEBUG"
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenprune.models.base import Family, IntArray
+from tokenprune.models.base import Family
+from tokenprune.tokens import IntArray
 
 _ATTRIBUTE = "_tokenprune_facts"
 

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModeError
 from tokenprune.runtime import compiled
-from tokenprune.runtime.frame import Frame, begin
 from tokenprune.runtime.outcome import make_outcome
 from tokenprune.runtime.pruning import Pruning
 from tokenprune.runtime.record import Columns, attach, extend, record_of, remember
-
-if TYPE_CHECKING:
-    from tokenprune.runtime.install import Runtime
-
-Changed = tuple[tuple[Any, ...], dict[str, Any]] | None
+from tokenprune.runtime.state import Call, open_call
+from tokenprune.runtime.taps import Taps
+from tokenprune.runtime.wrapped import Changed, Wrapped
 
 
 class CallHooks:
     """Args:
     runtime: whose hooks they are.
+    taps: who sees the states.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
+    def __init__(self, runtime: Wrapped, taps: Taps) -> None:
+        self.runtime, self.taps = runtime, taps
         self._names: dict[
             nn.Module, list[str]
         ] = {}  # forward parameters of the modules a call may begin with
@@ -59,68 +57,68 @@ class CallHooks:
         calls.drop_interrupted()
         names = self._names[module]
         inputs = {**kwargs, **dict(zip(names, args, strict=False))}
-        frame = begin(runtime.model, runtime.family, runtime.settings, inputs)
+        call = open_call(runtime.model, runtime.family, runtime.settings, inputs)
         with runtime.gate:
             if not runtime.installed:  # another thread unwraps the model at this moment: it is stock already
                 return None
-            if frame is not None and frame.pruning is not None:
-                runtime.taps.check(frame.config)
-            calls.begin(module, frame)
-        if frame is None or frame.pruning is None or module is not runtime.model:
+            if call is not None and call.pruning is not None:
+                self.taps.check(call.config)
+            calls.begin(module, call)
+        if call is None or call.pruning is None or module is not runtime.model:
             return None
-        frame.labels = inputs.pop("labels", None)
+        call.labels = inputs.pop("labels", None)
         # What the stock forward would pass on to the loss (the Trainer's num_items_in_batch, for example).
-        frame.loss_options = {name: value for name, value in inputs.items() if name not in names}
+        call.loss_options = {name: value for name, value in inputs.items() if name not in names}
         if isinstance(inputs.get("logits_to_keep"), Tensor):
-            inputs["logits_to_keep"] = _after_last_image(frame.pruning, inputs["logits_to_keep"])
+            inputs["logits_to_keep"] = _after_last_image(call.pruning, inputs["logits_to_keep"])
         return (), inputs
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         entry = self.runtime.calls.end(module)
         if (
-            entry is None or entry.frame is None or output is None
+            entry is None or entry.call is None or output is None
         ):  # not its end, none of our business, or it failed
             return None
-        return self._finish(entry.frame, output)
+        return self._finish(entry.call, output)
 
-    def _finish(self, frame: Frame, output: Any) -> Any:
-        runtime, pruning = self.runtime, frame.pruning
+    def _finish(self, call: Call, output: Any) -> Any:
+        runtime, pruning = self.runtime, call.pruning
         layers = len(runtime.layers)
-        if pruning is None and frame.record is not None:
-            frame.record.after += frame.length
-            remember(frame.cache, frame.record)
+        if pruning is None and call.record is not None:
+            call.record.after += call.length
+            remember(call.cache, call.record)
         if pruning is not None:
-            if frame.cache is not None:
-                cuts = [sum(cut.layer <= i for cut in frame.config.cuts) for i in range(layers)]
+            if call.cache is not None:
+                cuts = [sum(cut.layer <= i for cut in call.config.cuts) for i in range(layers)]
                 new = [pruning.stages[c - 1] if c else None for c in cuts]
                 record = extend(
-                    frame.record,
-                    frame.past,
-                    frame.visible,
-                    frame.batch,
+                    call.record,
+                    call.past,
+                    call.visible,
+                    call.batch,
                     new,
-                    frame.length,
+                    call.length,
                     pruning.last + 1,
-                    frame.shift,
+                    call.shift,
                 )
-                attach(frame.cache, record)
-                remember(frame.cache, record)
-            if frame.labels is not None:
-                output = self._with_loss(frame, pruning.stages[-1], frame.labels, output)
+                attach(call.cache, record)
+                remember(call.cache, record)
+            if call.labels is not None:
+                output = self._with_loss(call, pruning.stages[-1], call.labels, output)
         # One token of text and no cache may be the unconditional half of guidance, which follows the prompt that the
         # report is about.
-        if frame.rows is not None and (any(frame.rows) or frame.length > 1 or runtime.outcome is None):
-            runtime.outcome = make_outcome(runtime.text_config, layers, frame)
+        if call.rows is not None and (any(call.rows) or call.length > 1 or runtime.outcome is None):
+            runtime.outcome = make_outcome(runtime.text_config, layers, call)
         return output
 
-    def _with_loss(self, frame: Frame, columns: Columns, labels: Tensor, output: Any) -> Any:
+    def _with_loss(self, call: Call, columns: Columns, labels: Tensor, output: Any) -> Any:
         """The model's own loss, on the labels of the columns that are left."""
         index = columns.index.to(labels.device)
         labels = labels.gather(1, index.clamp(min=0)).masked_fill(index < 0, -100)
         model: Any = self.runtime.model
         logits = output[0] if isinstance(output, tuple) else output.logits
         vocabulary = self.runtime.text_config.vocab_size
-        loss = model.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **frame.loss_options)
+        loss = model.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **call.loss_options)
         if isinstance(output, tuple):
             return (loss, *output)
         return type(output)(**{**dict(output), "loss": loss})

@@ -13,15 +13,17 @@ from torch import Tensor, nn
 
 from tokenprune.config import PruneConfig
 from tokenprune.errors import NothingPrunedWarning, TokenPruneError, UnsupportedModeError
-from tokenprune.models.base import Family, Image, IntArray
+from tokenprune.models.base import Family
 from tokenprune.runtime.masks import attention_backend, local_attention
 from tokenprune.runtime.pruning import Key, Pruning, prompt_digests
 from tokenprune.runtime.record import Record, attach, crop, is_static, layer_length, read
+from tokenprune.runtime.states import LayerStates
 from tokenprune.runtime.timing import Stopwatch
 from tokenprune.runtime.vision import VisionFacts, read_facts
+from tokenprune.tokens import Image, IntArray
 
 
-class Frame:
+class Call:
     """State of one call, in one thread.
 
     Attributes:
@@ -63,13 +65,7 @@ class Frame:
         self.masks: dict[tuple[int, int, int, str], Any] = {}
         self.features: dict[int, Tensor] = {}  # (B, L', D) still to be added to the output of these layers
         self.scoring, self.compacting = Stopwatch(), Stopwatch()
-        # Filled in by the taps: states of the layer before a cut, until its method has all it needs.
-        self.caught: dict[str, Tensor] = {}
-        self.rope: Any = None
-        self.attention_module: nn.Module | None = None
-
-    def forget_caught(self) -> None:
-        self.caught, self.rope, self.attention_module = {}, None, None
+        self.caught: LayerStates | None = None  # by the taps, until whoever wants them has all there are
 
     @property
     def stage(self) -> int:
@@ -77,8 +73,8 @@ class Frame:
         return 0 if self.pruning is None else len(self.pruning.stages)
 
 
-def begin(model: nn.Module, family: Family, config: PruneConfig, inputs: dict[str, Any]) -> Frame | None:
-    """The frame of a call, or None when the call is none of our business (decode of an unpruned conversation).
+def open_call(model: nn.Module, family: Family, config: PruneConfig, inputs: dict[str, Any]) -> Call | None:
+    """The call of a call, or None when the call is none of our business (decode of an unpruned conversation).
 
     Raises:
         TokenPruneError: the call cannot be pruned exactly; nothing has been changed.
@@ -89,48 +85,48 @@ def begin(model: nn.Module, family: Family, config: PruneConfig, inputs: dict[st
         return None  # the model's own error says what is missing
     batch, length = reference.shape[:2]
     cache = inputs.get("past_key_values")
-    frame = Frame(config, batch, length, cache)
+    call = Call(config, batch, length, cache)
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:
-        frame.attention = mask
-    frame.positions_given = inputs.get("position_ids") is not None
+        call.attention = mask
+    call.positions_given = inputs.get("position_ids") is not None
     layers = len(family.layers(model))
     sizes, facts = visual_inputs(family, inputs)
     visual = bool(sizes)
 
-    frame.record = record = read(cache, layers, batch)
+    call.record = record = read(cache, layers, batch)
     if record is not None and is_static(cache) and length > 1 and layer_length(cache, 0) == 0:
         attach(cache, None)  # generate() resets its static cache and uses it again
-        frame.record = record = None
+        call.record = record = None
     if record is not None:
-        frame.past = (
+        call.past = (
             record.length + record.after if is_static(cache) else layer_length(cache, 0) + record.removed(0)
         )
         if record.before_llm:
-            _check_continuation(frame, family, inputs, visual)
+            _check_continuation(call, family, inputs, visual)
     elif length > 1 or not is_static(cache):
-        frame.past = layer_length(cache, 0)
+        call.past = layer_length(cache, 0)
 
-    if frame.record is not None:
-        _check_window(frame, family.text_model(model).config)
-    if ids is None and (visual or (record is None and not frame.past and length > 1)):
+    if call.record is not None:
+        _check_window(call, family.text_model(model).config)
+    if ids is None and (visual or (record is None and not call.past and length > 1)):
         _nothing_pruned(
-            frame, config, "inputs_embeds came without input_ids, so the visual tokens cannot be located"
+            call, config, "inputs_embeds came without input_ids, so the visual tokens cannot be located"
         )
-        frame.rows = [[] for _ in range(batch)]
+        call.rows = [[] for _ in range(batch)]
     elif visual:
-        frame.kinds, frame.facts = tuple(sizes), facts
-        _plan(frame, model, family, config, reference, inputs, sizes)
+        call.kinds, call.facts = tuple(sizes), facts
+        _plan(call, model, family, config, reference, inputs, sizes)
     elif record is None:
-        if frame.past or (length == 1 and is_static(cache)):  # a decoding step
+        if call.past or (length == 1 and is_static(cache)):  # a decoding step
             return None
-        frame.rows = [[] for _ in range(batch)]
-    return frame
+        call.rows = [[] for _ in range(batch)]
+    return call
 
 
-def _check_continuation(frame: Frame, family: Family, inputs: dict[str, Any], visual: bool) -> None:
+def _check_continuation(call: Call, family: Family, inputs: dict[str, Any], visual: bool) -> None:
     """After a cut before the LLM no layer's cache length tells how long the conversation is: ask the inputs."""
-    record, position_ids = frame.record, inputs.get("position_ids")
+    record, position_ids = call.record, inputs.get("position_ids")
     assert record is not None
     if visual:
         raise UnsupportedModeError(
@@ -138,30 +134,30 @@ def _check_continuation(frame: Frame, family: Family, inputs: dict[str, Any], vi
         )
     if position_ids is None and family.mrope:
         raise UnsupportedModeError("after a cut before the LLM pass position_ids, as generate() does")
-    past = frame.past
-    if frame.attention is not None:
-        past = frame.attention.shape[1] - frame.length
-    elif position_ids is not None and not is_static(frame.cache) and (frame.length > 1 or record.verify):
+    past = call.past
+    if call.attention is not None:
+        past = call.attention.shape[1] - call.length
+    elif position_ids is not None and not is_static(call.cache) and (call.length > 1 or record.verify):
         # Without a mask there is no padding: the last position is the last column. (One copy from the device, for
         # continuations of several tokens only, and the step after one.)
         position = position_ids[0] if position_ids.ndim == 3 else position_ids
-        past = int(position[0, -1]) + 1 - family.first_position - frame.length
-    record.verify = frame.length > 1
-    if past < record.settled or past > frame.past:
+        past = int(position[0, -1]) + 1 - family.first_position - call.length
+    record.verify = call.length > 1
+    if past < record.settled or past > call.past:
         raise UnsupportedModeError(
             "a further turn after a cut before the LLM is not supported: the cache's length no "
             "longer tells which tokens "
             "are new; cut at layer 1 or later, or pass the whole conversation without the cache"
         )
-    if past < frame.past:
-        crop(frame.cache, record, past)
-        frame.past = past
+    if past < call.past:
+        crop(call.cache, record, past)
+        call.past = past
     if past < record.length:
         record.cut_to(past)
 
 
 def _plan(
-    frame: Frame,
+    call: Call,
     model: nn.Module,
     family: Family,
     config: PruneConfig,
@@ -171,17 +167,17 @@ def _plan(
 ) -> None:
     """Settle spans and counts from the call's one device-to-host copy."""
     family.check_call(model, inputs)
-    frame.blocks = family.blocks(inputs, frame.past + frame.length) if frame.past else None
-    visible = _visible(frame, inputs.get("attention_mask"))
+    call.blocks = family.blocks(inputs, call.past + call.length) if call.past else None
+    visible = _visible(call, inputs.get("attention_mask"))
     host = _to_host([ids, *([] if visible is None else [visible]), *sizes.values()])
     ids_host = host.pop(0)
     mask: NDArray[np.bool_] | None = None
     if visible is not None:
         whole = host.pop(0).astype(bool)
-        mask = None if whole[:, frame.past :].all() else whole[:, frame.past :]
-        frame.visible = None if whole.all() else visible
-        visible = visible[:, frame.past :]
-    frame.sizes = list(zip(sizes.values(), host, strict=True))
+        mask = None if whole[:, call.past :].all() else whole[:, call.past :]
+        call.visible = None if whole.all() else visible
+        visible = visible[:, call.past :]
+    call.sizes = list(zip(sizes.values(), host, strict=True))
     encoded = set(inputs.get("mm_encoder_outputs") or {})
     rows: list[list[Image]] = [[] for _ in ids_host]
     for kind, own in zip(sizes, host, strict=True):
@@ -191,26 +187,26 @@ def _plan(
             row.extend(images)
     for row in rows:
         row.sort(key=lambda image: int(image.columns[0]))
-    frame.rows = rows
+    call.rows = rows
     if not any(rows) or not config.cuts:
         return
     text: Any = family.text_model(model).config
     pruning = Pruning(model, family, rows, config, ids_host, mask)
     if not pruning.prunes:
-        frame.notes = pruning.notes
+        call.notes = pruning.notes
         if _asked(config, rows):
-            _nothing_pruned(frame, config, "the budget rounds to all tokens of every image")
+            _nothing_pruned(call, config, "the budget rounds to all tokens of every image")
         return
     if model.training and torch.is_grad_enabled() and _checkpoints(model):
         raise UnsupportedModeError(
             "gradient checkpointing runs layers twice and cannot be combined with pruning; switch it off, or unwrap"
         )
-    _check_window(frame, text)
+    _check_window(call, text)
     pruning.num_heads = text.num_attention_heads
     pruning.padding = visible if mask is not None else None
     if config.method.needs().digest and config.arguments.keep_lists is None:
         pruning.prompts = prompt_digests(ids, mask, pruning.rows)
-    frame.pruning = pruning
+    call.pruning = pruning
 
 
 def visual_inputs(family: Family, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, VisionFacts]]:
@@ -259,39 +255,39 @@ def _checkpoints(model: nn.Module) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-def _nothing_pruned(frame: Frame, config: PruneConfig, reason: str) -> None:
+def _nothing_pruned(call: Call, config: PruneConfig, reason: str) -> None:
     if not config.cuts:
         return
-    frame.reason = reason
+    call.reason = reason
     if config.arguments.strict:
         raise TokenPruneError(f"nothing would be pruned: {reason}")
     warnings.warn(f"nothing was pruned: {reason}", NothingPrunedWarning, stacklevel=2)
 
 
-def _visible(frame: Frame, mask: Any) -> Tensor | None:
+def _visible(call: Call, mask: Any) -> Tensor | None:
     """(B, past + L) True at real tokens; None where no padding mask is known."""
-    if frame.attention is not None:
-        known = frame.attention[:, -(frame.past + frame.length) :] != 0
-        return torch.nn.functional.pad(known, (frame.past + frame.length - known.shape[1], 0), value=True)
+    if call.attention is not None:
+        known = call.attention[:, -(call.past + call.length) :] != 0
+        return torch.nn.functional.pad(known, (call.past + call.length - known.shape[1], 0), value=True)
     if isinstance(mask, dict):
         mask = mask.get("full_attention", next(iter(mask.values())))
-    if isinstance(mask, Tensor) and mask.ndim == 4 and is_static(frame.cache):
+    if isinstance(mask, Tensor) and mask.ndim == 4 and is_static(call.cache):
         # generate() prepares 4D masks for static caches; what no row sees, not even its own, is padding.
-        mask = mask[:, 0, :, : frame.past + frame.length]
+        mask = mask[:, 0, :, : call.past + call.length]
         mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        return mask.any(1).expand(frame.batch, -1)
+        return mask.any(1).expand(call.batch, -1)
     return None
 
 
-def _check_window(frame: Frame, text: Any) -> None:
+def _check_window(call: Call, text: Any) -> None:
     """Flash attention is given no mask that could say where a pruned token's window ends."""
     if "flash" not in attention_backend(text):
         return
     for i in range(text.num_hidden_layers):
         kind, span = local_attention(text, i)
-        if span is not None and frame.past + frame.length > span:
+        if span is not None and call.past + call.length > span:
             raise UnsupportedModeError(
-                f"the conversation ({frame.past + frame.length} tokens) is longer than the span of the model's "
+                f"the conversation ({call.past + call.length} tokens) is longer than the span of the model's "
                 f"{kind} layers ({span}), which flash attention cannot keep exact in a pruned prompt; load the model "
                 f"with attn_implementation='sdpa', or unwrap"
             )

@@ -1,0 +1,87 @@
+"""What all hooks of a wrapped model share: where its parts are, and which call is under way."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from tokenprune.config import PruneConfig, decoder_shape
+from tokenprune.errors import TokenPruneError
+from tokenprune.models.base import Family
+from tokenprune.runtime import compiled
+from tokenprune.runtime.current import Calls, last_outcome, note_outcome, overrides_here
+from tokenprune.runtime.layer_masks import LayerMasks
+from tokenprune.runtime.outcome import Outcome
+from tokenprune.runtime.state import Call
+
+Hook = Callable[..., Any]
+Changed = tuple[tuple[Any, ...], dict[str, Any]] | None  # what a pre-hook returns
+
+
+class Wrapped:
+    """A model and its hooks.
+
+    Args:
+        model: the stock model.
+        family: where its parts are.
+        config: what to do in calls that no `override` says otherwise for.
+    """
+
+    def __init__(self, model: nn.Module, family: Family, config: PruneConfig) -> None:
+        self.model, self.family, self.config = model, family, config
+        self.decoder = family.decoder(model)
+        self.layers = list(family.layers(model))
+        self.text_config: Any = family.text_model(model).config
+        self.shape = decoder_shape(model, family)
+        self.masks = LayerMasks(self.text_config, family.attention(self.layers[0]))
+        self.calls = Calls({})
+        self.gate = threading.RLock()  # between calls that begin and hooks that come and go
+        self.installed = False
+        self.latest: Outcome | None = None
+        self.handles: list[RemovableHandle] = []
+
+    def before(self, module: nn.Module, hook: Hook, quick: Hook | None = None) -> None:
+        """Register `hook`, which stands in for `quick` where torch.compile runs; see `compiled.either`."""
+        chosen = compiled.either(hook, quick)
+        self.handles.append(module.register_forward_pre_hook(chosen, with_kwargs=True))
+
+    def after(self, module: nn.Module, hook: Hook, quick: Hook | None = None, always: bool = False) -> None:
+        """The same, behind the module; `always`: after an exception too."""
+        chosen = compiled.either(hook, quick)
+        self.handles.append(module.register_forward_hook(chosen, with_kwargs=True, always_call=always))
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        raise TokenPruneError(
+            "a wrapped model cannot be copied or pickled; tokenprune.unwrap(model) first and wrap the copy"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        self.__deepcopy__(None)
+
+    # -- of this thread or task ---------------------------------------------------------------------------------------
+
+    @property
+    def settings(self) -> PruneConfig:
+        """Those a call that begins now would have."""
+        own = overrides_here(self)
+        return own[-1].config if own else self.config
+
+    @property
+    def call(self) -> Call | None:
+        """The call under way in this thread."""
+        stack = self.calls.stack
+        return stack[-1].call if stack else None
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """Of this thread's or task's last prompt; where it has had none, of the model's."""
+        return last_outcome(self) or self.latest
+
+    @outcome.setter
+    def outcome(self, outcome: Outcome) -> None:
+        note_outcome(self, outcome)
+        self.latest = outcome
