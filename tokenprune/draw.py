@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from tokenprune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tokenprune.reporting import Report
+    from torch import Tensor
+
     from tokenprune.tokens import Grid
 
 Picture: TypeAlias = Image.Image
@@ -78,8 +79,21 @@ def draw_kept(
     return picture if caption is None else add_caption(picture, caption)
 
 
+class Kept(Protocol):
+    """What is drawn of a `Report`: see there."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def images(self) -> Sequence[Any]: ...
+    @property
+    def keep_lists(self) -> list[list[list[list[int]]]]: ...
+    @property
+    def merges(self) -> list[dict[tuple[int, int], tuple[Tensor, Tensor]]]: ...
+
+
 def draw_report(
-    report: Report,
+    report: Kept,
     images: Sequence[Picture | Sequence[Picture]],
     row: int = 0,
     captions: Sequence[str] | None = None,

@@ -14,7 +14,7 @@ from torch import Tensor
 from tokenprune.budget import average_kept
 from tokenprune.runtime.flops import decoder_flops
 from tokenprune.runtime.outcome import Outcome
-from tokenprune.runtime.pruning import unpool
+from tokenprune.runtime.plan import unpool
 from tokenprune.tokens import Image
 
 

@@ -107,7 +107,7 @@ class Reader:
             self._on_states(layer, states, self._located(call, device))
 
     def _located(self, call: Call, device: torch.device) -> Prompt:
-        seen = (call, call.stage)
+        seen = (call, call.cuts_done)
         if self._seen != seen or self._prompt is None:
             self._seen, self._prompt = seen, _locate(call, device)
         return self._prompt
@@ -116,12 +116,12 @@ class Reader:
 def _locate(call: Call, device: torch.device) -> Prompt:
     assert call.rows is not None
     keys = [[(r, i) for i in range(len(row))] for r, row in enumerate(call.rows)]
-    if call.pruning is not None and call.stage:
-        pruning, left = call.pruning, call.pruning.stages[-1]
-        images = pruning.rows
+    if call.stages is not None and call.cuts_done:
+        stages, left = call.stages, call.stages.done[-1]
+        images = stages.plan.rows
         keys = [[(r, i) for i in range(len(row))] for r, row in enumerate(images)]
-        visual = [[pruning.slots(key).to(device) for key in row] for row in keys]
-        raster = [[pruning.raster[key].to(device) for key in row] for row in keys]
+        visual = [[stages.slots(key).to(device) for key in row] for row in keys]
+        raster = [[stages.raster[key].to(device) for key in row] for row in keys]
         real = (left.index >= 0 if left.visible is None else left.visible).to(device)
     else:
         images = call.rows

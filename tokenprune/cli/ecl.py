@@ -89,13 +89,7 @@ def ecl(
     except NoCollapseError as error:
         unclear = error
     text = {name: _mean(values) for name, values in statistics.text.items()}
-    if figure is not None or attention_figure is not None:
-        from tokenprune.analysis.plots import plot_attention, plot_collapse
-
-        if figure is not None:
-            plot_collapse(found, figure, text=text)
-        if attention_figure is not None:
-            plot_attention(statistics, attention_figure)
+    _draw_curves(figure, attention_figure, found, text, statistics)
     if maps is not None:
         _draw_maps(maps, statistics, processor, calibration, found[names[0]].steepest)
     if as_json:
@@ -152,6 +146,22 @@ def _without_nan(values: Any) -> Any:
     if isinstance(values, list):
         return [_without_nan(v) for v in values]
     return None if values != values else values
+
+
+def _draw_curves(
+    figure: Path | None,
+    attention_figure: Path | None,
+    found: dict[str, Collapse],
+    text: dict[str, list[float]],
+    statistics: LayerStatistics,
+) -> None:
+    if figure is not None or attention_figure is not None:
+        from tokenprune.analysis.plots import plot_attention, plot_collapse
+
+        if figure is not None:
+            plot_collapse(found, figure, text=text)
+        if attention_figure is not None:
+            plot_attention(statistics, attention_figure)
 
 
 def _draw_maps(

@@ -23,15 +23,15 @@ def load_testbed(name: str, dtype: Any = None) -> tuple[Any, Any]:
         InputError: this installation has none.
         MissingDecoderError: the wheel that holds smol's decoder is not installed.
     """
-    from tokenprune import testbed
+    from tokenprune.testbed import loading
 
-    if not (testbed.MODEL_DIR / "config.json").is_file():
+    if not (loading.MODEL_DIR / "config.json").is_file():
         raise InputError(
-            f"the small testbed model is missing from {testbed.MODEL_DIR}; reinstall tokenprune-vlm, or train one with "
+            f"the small testbed model is missing from {loading.MODEL_DIR}; reinstall tokenprune-vlm, or train one with "
             f"'python -m tokenprune.testbed.train'"
         )
     quiet_transformers()
-    return testbed.load(name, dtype)
+    return loading.load(name, dtype)
 
 
 def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:

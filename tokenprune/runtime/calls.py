@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from tokenprune.errors import UnsupportedModeError
 from tokenprune.runtime import compiled
 from tokenprune.runtime.outcome import make_outcome
-from tokenprune.runtime.pruning import Pruning
-from tokenprune.runtime.record import Columns, attach, extend, record_of, remember
+from tokenprune.runtime.plan import Plan
+from tokenprune.runtime.record import Columns, attach, extend, record_of
+from tokenprune.runtime.rows import remember
 from tokenprune.runtime.state import Call, open_call
 from tokenprune.runtime.taps import Taps
 from tokenprune.runtime.wrapped import Changed, Wrapped
@@ -61,16 +62,16 @@ class CallHooks:
         with runtime.gate:
             if not runtime.installed:  # another thread unwraps the model at this moment: it is stock already
                 return None
-            if call is not None and call.pruning is not None:
+            if call is not None and call.stages is not None:
                 self.taps.check(call.config)
             calls.begin(module, call)
-        if call is None or call.pruning is None or module is not runtime.model:
+        if call is None or call.stages is None or module is not runtime.model:
             return None
         call.labels = inputs.pop("labels", None)
         # What the stock forward would pass on to the loss (the Trainer's num_items_in_batch, for example).
         call.loss_options = {name: value for name, value in inputs.items() if name not in names}
         if isinstance(inputs.get("logits_to_keep"), Tensor):
-            inputs["logits_to_keep"] = _after_last_image(call.pruning, inputs["logits_to_keep"])
+            inputs["logits_to_keep"] = _after_last_image(call.stages.plan, inputs["logits_to_keep"])
         return (), inputs
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -82,15 +83,15 @@ class CallHooks:
         return self._finish(entry.call, output)
 
     def _finish(self, call: Call, output: Any) -> Any:
-        runtime, pruning = self.runtime, call.pruning
+        runtime, stages = self.runtime, call.stages
         layers = len(runtime.layers)
-        if pruning is None and call.record is not None:
+        if stages is None and call.record is not None:
             call.record.after += call.length
             remember(call.cache, call.record)
-        if pruning is not None:
+        if stages is not None:
             if call.cache is not None:
                 cuts = [sum(cut.layer <= i for cut in call.config.cuts) for i in range(layers)]
-                new = [pruning.stages[c - 1] if c else None for c in cuts]
+                new = [stages.done[c - 1] if c else None for c in cuts]
                 record = extend(
                     call.record,
                     call.past,
@@ -98,13 +99,13 @@ class CallHooks:
                     call.batch,
                     new,
                     call.length,
-                    pruning.last + 1,
+                    stages.plan.last + 1,
                     call.shift,
                 )
                 attach(call.cache, record)
                 remember(call.cache, record)
             if call.labels is not None:
-                output = self._with_loss(call, pruning.stages[-1], call.labels, output)
+                output = self._with_loss(call, stages.done[-1], call.labels, output)
         # One token of text and no cache may be the unconditional half of guidance, which follows the prompt that the
         # report is about.
         if call.rows is not None and (any(call.rows) or call.length > 1 or runtime.outcome is None):
@@ -136,10 +137,10 @@ class CallHooks:
         return None
 
 
-def _after_last_image(pruning: Pruning, index: Tensor) -> Tensor:
+def _after_last_image(plan: Plan, index: Tensor) -> Tensor:
     """Columns counted from the left, as the caller sees them, in the shortened sequence."""
-    if any(0 <= column <= pruning.last for column in index.tolist()):
+    if any(0 <= column <= plan.last for column in index.tolist()):
         raise UnsupportedModeError(
             "logits_to_keep may only name columns after the last image of a pruned prompt"
         )
-    return torch.where(index < 0, index, index - (pruning.length - pruning.lengths[-1]))
+    return torch.where(index < 0, index, index - (plan.length - plan.lengths[-1]))

@@ -15,8 +15,9 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
+from tokenprune.runtime.caches import is_static
 from tokenprune.runtime.masks import attention_backend, local_attention
-from tokenprune.runtime.record import Columns, is_static, record_of
+from tokenprune.runtime.record import Columns, record_of
 
 
 def either(hook: Callable[..., Any], quick: Callable[..., Any] | None = None) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.runtime import masks
-from tokenprune.runtime.record import Columns, is_static
+from tokenprune.runtime.record import Columns
 from tokenprune.runtime.state import Call
 
 
@@ -35,7 +35,7 @@ class LayerMasks:
             stock: the mask the model made for it.
         """
         columns = None if call.record is None else call.record.layers[i]
-        key = (id(columns), call.stage, id(stock), self.kind(i))
+        key = (id(columns), call.cuts_done, id(stock), self.kind(i))
         if key not in call.masks:
             call.masks[key] = self._make(call, i, hidden, stock)
         return call.masks[key]
@@ -55,10 +55,10 @@ class LayerMasks:
         if own is not None and call.past == 0:
             if isinstance(stock, Tensor):
                 entries = own.length
-                if is_static(call.cache):
+                if call.view.spans_more:
                     entries, _ = call.cache.get_mask_sizes(own.length, i)
                 return masks.gather(stock, own.index.clamp(min=0), own.visible, entries)
-            if stock is None and not is_static(call.cache):
+            if stock is None and not call.view.spans_more:
                 if not fillers:
                     return None
                 if not self.is_causal:
@@ -80,7 +80,7 @@ class LayerMasks:
             c is not None and c.visible is not None for c in (_new(call), _cached(call, i))
         )
         visible = None
-        if is_static(call.cache) or not open_everywhere:
+        if call.view.spans_more or not open_everywhere:
             visible = self.entries(call, i, hidden)
         within = self._within(call, i, hidden) if self.looks_back(call, i) else None
         blocks = None
@@ -107,10 +107,8 @@ class LayerMasks:
         parts.append(max(0, end - start) if given is None else given[:, start:end] != 0)
         if own is not None:
             parts.append(own.length if own.visible is None else own.visible)
-        if is_static(call.cache):
-            # Its masks span the whole allocation; what is not written yet, causality hides.
-            used = sum(p if isinstance(p, int) else p.shape[1] for p in parts)
-            parts.append(max(0, int(call.cache.layers[i].get_max_length()) - used))
+        # What is not written yet, causality hides.
+        parts.append(call.view.unwritten(i, sum(p if isinstance(p, int) else p.shape[1] for p in parts)))
         device = hidden.device
         return torch.cat(
             [
@@ -125,10 +123,10 @@ class LayerMasks:
     def _columns(self, call: Call, i: int, hidden: Tensor) -> Tensor:
         """(B, entries + q) as `columns` gives them; of a static cache's unwritten entries, the end."""
         known = columns(call, i, hidden.device)
-        if not is_static(call.cache):
+        if not call.view.spans_more:
             return known
         total = call.past + call.length
-        unwritten = max(total, int(call.cache.layers[i].get_max_length()))
+        unwritten = max(total, call.view.unwritten(i, 0))
         return torch.cat([known, known.new_full((call.batch, unwritten), total)], dim=1)
 
     def _within(self, call: Call, i: int, hidden: Tensor) -> Callable[..., Tensor]:
@@ -163,7 +161,7 @@ def _padding(call: Call) -> Tensor | None:
 
 def _new(call: Call) -> Columns | None:
     """Columns of this call that are left so far; None before its first cut."""
-    return call.pruning.stages[-1] if call.pruning is not None and call.stage else None
+    return call.stages.done[-1] if call.stages is not None and call.cuts_done else None
 
 
 def _cached(call: Call, i: int) -> Columns | None:

@@ -12,8 +12,8 @@ from tokenprune.errors import UnsupportedModeError
 from tokenprune.runtime import compiled
 from tokenprune.runtime.layer_masks import columns
 from tokenprune.runtime.masks import attention_backend
-from tokenprune.runtime.pruning import pick
 from tokenprune.runtime.record import record_of
+from tokenprune.runtime.stages import pick
 from tokenprune.runtime.state import Call
 from tokenprune.runtime.taps import Taps
 from tokenprune.runtime.wrapped import Changed, Wrapped
@@ -81,18 +81,18 @@ class LayerHooks:
     def _prompt(self, call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The text model's inputs, after what a cut before the LLM needs."""
         hidden = kwargs["inputs_embeds"]
-        call.cache = kwargs.get("past_key_values", call.cache)
-        record, pruning = call.record, call.pruning
-        if record is not None and record.before_llm:
+        call.use(kwargs.get("past_key_values", call.cache))
+        record, stages = call.record, call.stages
+        if record is not None and record.first_is_short:
             kwargs = self._continue_short(call, hidden, dict(kwargs))
-        if pruning is None:
+        if stages is None:
             return kwargs
-        pruning.to(hidden.device)
+        stages.to(hidden.device)
         first = call.config.cuts[0].layer
         if first == 0:
             self.taps.select(call, 0, hidden=hidden)
             if call.config.arguments.positions == "compact":
-                dropped = pruning.dropped(0, hidden.device).cumsum(1)
+                dropped = stages.dropped(0, hidden.device).cumsum(1)
                 given = kwargs.get("position_ids")
                 if given is None:
                     given = torch.arange(call.length, device=hidden.device)[None]
@@ -137,14 +137,14 @@ class LayerHooks:
         call = stack[-1].call
         if call is None:
             return None
-        call.cache = kwargs.get("past_key_values", call.cache)  # the text model may just have made it
-        record, pruning = call.record, call.pruning
+        call.use(kwargs.get("past_key_values", call.cache))  # the text model may just have made it
+        record, stages = call.record, call.stages
         cuts = call.config.cuts
         given = args[0] if args else kwargs["hidden_states"]
         hidden = _with_features(call, i, given)
-        if pruning is not None and call.stage < len(cuts) and cuts[call.stage].layer == i:
+        if stages is not None and call.cuts_done < len(cuts) and cuts[call.cuts_done].layer == i:
             hidden = self._cut(call, hidden)
-        elif call.stage == 0 and (record is None or self._like_first(call, i)):
+        elif call.cuts_done == 0 and (record is None or self._like_first(call, i)):
             # The model's own mask and positions are right.
             self.taps.show_hidden(i, hidden, call)
             return None if hidden is given else _with_hidden(hidden, args, kwargs)
@@ -170,13 +170,13 @@ class LayerHooks:
         return own is None or not self.runtime.masks.looks_back(call, i)
 
     def _cut(self, call: Call, hidden: Tensor) -> Tensor:
-        pruning, cut = call.pruning, call.stage
-        assert pruning is not None
+        stages, cut = call.stages, call.cuts_done
+        assert stages is not None
         # States of the layer before that wait for the hidden states a method also needs.
         self.taps.select(call, cut, hidden=hidden, caught=call.caught)
         call.caught = None
         with call.compacting.running(hidden.device):
-            hidden, *features = pruning.apply(cut, [hidden, *call.features.values()])
+            hidden, *features = stages.apply(cut, [hidden, *call.features.values()])
             call.features = dict(zip(call.features, features, strict=True))
         return hidden
 
@@ -185,7 +185,7 @@ class LayerHooks:
     ) -> Tensor | None:
         """Queries whose temperature the layer tells from its cache's length get that of their original columns."""
         call = self.runtime.call
-        if call is None or (not call.stage and (call.record is None or call.record.layers[i] is None)):
+        if call is None or (not call.cuts_done and (call.record is None or call.record.layers[i] is None)):
             return None
         original = columns(call, i, output.device)
         assumed = torch.arange(original.shape[1], device=output.device)
@@ -196,13 +196,13 @@ class LayerHooks:
 
     def _positions(self, call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Position ids and rotary embeddings of the tokens that are left, made once for all layers that share them."""
-        if not call.stage:
+        if not call.cuts_done:
             return {}
-        assert call.pruning is not None
+        assert call.stages is not None
         rope, ids = kwargs["position_embeddings"], kwargs.get("position_ids")
-        key = (call.stage, id(rope))
+        key = (call.cuts_done, id(rope))
         if key not in call.positions:
-            index = call.pruning.stages[-1].index.clamp(min=0)
+            index = call.stages.done[-1].index.clamp(min=0)
             if ids is not None and "flash" in attention_backend(self.runtime.text_config):
                 ids = None  # gaps in them would be read as packed sequences; rotary embeddings carry the positions
             call.positions[key] = {

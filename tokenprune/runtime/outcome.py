@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tokenprune.config import PruneConfig
-from tokenprune.runtime.pruning import Key
+from tokenprune.runtime.plan import Key
 from tokenprune.runtime.state import Call
 from tokenprune.runtime.timing import Stopwatch
 from tokenprune.tensors import plain_tensors
@@ -55,22 +55,22 @@ class Outcome:
 
 
 def make_outcome(text_config: Any, num_layers: int, call: Call) -> Outcome:
-    pruning, config = call.pruning, call.config
+    stages, config = call.stages, call.config
     lengths = []
     for i in range(num_layers):
-        stage = 0 if pruning is None else sum(cut.layer <= i for cut in config.cuts)
-        lengths.append(call.length if pruning is None or not stage else pruning.lengths[stage - 1])
+        stage = 0 if stages is None else sum(cut.layer <= i for cut in config.cuts)
+        lengths.append(call.length if stages is None or not stage else stages.plan.lengths[stage - 1])
     used, allocated = kv_bytes(call.cache, [call.past + n for n in lengths])
     assert call.rows is not None
     return Outcome(
         config=config,
         rows=call.rows,
-        pooled=pruning is not None and pruning.pooled,
-        counts=[] if pruning is None else pruning.counts,
-        kept=[] if pruning is None else pruning.kept,
-        merged=[] if pruning is None else pruning.merged,
-        notes=call.notes if pruning is None else pruning.notes,
-        index=None if pruning is None else pruning.stages[-1].index,
+        pooled=stages is not None and stages.plan.pooled,
+        counts=[] if stages is None else stages.plan.counts,
+        kept=[] if stages is None else stages.kept,
+        merged=[] if stages is None else stages.merged,
+        notes=call.notes if stages is None else stages.notes,
+        index=None if stages is None else stages.done[-1].index,
         length=call.length,
         lengths=lengths,
         kv_used=used,

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from tokenprune.errors import UnsupportedModeError
 
 _ATTRIBUTE = "_tokenprune_record"
 
@@ -94,19 +92,9 @@ class Record:
         return 0 if columns is None else self.length - columns.length
 
     @property
-    def before_llm(self) -> bool:
+    def first_is_short(self) -> bool:
+        """Whether even layer 0 holds fewer entries than the conversation has columns, so that no length tells it."""
         return self.layers[0] is not None
-
-
-def is_static(cache: Any) -> bool:
-    return cache is not None and bool(getattr(cache, "is_compileable", False))
-
-
-def layer_length(cache: Any, layer: int) -> int:
-    """Entries of one layer, as an int (copies from the device for a static cache only)."""
-    if cache is None or layer >= len(cache.layers):
-        return 0
-    return int(cache.get_seq_length(layer))
 
 
 def record_of(cache: Any) -> Record | None:
@@ -118,172 +106,6 @@ def attach(cache: Any, record: Record | None) -> None:
         cache.__dict__.pop(_ATTRIBUTE, None)
     else:
         setattr(cache, _ATTRIBUTE, record)
-
-
-def read(cache: Any, num_layers: int, batch: int) -> Record | None:
-    """The record of a cache, checked against the cache's own tensors.
-
-    Raises:
-        UnsupportedModeError: the cache was pruned but its record is gone or no longer fits it.
-    """
-    if cache is None or not getattr(cache, "layers", None):
-        return None
-    record = record_of(cache)
-    if (
-        record is not None
-        and not is_static(cache)
-        and layer_length(cache, 0) == 0 == layer_length(cache, num_layers - 1)
-    ):
-        attach(cache, None)  # a cache that was reset
-        return None
-    if record is not None:
-        record = follow(cache, record, batch)
-    if is_static(cache):
-        if record is not None and record.compiled:
-            record.after = layer_length(cache, 0) + record.removed(0) - record.length
-        return record
-    first, last = layer_length(cache, 0), layer_length(cache, num_layers - 1)
-    if record is None:
-        if first != last:
-            raise UnsupportedModeError(
-                f"this cache holds {first} tokens in its first layer and {last} in its last but says "
-                "nothing of what was "
-                f"pruned; pass on the cache object a pruned call returned (or a deep copy of it), not a rebuilt one"
-            )
-        return None
-    past = first + record.removed(0)
-    if past > last + record.removed(num_layers - 1):
-        raise UnsupportedModeError(
-            "a call on this cache failed half way: its first layers hold tokens that its last ones do not; start again "
-            "from the prompt, or from a copy made before"
-        )
-    if last + record.removed(num_layers - 1) > past:
-        # transformers before 5.23 crops to an absolute length, which leaves the shorter layers too long.
-        crop(cache, record, past)
-        last = layer_length(cache, num_layers - 1)
-    if past != last + record.removed(num_layers - 1) or past < record.settled:
-        raise UnsupportedModeError(
-            "this cache was cropped into a pruned prompt, so its record no longer fits; start again from the prompt"
-        )
-    if past < record.length:
-        record.cut_to(past)
-    return record
-
-
-def remember(cache: Any, record: Record) -> None:
-    """Note after a call in which tensors the rows are, and what they are known by if that is not noted yet."""
-    if record.rows is None:
-        record.rows = _rows(cache, record)
-    keys = getattr(cache.layers[record.rows.layer], "keys", None)
-    record.rows.seen = weakref.ref(keys) if isinstance(keys, Tensor) else None
-
-
-def _rows(cache: Any, record: Record) -> Rows:
-    for i in reversed(range(len(record.layers))):
-        columns, layer = record.layers[i], cache.layers[i]
-        keys = getattr(layer, "keys", None)
-        if columns is None or not isinstance(keys, Tensor) or keys.ndim != 4:
-            continue
-        entries = columns.length - (record.length - record.settled)
-        # Not a window that lets go of old entries, nor the unquantised rest of a quantised layer.
-        whole = (
-            not getattr(layer, "is_sliding", False) if is_static(cache) else keys.shape[2] == columns.length
-        )
-        if whole and 0 < entries <= keys.shape[2]:
-            return Rows(i, entries, _marks(keys, entries), None)
-    return Rows(len(record.layers) - 1, 0, None, None)
-
-
-def _marks(keys: Tensor, entries: int) -> Tensor:
-    return keys[:, 0, :entries].amax(1)
-
-
-def follow(cache: Any, record: Record, batch: int) -> Record:
-    """The record of a cache whose rows were reordered, repeated or left out since (attached to it, too).
-
-    Args:
-        cache: with a record.
-        record: its own.
-        batch: rows of the call that is about to use it.
-
-    Raises:
-        UnsupportedModeError: rows that are not those of the prompt, or that cannot be told apart.
-    """
-    rows, known = record.rows, record.batch
-    keys = None if rows is None else getattr(cache.layers[rows.layer], "keys", None)
-    unmoved = rows is not None and rows.seen is not None and rows.seen() is keys and keys is not None
-    if rows is None or not isinstance(keys, Tensor) or known == batch == 1 or (unmoved and known == batch):
-        source = None
-    elif keys.shape[2] < rows.entries and rows.marks is not None:
-        source = None  # cropped into the prompt, which the lengths tell
-    elif known == 1 or (rows.marks is None and _are_alike(record)):
-        source = torch.zeros(batch, dtype=torch.long, device=keys.device)
-    elif rows.marks is None:
-        raise UnsupportedModeError(
-            "this cache was copied or its rows were moved since the last call, and it no longer holds what they could "
-            "be told apart by; go on with the cache itself, one row at a time, or from the prompts"
-        )
-    else:
-        same = (_marks(keys, rows.entries)[:, None] == rows.marks.to(keys.device)[None]).all(-1)
-        source = same.long().argmax(1)
-        if not bool(same.any(1).all()):
-            raise UnsupportedModeError(
-                "this cache holds other rows than the pruned prompts it was made by; start again from the prompts"
-            )
-    if (
-        source is not None
-        and len(source) == known
-        and bool((source == torch.arange(known, device=source.device)).all())
-    ):
-        source = None
-    if source is not None:
-        record = _taken(record, source)
-        attach(cache, record)
-    if record.batch != batch:
-        raise UnsupportedModeError(
-            f"this cache was pruned with batch {record.batch} and is used with batch {batch}; repeat or select the "
-            f"cache's rows first (batch_repeat_interleave, batch_select_indices)"
-        )
-    return record
-
-
-def _are_alike(record: Record) -> bool:
-    """Whether all rows were pruned alike, as the beams of one prompt are."""
-    distinct = {id(own): own for own in record.layers if own is not None}.values()
-    tensors = [t for own in distinct for t in (own.index, own.visible) if t is not None]
-    tensors += [t for t in (record.padding, record.shift) if t is not None]
-    return all(bool((t == t[:1]).all()) for t in tensors)
-
-
-def crop(cache: Any, record: Record, past: int) -> None:
-    """Take the last entries off each layer that holds more than belong to `past` columns."""
-    for i, layer in enumerate(cache.layers):
-        entries = past - record.removed(i)
-        if layer_length(cache, i) > entries:
-            layer.keys, layer.values = layer.keys[..., :entries, :], layer.values[..., :entries, :]
-
-
-def _taken(record: Record, source: Tensor) -> Record:
-    """The rows `source` of a record."""
-
-    def rows(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.index_select(0, source.to(x.device))
-
-    seen: dict[int, Columns] = {}
-    layers: list[Columns | None] = []
-    for columns in record.layers:
-        if columns is not None and id(columns) not in seen:
-            index = columns.index.index_select(0, source.to(columns.index.device))
-            seen[id(columns)] = Columns(index, rows(columns.visible))
-        layers.append(None if columns is None else seen[id(columns)])
-    own = record.rows
-    return replace(
-        record,
-        layers=layers,
-        padding=rows(record.padding),
-        shift=rows(record.shift),
-        rows=None if own is None else replace(own, marks=rows(own.marks)),
-    )
 
 
 def extend(

@@ -14,11 +14,15 @@ from torch import Tensor, nn
 from tokenprune.config import PruneConfig
 from tokenprune.errors import NothingPrunedWarning, TokenPruneError, UnsupportedModeError
 from tokenprune.models.base import Family
+from tokenprune.runtime.caches import crop, view_of
 from tokenprune.runtime.masks import attention_backend, local_attention
-from tokenprune.runtime.pruning import Key, Pruning, prompt_digests
-from tokenprune.runtime.record import Record, attach, crop, is_static, layer_length, read
+from tokenprune.runtime.plan import Key, make_plan
+from tokenprune.runtime.record import Record
+from tokenprune.runtime.rows import read
+from tokenprune.runtime.stages import Stages
 from tokenprune.runtime.states import LayerStates
 from tokenprune.runtime.timing import Stopwatch
+from tokenprune.runtime.views import Views, prompt_digests
 from tokenprune.runtime.vision import VisionFacts, read_facts
 from tokenprune.tokens import Image, IntArray
 
@@ -35,7 +39,7 @@ class Call:
         blocks: see `Family.blocks`.
         visible: (B, past + length) bool, False at padding; None where there is none. Known when the call prunes.
         rows: images by row; empty rows for a text-only prompt; None when this call continues one.
-        pruning: the plan, when this call prunes.
+        stages, views: what is left, and what the method is shown of it, when this call prunes.
         reason: why nothing is pruned although the budget asks for it.
         notes: what was told of its images while nothing is pruned; see `Selection.notes`.
         kinds, facts: the kinds of visual input it brings, and what the vision tower's hook noted of them.
@@ -43,7 +47,8 @@ class Call:
     """
 
     def __init__(self, config: PruneConfig, batch: int, length: int, cache: Any) -> None:
-        self.config, self.batch, self.length, self.cache = config, batch, length, cache
+        self.config, self.batch, self.length = config, batch, length
+        self.use(cache)
         self.positions_given = False
         self.past = 0
         self.record: Record | None = None
@@ -51,7 +56,8 @@ class Call:
         self.blocks: Tensor | None = None
         self.visible: Tensor | None = None
         self.rows: list[list[Image]] | None = None
-        self.pruning: Pruning | None = None
+        self.stages: Stages | None = None
+        self.views: Views | None = None
         self.kinds: tuple[str, ...] = ()
         self.facts: dict[str, VisionFacts] = {}
         self.sizes: list[tuple[Tensor, IntArray]] = []
@@ -67,10 +73,14 @@ class Call:
         self.scoring, self.compacting = Stopwatch(), Stopwatch()
         self.caught: LayerStates | None = None  # by the taps, until whoever wants them has all there are
 
+    def use(self, cache: Any) -> None:
+        """The cache this call fills: the text model may make it only now."""
+        self.cache, self.view = cache, view_of(cache)
+
     @property
-    def stage(self) -> int:
+    def cuts_done(self) -> int:
         """Cuts carried out so far in this call."""
-        return 0 if self.pruning is None else len(self.pruning.stages)
+        return 0 if self.stages is None else len(self.stages.done)
 
 
 def open_call(model: nn.Module, family: Family, config: PruneConfig, inputs: dict[str, Any]) -> Call | None:
@@ -94,20 +104,11 @@ def open_call(model: nn.Module, family: Family, config: PruneConfig, inputs: dic
     sizes, facts = visual_inputs(family, inputs)
     visual = bool(sizes)
 
-    call.record = record = read(cache, layers, batch)
-    if record is not None and is_static(cache) and length > 1 and layer_length(cache, 0) == 0:
-        attach(cache, None)  # generate() resets its static cache and uses it again
-        call.record = record = None
+    call.record = record = read(call.view, layers, batch, length)
+    call.past = call.view.past(record, length)
     if record is not None:
-        call.past = (
-            record.length + record.after if is_static(cache) else layer_length(cache, 0) + record.removed(0)
-        )
-        if record.before_llm:
+        if record.first_is_short:
             _check_continuation(call, family, inputs, visual)
-    elif length > 1 or not is_static(cache):
-        call.past = layer_length(cache, 0)
-
-    if call.record is not None:
         _check_window(call, family.text_model(model).config)
     if ids is None and (visual or (record is None and not call.past and length > 1)):
         _nothing_pruned(
@@ -118,7 +119,7 @@ def open_call(model: nn.Module, family: Family, config: PruneConfig, inputs: dic
         call.kinds, call.facts = tuple(sizes), facts
         _plan(call, model, family, config, reference, inputs, sizes)
     elif record is None:
-        if call.past or (length == 1 and is_static(cache)):  # a decoding step
+        if call.view.is_step(call.past, length):
             return None
         call.rows = [[] for _ in range(batch)]
     return call
@@ -137,7 +138,7 @@ def _check_continuation(call: Call, family: Family, inputs: dict[str, Any], visu
     past = call.past
     if call.attention is not None:
         past = call.attention.shape[1] - call.length
-    elif position_ids is not None and not is_static(call.cache) and (call.length > 1 or record.verify):
+    elif position_ids is not None and not call.view.spans_more and (call.length > 1 or record.verify):
         # Without a mask there is no padding: the last position is the last column. (One copy from the device, for
         # continuations of several tokens only, and the step after one.)
         position = position_ids[0] if position_ids.ndim == 3 else position_ids
@@ -191,9 +192,9 @@ def _plan(
     if not any(rows) or not config.cuts:
         return
     text: Any = family.text_model(model).config
-    pruning = Pruning(model, family, rows, config, ids_host, mask)
-    if not pruning.prunes:
-        call.notes = pruning.notes
+    plan = make_plan(rows, config, call.length, mask, len(family.layers(model)))
+    if not plan.prunes:
+        call.notes = {key: [own] for key, own in plan.notes.items()}
         if _asked(config, rows):
             _nothing_pruned(call, config, "the budget rounds to all tokens of every image")
         return
@@ -202,11 +203,10 @@ def _plan(
             "gradient checkpointing runs layers twice and cannot be combined with pruning; switch it off, or unwrap"
         )
     _check_window(call, text)
-    pruning.num_heads = text.num_attention_heads
-    pruning.padding = visible if mask is not None else None
-    if config.method.needs().digest and config.arguments.keep_lists is None:
-        pruning.prompts = prompt_digests(ids, mask, pruning.rows)
-    call.pruning = pruning
+    wants_digest = config.method.needs().digest and config.arguments.keep_lists is None
+    prompts = prompt_digests(ids, mask, plan.rows) if wants_digest else {}
+    call.stages = Stages(plan, visible if mask is not None else None)
+    call.views = Views(model, family, text.num_attention_heads, call.facts, prompts)
 
 
 def visual_inputs(family: Family, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, VisionFacts]]:
@@ -271,7 +271,7 @@ def _visible(call: Call, mask: Any) -> Tensor | None:
         return torch.nn.functional.pad(known, (call.past + call.length - known.shape[1], 0), value=True)
     if isinstance(mask, dict):
         mask = mask.get("full_attention", next(iter(mask.values())))
-    if isinstance(mask, Tensor) and mask.ndim == 4 and is_static(call.cache):
+    if isinstance(mask, Tensor) and mask.ndim == 4 and call.view.spans_more:
         # generate() prepares 4D masks for static caches; what no row sees, not even its own, is padding.
         mask = mask[:, 0, :, : call.past + call.length]
         mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

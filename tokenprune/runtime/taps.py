@@ -163,7 +163,7 @@ class Taps:
         caught.raw[state] = output
         needed = call.config.method.needs().states if self._scored(call, layer) else ()
         if state in needed and caught.raw.keys() >= set(needed):
-            self.select(call, call.stage, caught=caught)
+            self.select(call, call.cuts_done, caught=caught)
             needed = ()
         for observer in self.observers:
             if state in observer.states and caught.raw.keys() >= set(observer.states):
@@ -174,10 +174,10 @@ class Taps:
 
     def _scored(self, call: Call, layer: int) -> bool:
         """Whether the call's next cut scores states of this layer."""
-        if call.pruning is None or call.config.arguments.keep_lists is not None:
+        if call.stages is None or call.config.arguments.keep_lists is not None:
             return False
         cuts = call.config.cuts
-        return call.stage < len(cuts) and cuts[call.stage].layer == layer + 1
+        return call.cuts_done < len(cuts) and cuts[call.cuts_done].layer == layer + 1
 
     def select(
         self, call: Call, cut: int, *, hidden: Tensor | None = None, caught: LayerStates | None = None
@@ -190,12 +190,12 @@ class Taps:
             hidden: (B, L', D) states entering the cut's layer.
             caught: states of the layer before it.
         """
-        pruning, method = call.pruning, call.config.method
-        assert pruning is not None
+        stages, method = call.stages, call.config.method
+        assert stages is not None and call.views is not None
         if call.config.arguments.keep_lists is not None:
-            pruning.force(cut)
+            stages.force(cut)
             return
-        wanted = pruning.wants(cut)
+        wanted = stages.missing(cut)
         if not wanted:
             return
         needed = method.needs().states
@@ -206,14 +206,14 @@ class Taps:
                 for name in needed:
                     if name == "hidden":
                         assert hidden is not None
-                        own[name] = _apart(pruning.take(hidden, key), hidden)
+                        own[name] = _apart(stages.take(hidden, key), hidden)
                     else:
                         assert caught is not None
-                        own[name] = _apart(caught.of(name, partial(pruning.take, key=key)), caught.raw[name])
-                image, k = pruning.view(key, call.facts, **own), pruning.to_choose(cut, key)
+                        own[name] = _apart(caught.of(name, partial(stages.take, key=key)), caught.raw[name])
+                image, k = call.views.of(stages, key, **own), stages.plan.to_choose(cut, key)
                 selection = method.select(image, k) if k else Selection(image.raster[:0])
                 check_selection(method.name, selection, image.n, k)
-                pruning.store(cut, key, selection)
+                stages.store(cut, key, selection)
 
     # -- the vision tower ---------------------------------------------------------------------------------------------
 

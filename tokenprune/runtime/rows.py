@@ -1,0 +1,170 @@
+"""Rows of a pruned cache that are reordered, repeated or left out between calls: their record goes with them."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import UnsupportedModeError
+from tokenprune.runtime.caches import CacheView, crop, view_of
+from tokenprune.runtime.record import Columns, Record, Rows, attach, record_of
+
+
+def remember(cache: Any, record: Record) -> None:
+    """Note after a call in which tensors the rows are, and what they are known by if that is not noted yet."""
+    if record.rows is None:
+        record.rows = _rows(cache, record)
+    keys = getattr(cache.layers[record.rows.layer], "keys", None)
+    record.rows.seen = weakref.ref(keys) if isinstance(keys, Tensor) else None
+
+
+def _rows(cache: Any, record: Record) -> Rows:
+    for i in reversed(range(len(record.layers))):
+        columns, layer = record.layers[i], cache.layers[i]
+        keys = getattr(layer, "keys", None)
+        if columns is None or not isinstance(keys, Tensor) or keys.ndim != 4:
+            continue
+        entries = columns.length - (record.length - record.settled)
+        if view_of(cache).holds_all(i, columns) and 0 < entries <= keys.shape[2]:
+            return Rows(i, entries, _marks(keys, entries), None)
+    return Rows(len(record.layers) - 1, 0, None, None)
+
+
+def _marks(keys: Tensor, entries: int) -> Tensor:
+    return keys[:, 0, :entries].amax(1)
+
+
+def follow(cache: Any, record: Record, batch: int) -> Record:
+    """The record of a cache whose rows were reordered, repeated or left out since (attached to it, too).
+
+    Args:
+        cache: with a record.
+        record: its own.
+        batch: rows of the call that is about to use it.
+
+    Raises:
+        UnsupportedModeError: rows that are not those of the prompt, or that cannot be told apart.
+    """
+    rows, known = record.rows, record.batch
+    keys = None if rows is None else getattr(cache.layers[rows.layer], "keys", None)
+    unmoved = rows is not None and rows.seen is not None and rows.seen() is keys and keys is not None
+    if rows is None or not isinstance(keys, Tensor) or known == batch == 1 or (unmoved and known == batch):
+        source = None
+    elif keys.shape[2] < rows.entries and rows.marks is not None:
+        source = None  # cropped into the prompt, which the lengths tell
+    elif known == 1 or (rows.marks is None and _are_alike(record)):
+        source = torch.zeros(batch, dtype=torch.long, device=keys.device)
+    elif rows.marks is None:
+        raise UnsupportedModeError(
+            "this cache was copied or its rows were moved since the last call, and it no longer holds what they could "
+            "be told apart by; go on with the cache itself, one row at a time, or from the prompts"
+        )
+    else:
+        same = (_marks(keys, rows.entries)[:, None] == rows.marks.to(keys.device)[None]).all(-1)
+        source = same.long().argmax(1)
+        if not bool(same.any(1).all()):
+            raise UnsupportedModeError(
+                "this cache holds other rows than the pruned prompts it was made by; start again from the prompts"
+            )
+    if (
+        source is not None
+        and len(source) == known
+        and bool((source == torch.arange(known, device=source.device)).all())
+    ):
+        source = None
+    if source is not None:
+        record = _taken(record, source)
+        attach(cache, record)
+    if record.batch != batch:
+        raise UnsupportedModeError(
+            f"this cache was pruned with batch {record.batch} and is used with batch {batch}; repeat or select the "
+            f"cache's rows first (batch_repeat_interleave, batch_select_indices)"
+        )
+    return record
+
+
+def _are_alike(record: Record) -> bool:
+    """Whether all rows were pruned alike, as the beams of one prompt are."""
+    distinct = {id(own): own for own in record.layers if own is not None}.values()
+    tensors = [t for own in distinct for t in (own.index, own.visible) if t is not None]
+    tensors += [t for t in (record.padding, record.shift) if t is not None]
+    return all(bool((t == t[:1]).all()) for t in tensors)
+
+
+def _taken(record: Record, source: Tensor) -> Record:
+    """The rows `source` of a record."""
+
+    def rows(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.index_select(0, source.to(x.device))
+
+    seen: dict[int, Columns] = {}
+    layers: list[Columns | None] = []
+    for columns in record.layers:
+        if columns is not None and id(columns) not in seen:
+            index = columns.index.index_select(0, source.to(columns.index.device))
+            seen[id(columns)] = Columns(index, rows(columns.visible))
+        layers.append(None if columns is None else seen[id(columns)])
+    own = record.rows
+    return replace(
+        record,
+        layers=layers,
+        padding=rows(record.padding),
+        shift=rows(record.shift),
+        rows=None if own is None else replace(own, marks=rows(own.marks)),
+    )
+
+
+def read(view: CacheView, num_layers: int, batch: int, length: int) -> Record | None:
+    """The record of a cache, checked against the cache's own tensors.
+
+    Args:
+        view: of the cache.
+        num_layers: decoder layers.
+        batch, length: shape of the call about to use it.
+
+    Raises:
+        UnsupportedModeError: the cache was pruned but its record is gone or no longer fits it.
+    """
+    cache = view.cache
+    if cache is None or not getattr(cache, "layers", None):
+        return None
+    record = record_of(cache)
+    if record is not None and view.was_reset(num_layers, length):
+        attach(cache, None)
+        return None
+    if record is not None:
+        record = follow(cache, record, batch)
+    if not view.spans_more:  # a static cache's lengths are on the device
+        _check_lengths(view, record, num_layers)
+    return record
+
+
+def _check_lengths(view: CacheView, record: Record | None, num_layers: int) -> None:
+    first, last = view.entries(0), view.entries(num_layers - 1)
+    if record is None:
+        if first != last:
+            raise UnsupportedModeError(
+                f"this cache holds {first} tokens in its first layer and {last} in its last but says nothing of what "
+                f"was pruned; pass on the cache object a pruned call returned (or a deep copy of it), not a rebuilt one"
+            )
+        return
+    past, own = first + record.removed(0), last + record.removed(num_layers - 1)
+    if past > own:
+        raise UnsupportedModeError(
+            "a call on this cache failed half way: its first layers hold tokens that its last ones do not; start again "
+            "from the prompt, or from a copy made before"
+        )
+    if own > past:
+        # transformers before 5.23 crops to an absolute length, which leaves the shorter layers too long.
+        crop(view.cache, record, past)
+        own = view.entries(num_layers - 1) + record.removed(num_layers - 1)
+    if past != own or past < record.settled:
+        raise UnsupportedModeError(
+            "this cache was cropped into a pruned prompt, so its record no longer fits; start again from the prompt"
+        )
+    if past < record.length:
+        record.cut_to(past)
