@@ -13,13 +13,12 @@ import torch
 
 import tokenprune
 from tokenprune.runtime.flops import decoder_flops
-from tokenprune.testbed import evaluate, evaluation_set
+from tokenprune.testbed import evaluation_set
 from tokenprune.testbed.evaluate import wilson_interval
 from tokenprune.testbed.language import make_inputs
 from tokenprune.testbed.modeling import build_model, build_processor
 from tokenprune_eval import separation, table
 from tokenprune_eval.bench import Bench, append, parse_batch, verdict
-from tokenprune_eval.cached import CachedProcessor, cached_features
 from tokenprune_eval.cells import SOURCES, Cell, grid
 from tokenprune_eval.geometry import GEOMETRIES, build, fix_features, prompts
 from tokenprune_eval.ideal import prepare
@@ -289,22 +288,6 @@ def test_table_resumes(
     assert capsys.readouterr().out in made, "--summary prints what the run printed"
     with pytest.raises(SystemExit, match="holds rows with model m, not other"):
         table.main([*options, "--resume", "--model", "other"])
-
-
-@pytest.mark.parametrize("method", ["random", "entropyprune"])
-def test_cached_features_change_no_answer(method: str) -> None:
-    torch.manual_seed(0)
-    model = build_model(4).eval()
-    processor = CachedProcessor(build_processor())
-    samples = evaluation_set(14)
-    answers = []
-    with tokenprune.pruned(model, method, keep=0.5, layer=1):
-        for enabled in (False, True, True):
-            with cached_features(model, processor, enabled=enabled):
-                answers.append(evaluate(model, processor, samples, batch_size=7).answers)
-    assert answers[0] == answers[1] == answers[2]
-    assert len(processor.features) >= 2
-    assert "forward" not in vars(model.model.vision_tower)
 
 
 def test_unreachable_budget_is_a_row() -> None:

@@ -153,3 +153,29 @@ def test_fingerprint_of_quantised_parameters() -> None:
         projection.weight = torch.nn.Parameter(_Quantised(data, torch.ones(4)), requires_grad=False)
         found.add(fingerprint(model))
     assert len(found) == 2
+
+
+@pytest.mark.parametrize("allocation", ["image", "pooled"])
+def test_totals_sum_up_until_reset(allocation: str) -> None:
+    model = tiny.llava(layers=6)
+    with tokenprune.pruned(model, "random", layer=2, keep=0.5, allocation=allocation), torch.no_grad():
+        assert "no prompts yet" in str(tokenprune.report(model, total=True))
+        reports = []
+        for seed in range(3):
+            model.generate(**tiny.inputs(model, judge.ROWS, pad="left", seed=seed), max_new_tokens=2)
+            reports.append(tokenprune.report(model))
+        with tokenprune.override(model, method="none"):
+            model(**tiny.inputs(model, judge.ROWS[:1]))
+            reports.append(tokenprune.report(model))
+        total = tokenprune.report(model, total=True, reset=True)
+        for name in ("tokens", "kept", "kv_used", "kv_allocated", "flops", "flops_unpruned"):
+            assert getattr(total, name) == sum(getattr(r, name) for r in reports), name
+        assert (total.prompts, total.rows, total.images) == (4, 13, sum(len(r.images) for r in reports))
+        average = sum(image.average for r in reports for image in r.images) / total.tokens
+        assert total.retention_average == pytest.approx(average)
+        assert total.seconds_scoring == pytest.approx(sum(r.seconds_scoring for r in reports))
+        assert json.loads(json.dumps(total.to_dict()))["prompts"] == 4 and "4 prompts" in str(total)
+        assert tokenprune.report(model, total=True).prompts == 0
+        assert tokenprune.report(model).tokens == reports[-1].tokens
+        with pytest.raises(tokenprune.ConfigError, match="pass total=True"):
+            tokenprune.report(model, reset=True)

@@ -174,7 +174,7 @@ def test_failing_install_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> Non
     def missing(*_: Any) -> Any:
         raise AttributeError("no such projection")
 
-    monkeypatch.setattr("tokenprune.runtime.taps.state_module", missing)
+    monkeypatch.setattr("tokenprune.models.decoders.Decoder.state_module", missing)
     with pytest.raises(AttributeError, match="no such projection"):
         tokenprune.wrap(model, **PRUNE)
     assert installed(model) == before
@@ -354,6 +354,32 @@ def lora() -> Any:
     # init_lora_weights=False: adapters that do something
     config = peft.LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
     return peft.get_peft_model(tiny.llava(layers=4), config).eval()
+
+
+def test_a_family_of_the_users_own() -> None:
+    from tokenprune.models import FAMILIES
+    from tokenprune.models.llava import Llava
+
+    class Mine(Llava):
+        name = "mine"
+        model_types = ("mine",)
+        published_layer = 1
+
+    model = tiny.llava()
+    inputs = tiny.inputs(model, judge.ROWS[:1])
+    model.config.model_type = "mine"  # of a checkpoint nobody knows
+    with pytest.raises(tokenprune.UnsupportedModelError, match=r"wrap\(model, family=\.\.\.\)"):
+        tokenprune.wrap(model, keep=0.5)
+    with pytest.raises(tokenprune.ConfigError, match="unknown family 'nosuch'; choose one of llava"):
+        tokenprune.wrap(model, keep=0.5, family="nosuch")
+    for family in (Mine(), "llava"):
+        with tokenprune.pruned(model, keep=0.5, family=family), torch.no_grad():
+            model(**inputs)
+            assert tokenprune.report(model).layers_cut == ((1,) if family != "llava" else (2,))
+            with pytest.raises(tokenprune.ConfigError, match="fixed when a model is wrapped"):
+                with tokenprune.override(model, family="llava"):
+                    pass
+    assert "mine" not in FAMILIES
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 import transformers
 
@@ -14,8 +14,8 @@ from tokenprune.arguments import Arguments
 from tokenprune.config import settle
 from tokenprune.errors import ConfigError, TokenPruneError, UnsupportedModelError
 from tokenprune.methods import Method
-from tokenprune.models import find_family, stock_model
-from tokenprune.reporting import Report, make_report
+from tokenprune.models import Family, find_family, stock_model
+from tokenprune.reporting import Report, TotalReport, make_report, make_total
 from tokenprune.runtime.install import Runtime
 
 ModelT = TypeVar("ModelT")
@@ -60,8 +60,8 @@ def wrap(model: ModelT, method: str | Method = "entropyprune", **arguments: Any)
                 "this model is wrapped already; tokenprune.unwrap(model) first, or change one call with "
                 "tokenprune.override"
             )
-        family = find_family(inner)
         asked = Arguments.of({"method": method, **arguments})
+        family = find_family(inner, asked.family)
         runtime = Runtime(inner, family, settle(inner, family, asked))
         runtime.install()
         inner.__dict__[_ATTRIBUTE] = runtime
@@ -110,13 +110,31 @@ def override(model: ModelT, **changes: Any) -> Iterator[ModelT]:
         yield model
 
 
-def report(model: object) -> Report:
-    """What happened to the last prompt the wrapped model processed.
+@overload
+def report(model: object, *, total: Literal[False] = False, reset: bool = False) -> Report: ...
+@overload
+def report(model: object, *, total: Literal[True], reset: bool = False) -> TotalReport: ...
+def report(model: object, *, total: bool = False, reset: bool = False) -> Report | TotalReport:
+    """What happened to the last prompt this thread or task had the wrapped model process.
+
+    Args:
+        model: wrapped.
+        total: sums over all prompts since `wrap`, or since the last reset, of all threads.
+        reset: with `total`: start the sums anew.
 
     Raises:
         TokenPruneError: the model is not wrapped, or has not been called yet.
+        ConfigError: `reset` without `total`.
     """
-    outcome = _runtime(model).outcome
+    runtime = _runtime(model)
+    if total:
+        summed = make_total(runtime.total)
+        if reset:
+            runtime.total.reset()
+        return summed
+    if reset:
+        raise ConfigError("reset=True starts the sums anew: pass total=True with it")
+    outcome = runtime.outcome
     if outcome is None:
         raise TokenPruneError("the wrapped model has not been called yet, so there is nothing to report")
     return make_report(outcome)
@@ -135,6 +153,12 @@ def runtime_of(model: object) -> Runtime | None:
     runtime = stock_model(model).__dict__.get(_ATTRIBUTE)
     assert runtime is None or isinstance(runtime, Runtime)
     return runtime
+
+
+def family_of(model: object) -> Family:
+    """The family a model was wrapped with, or the one its config says."""
+    runtime = runtime_of(model)
+    return find_family(stock_model(model)) if runtime is None else runtime.family
 
 
 def _runtime(model: object) -> Runtime:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from tokenprune.budget import BudgetMeaning, Cut, Keep, check_keep
 from tokenprune.errors import ConfigError
 from tokenprune.methods import METHODS, Method
+from tokenprune.models.base import Family
 
 Positions = Literal["keep", "compact"]
 Allocation = Literal["image", "pooled"]
@@ -41,6 +42,8 @@ class Arguments:
         keep_lists: force what is kept: keep_lists[cut][row][image] = ascending raster indices.
         allocation: "image": every image has a budget of its own; "pooled": a prompt's images share the sum of theirs.
         frame_floor: tokens that every frame of a video, and every view of an image, keeps at least.
+        family: a `Family` of your own, or the name of another of ours, for a model that is not known or that has a
+            known model's parts; fixed when the model is wrapped.
         parameters: of the method.
 
     Raises:
@@ -57,6 +60,7 @@ class Arguments:
     keep_lists: KeepLists | None = None
     allocation: Allocation = "image"
     frame_floor: int = 0
+    family: str | Family | None = None
     parameters: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
@@ -101,6 +105,8 @@ class Arguments:
         A new method starts from its own default parameters; a new `layer` replaces `cuts` and the other way round.
         Method "none", and cuts that all say their own keep, need no `keep=None` beside them.
         """
+        if "family" in changes:
+            raise ConfigError("family is fixed when a model is wrapped; unwrap it first")
         new = {name: value for name, value in changes.items() if name in NAMES}
         own = {name: value for name, value in changes.items() if name not in NAMES}
         if "method" not in changes:

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import torch
+from torch import nn
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.models import stock_model
@@ -28,11 +29,20 @@ def fingerprint(model: Any) -> str:
     Raises:
         UnsupportedModelError: no stock model, or parameters whose values are not in memory (offloaded to disk).
     """
-    inner = stock_model(model)
-    config: Any = inner.config
-    digest = hashlib.sha256(type(inner).__name__.encode())
-    digest.update(json.dumps(_settled(config.to_dict()), sort_keys=True, default=str).encode())
-    for name, parameter in sorted(inner.named_parameters()):
+    return stamp(stock_model(model))
+
+
+def stamp(module: nn.Module) -> str:
+    """The same of any module that may have a config: of a vision tower, for example.
+
+    Raises:
+        UnsupportedModelError: parameters whose values are not in memory.
+    """
+    digest = hashlib.sha256(type(module).__name__.encode())
+    config: Any = getattr(module, "config", None)
+    if config is not None:
+        digest.update(json.dumps(_settled(config.to_dict()), sort_keys=True, default=str).encode())
+    for name, parameter in sorted(module.named_parameters()):
         for i, tensor in enumerate(plain_tensors(parameter)):
             if tensor.is_meta:
                 raise UnsupportedModelError(f"{name} is not in memory; load the model without offloading")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenprune.budget import average_kept
 from tokenprune.runtime.flops import decoder_flops
-from tokenprune.runtime.outcome import Outcome
+from tokenprune.runtime.outcome import Outcome, Total
 from tokenprune.runtime.plan import unpool
 from tokenprune.tokens import Image
 
@@ -191,6 +191,70 @@ class Report:
             f"  scoring {self.seconds_scoring * 1e3:.2f} ms, compacting {self.seconds_compacting * 1e3:.2f} ms"
         )
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class TotalReport:
+    """Sums over the prompts of a wrapped model since it was wrapped, or since the last reset.
+
+    Attributes:
+        prompts, rows, images: how many there were.
+        tokens: visual tokens they came with.
+        kept: visual tokens left after the last cut.
+        retention_average: share of visual tokens kept, averaged over decoder layers and weighted by tokens.
+        retention_after_cut: the same after the last cut.
+        kv_used, kv_allocated: bytes of keys and values right after the prompts.
+        flops, flops_unpruned: decoder prefill.
+        seconds_scoring, seconds_compacting: spent by the method and by shortening tensors.
+    """
+
+    prompts: int
+    rows: int
+    images: int
+    tokens: int
+    kept: int
+    retention_average: float
+    retention_after_cut: float
+    kv_used: int
+    kv_allocated: int
+    flops: int
+    flops_unpruned: int
+    seconds_scoring: float
+    seconds_compacting: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        if not self.prompts:
+            return "tokenprune: no prompts yet"
+        return (
+            f"tokenprune: {self.prompts} prompts, {self.images} images; visual tokens {self.retention_average:.1%} on "
+            f"average over layers, {self.retention_after_cut:.1%} after the last cut; KV {self.kv_used:,} bytes used; "
+            f"prefill FLOPs x {self.flops / self.flops_unpruned:.3f}; scoring {self.seconds_scoring:.3f} s, compacting "
+            f"{self.seconds_compacting:.3f} s"
+        )
+
+
+def make_total(total: Total) -> TotalReport:
+    """Put the sums into readable form."""
+    scoring, compacting = total.seconds()
+    tokens = total.tokens
+    return TotalReport(
+        prompts=total.prompts,
+        rows=total.rows,
+        images=total.images,
+        tokens=tokens,
+        kept=total.kept,
+        retention_average=total.averages / tokens if tokens else 1.0,
+        retention_after_cut=total.kept / tokens if tokens else 1.0,
+        kv_used=total.kv_used,
+        kv_allocated=total.kv_allocated,
+        flops=total.flops,
+        flops_unpruned=total.flops_unpruned,
+        seconds_scoring=scoring,
+        seconds_compacting=compacting,
+    )
 
 
 def make_report(outcome: Outcome) -> Report:

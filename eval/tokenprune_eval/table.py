@@ -23,13 +23,13 @@ from typing import Any
 import torch
 
 import tokenprune
+from tokenprune.analysis.memory import Memory
 from tokenprune.budget import average_floor
-from tokenprune.methods import make_method
 from tokenprune.testbed import FAMILIES, evaluate, evaluation_set, load
 from tokenprune.testbed.language import make_inputs
 from tokenprune.testbed.scenes import DEFAULT_SCENES, SCENE_KINDS, SceneKind
 from tokenprune_eval import machine
-from tokenprune_eval.cached import CachedProcessor, cached_features
+from tokenprune_eval.cached import CachedProcessor
 from tokenprune_eval.cells import METHODS, NORMALIZATIONS, SOURCES, Cell, grid
 from tokenprune_eval.results import Results
 from tokenprune_eval.summary import compact, summarise
@@ -68,6 +68,7 @@ class Testbed:
     def __init__(self, name: str, scenes: SceneKind, questions: int, batch_size: int) -> None:
         self.model, processor = _load(name)
         self.processor = CachedProcessor(processor)
+        self.memory = Memory()
         self.scenes, self.samples = scenes, evaluation_set(questions, seed=QUESTION_SEED, scenes=scenes)
         self.batch_size = batch_size
         self.digest = _digest(self.model)
@@ -101,7 +102,7 @@ class Testbed:
             kv, flops, unpruned = kv + report.kv_used, flops + report.flops, unpruned + report.flops_unpruned
 
         try:
-            with tokenprune.pruned(self.model, **cell.arguments()), self._features(cell):
+            with tokenprune.pruned(self.model, **cell.arguments()), self.memory.features(self.model):
                 result = evaluate(
                     self.model, self.processor, self.samples, self.batch_size, after_generate=read
                 )
@@ -126,11 +127,6 @@ class Testbed:
                 f"{prefix}high": f"{score.high:.4f}",
             }
         return row, result.correct
-
-    def _features(self, cell: Cell) -> Any:
-        """The features of a batch are the same in every row; keep them unless the method looks inside the tower."""
-        method = make_method(cell.method, dict(cell.parameters))
-        return cached_features(self.model, self.processor, enabled=method.needs().vision is None)
 
     def time(self, cells: Sequence[Cell], rounds: int, prompts: int = 8) -> dict[str, dict[str, str]]:
         """Prefill times of cells, paired with the unwrapped model's on the same prompts, vision tower included."""

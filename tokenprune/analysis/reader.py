@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.api import runtime_of
+from tokenprune.api import family_of, runtime_of
 from tokenprune.arguments import Arguments
 from tokenprune.config import settle
-from tokenprune.models import find_family, stock_model
+from tokenprune.models import stock_model
 from tokenprune.runtime.install import Runtime
 from tokenprune.runtime.state import Call
 from tokenprune.runtime.states import LayerStates
@@ -64,7 +64,7 @@ class Reader:
         states: tuple[State, ...] = ("query", "key"),
     ) -> None:
         self.model = stock_model(model)
-        self.family = find_family(self.model)
+        self.family = family_of(model)
         self.layers = list(self.family.layers(self.model))
         self.states = states if on_states is not None else ()
         self._hidden, self._on_states = hidden, on_states

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from tokenprune.errors import UnsupportedModelError
+from tokenprune.errors import ConfigError, UnsupportedModelError
 from tokenprune.models.base import Family
 from tokenprune.models.gemma3 import Gemma3
 from tokenprune.models.idefics3 import Idefics3, SmolVLM
@@ -69,12 +69,25 @@ def stock_model(model: object) -> nn.Module:
     return inner
 
 
-def find_family(model: nn.Module) -> Family:
+def find_family(model: nn.Module, asked: str | Family | None = None) -> Family:
     """The family of a stock model.
+
+    Args:
+        model: stock.
+        asked: a family of the user's own, or the name of one of ours, instead of what the model's config says.
 
     Raises:
         UnsupportedModelError: names the model's type and what is supported.
+        ConfigError: no family has the name.
     """
+    if isinstance(asked, Family):
+        return asked
+    if asked is not None:
+        if asked not in FAMILIES:
+            raise ConfigError(
+                f"unknown family {asked!r}; choose one of {', '.join(FAMILIES)}, or pass a Family"
+            )
+        return FAMILIES[asked]
     config: Any = model.config
     kind = getattr(config, "model_type", type(model).__name__)
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -85,7 +98,7 @@ def find_family(model: nn.Module) -> Family:
     why = f": {REFUSED[kind]}" if kind in REFUSED else ""
     raise UnsupportedModelError(
         f"{type(model).__name__} (model_type {kind!r}) is not supported{why}; supported: {supported}, with a language "
-        f"head (the ...ForConditionalGeneration class)"
+        f"head (the ...ForConditionalGeneration class), or others with wrap(model, family=...)"
     )
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from tokenprune.budget import average_kept
 from tokenprune.config import PruneConfig
+from tokenprune.runtime.flops import decoder_flops
 from tokenprune.runtime.plan import Key
 from tokenprune.runtime.state import Call
 from tokenprune.runtime.timing import Stopwatch
@@ -52,6 +55,59 @@ class Outcome:
     scoring: Stopwatch
     compacting: Stopwatch
     reason: str | None = None
+
+
+class Total:
+    """Sums over the prompts of a model, of whatever thread."""
+
+    def __init__(self) -> None:
+        self._gate = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        with self._gate:
+            self.prompts = self.rows = self.images = self.tokens = self.kept = 0
+            self.averages = 0.0  # mean over layers of each image's tokens, summed up
+            self.kv_used = self.kv_allocated = self.flops = self.flops_unpruned = 0
+            self._watches: list[tuple[Stopwatch, Stopwatch]] = []
+            self._seconds = [0.0, 0.0]
+
+    def add(self, outcome: Outcome) -> None:
+        """Add a prompt; nothing waits for the device."""
+        layers = len(outcome.lengths)
+        full = [outcome.length] * layers
+        with self._gate:
+            self.prompts += 1
+            self.rows += outcome.batch
+            for r, row in enumerate(outcome.rows):
+                self.images += len(row)
+                self.tokens += sum(image.n for image in row)
+                budgets = [row] if outcome.pooled and row else [[image] for image in row]
+                for i, own in enumerate(budgets):
+                    n = sum(image.n for image in own)
+                    counts = [cut[r, i] for cut in outcome.counts]
+                    self.kept += counts[-1] if counts else n
+                    self.averages += average_kept(n, layers, outcome.config.cuts, counts) if counts else n
+            self.kv_used += sum(outcome.kv_used)
+            self.kv_allocated += sum(outcome.kv_allocated)
+            self.flops += outcome.batch * decoder_flops(outcome.text_config, outcome.lengths)
+            self.flops_unpruned += outcome.batch * decoder_flops(outcome.text_config, full)
+            self._watches.append((outcome.scoring, outcome.compacting))
+            if len(self._watches) > 256:  # those of long ago have stopped
+                self._read(self._watches[:128])
+                del self._watches[:128]
+
+    def seconds(self) -> tuple[float, float]:
+        """Spent on scoring and on compacting."""
+        with self._gate:
+            self._read(self._watches)
+            self._watches.clear()
+            return self._seconds[0], self._seconds[1]
+
+    def _read(self, watches: list[tuple[Stopwatch, Stopwatch]]) -> None:
+        for scoring, compacting in watches:
+            self._seconds[0] += scoring.seconds
+            self._seconds[1] += compacting.seconds
 
 
 def make_outcome(text_config: Any, num_layers: int, call: Call) -> Outcome:

@@ -23,7 +23,7 @@ from tokenprune.runtime.stages import Stages
 from tokenprune.runtime.states import LayerStates
 from tokenprune.runtime.timing import Stopwatch
 from tokenprune.runtime.views import Views, prompt_digests
-from tokenprune.runtime.vision import VisionFacts, read_facts
+from tokenprune.runtime.vision import VisionFacts, visual_inputs
 from tokenprune.tokens import Image, IntArray
 
 
@@ -207,27 +207,6 @@ def _plan(
     prompts = prompt_digests(ids, mask, plan.rows) if wants_digest else {}
     call.stages = Stages(plan, visible if mask is not None else None)
     call.views = Views(model, family, text.num_attention_heads, call.facts, prompts)
-
-
-def visual_inputs(family: Family, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, VisionFacts]]:
-    """Sizes of the call's images by kind, and what the vision tower's hook noted of those encoded ahead of the call.
-
-    Raises:
-        UnsupportedModeError: features that were made while the model was not wrapped.
-    """
-    sizes, facts = family.sizes(inputs), {}
-    for kind, output in (inputs.get("mm_encoder_outputs") or {}).items():
-        if output is None:
-            continue
-        noted = read_facts(output)
-        if noted is None:
-            raise UnsupportedModeError(
-                f"precomputed {kind} features do not say which grid they come from; compute them with "
-                f"get_{kind}_features while the model is wrapped, or pass the pixels "
-                f"(prefill_chunk_size is not supported)"
-            )
-        sizes[kind], facts[kind] = noted.sizes, noted
-    return sizes, facts
 
 
 def _images(

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tokenprune.errors import UnsupportedModeError
 from tokenprune.models.base import Family
 from tokenprune.tokens import IntArray
 
@@ -47,6 +48,27 @@ def read_facts(output: Any) -> VisionFacts | None:
 def attach_facts(output: Any, facts: VisionFacts) -> None:
     # Past ModelOutput's __setattr__: its keys are the output's own.
     object.__setattr__(output, _ATTRIBUTE, facts)
+
+
+def visual_inputs(family: Family, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, VisionFacts]]:
+    """Sizes of the call's images by kind, and what the vision tower's hook noted of those encoded ahead of the call.
+
+    Raises:
+        UnsupportedModeError: features that were made while the model was not wrapped.
+    """
+    sizes, facts = family.sizes(inputs), {}
+    for kind, output in (inputs.get("mm_encoder_outputs") or {}).items():
+        if output is None:
+            continue
+        noted = read_facts(output)
+        if noted is None:
+            raise UnsupportedModeError(
+                f"precomputed {kind} features do not say which grid they come from; compute them with "
+                f"get_{kind}_features while the model is wrapped, or pass the pixels "
+                f"(prefill_chunk_size is not supported)"
+            )
+        sizes[kind], facts[kind] = noted.sizes, noted
+    return sizes, facts
 
 
 def noting_sizes(stock: Callable[..., Any], kind: str, family: Family) -> Callable[..., Any]:

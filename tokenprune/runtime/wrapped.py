@@ -15,7 +15,7 @@ from tokenprune.models.base import Family
 from tokenprune.runtime import compiled
 from tokenprune.runtime.current import Calls, last_outcome, note_outcome, overrides_here
 from tokenprune.runtime.layer_masks import LayerMasks
-from tokenprune.runtime.outcome import Outcome
+from tokenprune.runtime.outcome import Outcome, Total
 from tokenprune.runtime.state import Call
 
 Hook = Callable[..., Any]
@@ -42,6 +42,7 @@ class Wrapped:
         self.gate = threading.RLock()  # between calls that begin and hooks that come and go
         self.installed = False
         self.latest: Outcome | None = None
+        self.total = Total()
         self.handles: list[RemovableHandle] = []
 
     def before(self, module: nn.Module, hook: Hook, quick: Hook | None = None) -> None:
@@ -85,3 +86,4 @@ class Wrapped:
     def outcome(self, outcome: Outcome) -> None:
         note_outcome(self, outcome)
         self.latest = outcome
+        self.total.add(outcome)
