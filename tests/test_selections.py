@@ -1,4 +1,4 @@
-"""Contract 16: what a method returns is checked before it is used, and what it is shown is its own to write into."""
+"""Contract 14: what a method returns is checked before it is used, and what it is shown is its own to write into."""
 
 from __future__ import annotations
 
