@@ -10,10 +10,11 @@ import judge
 import oracle
 import tiny
 import tokenprune
-from tokenprune.analysis.layers import last_row, read_layers
+from tokenprune.analysis.layers import read_layers
 from tokenprune.analysis.reader import Reader
 from tokenprune.errors import ConfigError, TokenPruneError
 from tokenprune.estimators import estimate
+from tokenprune.runtime.states import last_row
 
 ROWS = [["text:5", "image", "text:3", "image", "text:4"], ["text:2", "image", "text:2"]]
 MODELS = {
@@ -70,7 +71,7 @@ def test_last_row_is_the_models_own_attention(name, pad):
     def compare(layer, attention, prompt):
         for r in range(2):
             columns = torch.cat([*prompt.visual[r], prompt.text[r]])
-            weights = last_row(attention, r, columns)
+            weights = last_row(attention, r, columns, columns)
             truth = own[layer][r, :, int(columns.max())][:, columns]
             assert (weights - truth).abs().max() < 1e-5, (layer, r)
             checked.append((layer, r))

@@ -16,6 +16,7 @@ import tokenprune
 from tokenprune.runtime.calls import CallHooks
 from tokenprune.runtime.layers import LayerHooks
 from tokenprune.runtime.taps import Taps
+from tokenprune.runtime.tower import TowerTap
 
 REFUSED = {"_local_scalar_dense", "nonzero", "is_nonzero", "_unique2", "masked_select"}
 
@@ -37,7 +38,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch, *names: str) -> Iterator[list[str]
     with monkeypatch.context() as patch:
         patch.delenv("TOKENPRUNE_DEBUG", raising=False)
         for name in names:
-            owner = next(c for c in (CallHooks, LayerHooks, Taps) if name in vars(c))
+            owner = next(c for c in (CallHooks, LayerHooks, Taps, TowerTap) if name in vars(c))
             original = getattr(owner, name)
 
             def guarded(self: Any, *args: Any, original: Any = original, name: str = name) -> Any:

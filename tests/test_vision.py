@@ -22,7 +22,7 @@ from test_generation import OLD
 from test_sync import Largest, refusing
 from tiny.anyres import SIDE, grid
 from tokenprune.methods import ImageTokens, Needs, ScoreMethod, VisionAttention
-from tokenprune.runtime import taps
+from tokenprune.runtime import tower
 
 FAMILIES = (
     *("llava", "vipllava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
@@ -306,13 +306,13 @@ def test_waits_for_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None
     """Contract 21: nothing is copied to the host inside hooks, and of sizes no copy is made that is there already."""
     model, inputs = make(family)
     known = []
-    stock = taps.sizes_on_host
+    stock = tower.sizes_on_host
 
     def watched(sizes: Tensor, own: Any) -> Any:
         known.append(any(given is sizes for given, _ in own))
         return stock(sizes, own)
 
-    monkeypatch.setattr(taps, "sizes_on_host", watched)
+    monkeypatch.setattr(tower, "sizes_on_host", watched)
     names = ("_enter_vision", "_catch_vision", "_enter_text_model", "_enter_layer")
     with refusing(monkeypatch, *names) as ran, torch.no_grad():
         with tokenprune.pruned(model, Attention(cls=False), cuts=[(0, 0.6), (1, 0.3)]):
@@ -474,13 +474,13 @@ def test_makes_no_square_map(family: str, monkeypatch: pytest.MonkeyPatch) -> No
     model = tiny.llava(side=32, layers=3) if family == "llava" else tiny.qwen2_vl(layers=3)
     inputs = tiny.inputs(model, (["text:2", "image" if family == "llava" else "image:16x16", "text:2"],))
     largest = Largest()
-    original = taps.Taps._catch_vision
+    original = tower.TowerTap._catch_vision
 
     def watched(self: Any, *args: Any) -> Any:
         with largest:
             return original(self, *args)
 
-    monkeypatch.setattr(taps.Taps, "_catch_vision", watched)
+    monkeypatch.setattr(tower.TowerTap, "_catch_vision", watched)
     monkeypatch.setattr(
         VisionAttention, "cls_row", lambda own: own.rows(torch.zeros(1).long())[:, 0].mean(0)[-1024:]
     )

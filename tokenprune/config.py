@@ -11,6 +11,7 @@ from tokenprune.arguments import Arguments
 from tokenprune.budget import BudgetMeaning, Cut, Keep, average_floor
 from tokenprune.errors import BudgetError, ConfigError
 from tokenprune.methods import DecoderShape, Method, NoPruning, ScoreMethod, make_method
+from tokenprune.methods.base import PROJECTED
 from tokenprune.models.base import Family
 from tokenprune.models.decoders import check_states
 
@@ -29,6 +30,11 @@ class PruneConfig:
     cuts: tuple[Cut, ...]
     layer_reason: str
 
+    @property
+    def scores(self) -> bool:
+        """Whether the method is asked at all."""
+        return self.arguments.keep_lists is None and bool(self.cuts)
+
 
 def settle(model: nn.Module, family: Family, arguments: Arguments) -> PruneConfig:
     """Check the arguments against the model, before anything is touched.
@@ -39,8 +45,7 @@ def settle(model: nn.Module, family: Family, arguments: Arguments) -> PruneConfi
     num_layers = len(family.layers(model))
     made = make_method(arguments.method, dict(arguments.parameters))
     made.check(decoder_shape(model, family))
-    if any(state != "hidden" for state in made.needs().states):
-        check_states(family.text_model(model).config)
+    _check_needs(model, family, made)
     if arguments.frame_floor and not isinstance(made, ScoreMethod):
         raise ConfigError(
             f"frame_floor needs a method that scores tokens; {made.name!r} does not: leave it out"
@@ -61,6 +66,34 @@ def settle(model: nn.Module, family: Family, arguments: Arguments) -> PruneConfi
     return PruneConfig(arguments, made, cuts, reason)
 
 
+def _check_needs(model: nn.Module, family: Family, method: Method) -> None:
+    """Refuse what the family or its text model has not, by name.
+
+    Raises:
+        ConfigError: a method asks for something unknown.
+        UnsupportedModelError: something that this model does not offer.
+    """
+    needs, text = method.needs(), family.text_model(model).config
+    unknown = {*needs.states, *needs.prompt} - {*PROJECTED, "hidden"}
+    if unknown:
+        names = ", ".join(sorted(map(repr, unknown)))
+        raise ConfigError(
+            f"method {method.name!r} needs the states {names}; there are query, key, value and hidden"
+        )
+    if needs.projected:
+        check_states(text)
+    if needs.vision is not None:
+        family.vision_tap(model, needs.vision_layer)
+    if needs.pixels is not None:
+        family.pixel_scale(model)
+    attention = str(getattr(text, "_attn_implementation", None) or "eager")
+    if needs.bias and ("flash" in attention or "flex" in attention):
+        raise ConfigError(
+            f"method {method.name!r} adds biases to attention, which {attention} does not take; load the model with "
+            f"attn_implementation='sdpa' or 'eager'"
+        )
+
+
 def _cuts(
     model: nn.Module, family: Family, arguments: Arguments, method: Method
 ) -> tuple[tuple[Cut, ...], str]:
@@ -68,8 +101,8 @@ def _cuts(
     if arguments.cuts is not None:
         return tuple(arguments.cuts), "given"  # type: ignore[arg-type]  # made Cuts by Arguments
     if arguments.layer is None:
-        layer, reason = _default_layer(family, len(family.layers(model)), method)
-    elif arguments.layer == "auto":
+        return method.default_cuts(family.name, len(family.layers(model)))
+    if arguments.layer == "auto":
         layer, reason = _detected_layer(model)
     else:
         layer, reason = arguments.layer, "given"
@@ -105,7 +138,7 @@ def decoder_shape(model: nn.Module, family: Family) -> DecoderShape:
 
 def _check_layer(layer: object, num_layers: int, method: Method) -> None:
     # Queries, keys and values are those of the layer before the cut.
-    lowest = max(method.min_layer, int(any(state != "hidden" for state in method.needs().states)))
+    lowest = max(method.min_layer, int(bool(method.needs().projected)))
     if isinstance(layer, bool) or not isinstance(layer, int):
         raise ConfigError(f"layer must be an int from {lowest} to {num_layers - 1}, or 'auto', not {layer!r}")
     if not lowest <= layer < num_layers:
@@ -114,13 +147,6 @@ def _check_layer(layer: object, num_layers: int, method: Method) -> None:
             f"method {method.name!r} can cut this model at layers {lowest} to "
             f"{num_layers - 1}, not {layer}{why}"
         )
-
-
-def _default_layer(family: Family, num_layers: int, method: Method) -> tuple[int, str]:
-    published = family.published_layer
-    if published is not None and published < num_layers:
-        return published, f"published for {family.name}"
-    return max(1, round(num_layers / 16)), "L / 16"
 
 
 def _detected_layer(model: nn.Module) -> tuple[int, str]:

@@ -89,6 +89,8 @@ class Kept(Protocol):
     @property
     def keep_lists(self) -> list[list[list[list[int]]]]: ...
     @property
+    def pooled(self) -> bool: ...
+    @property
     def merges(self) -> list[dict[tuple[int, int], tuple[Tensor, Tensor]]]: ...
 
 
@@ -120,7 +122,11 @@ def draw_report(
     pictures = []
     for i, (facts, image) in enumerate(zip(own, images, strict=True)):
         kept = lists[-1][row][i] if lists else range(facts.tokens)
-        pairs = [pair for cut in report.merges if (row, i) in cut for pair in _integers(cut[row, i][0])]
+        start = sum(one.tokens for one in own[:i]) if report.pooled else 0
+        key = (row, 0 if report.pooled else i)
+        pairs = [pair for cut in report.merges if key in cut for pair in _integers(cut[key][0])]
+        pairs = [(a - start, b - start) for a, b in pairs]
+        pairs = [pair for pair in pairs if all(0 <= end < facts.tokens for end in pair)]  # within this image
         caption = (
             f"{report.method}: {len(kept)} of {facts.tokens} tokens" if captions is None else captions[i]
         )

@@ -99,8 +99,21 @@ class Report:
 
     @property
     def merges(self) -> list[dict[tuple[int, int], tuple[Tensor, Tensor]]]:
-        """merges[cut][(row, image)] = ((m, 2) pairs (source, slot) of raster indices, (m,) weights)."""
+        """merges[cut][(row, image)] = ((m, 2) pairs (source, slot) of raster indices, (m,) weights).
+
+        Of a method that sees a whole row: under (row, 0), raster indices counted over all the row's images.
+        """
         return self._outcome.merged
+
+    @property
+    def biases(self) -> list[dict[tuple[int, int], tuple[Tensor, Tensor]]]:
+        """biases[cut][(row, image)] = ((k,) raster indices, (k,) added to their attention logits from there on)."""
+        return self._outcome.biased
+
+    @property
+    def pooled(self) -> bool:
+        """Whether each row's images shared one budget."""
+        return self._outcome.pooled
 
     @property
     def tokens(self) -> int:

@@ -126,6 +126,8 @@ class Selection:
         merges: (m, 2) long pairs (source, slot), or None: the state of each slot named is replaced by the
             weighted sum of its sources (the slot itself is one only if listed). Slots must be kept tokens.
         weights: (m,) float weights of the pairs.
+        bias: (k,) float added to the attention logits of the kept tokens' columns from this cut on, or None; see
+            `Needs.bias`. A later cut that gives one again replaces it.
         notes: how often something worth telling happened, by what it was ("scores that were no numbers"): ints, or
             integer tensors () that are read only when the report is. Those above 0 stand in it.
     """
@@ -133,4 +135,5 @@ class Selection:
     keep: Tensor
     merges: Tensor | None = None
     weights: Tensor | None = None
+    bias: Tensor | None = None
     notes: Mapping[str, int | Tensor] = field(default_factory=dict)

@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenprune.analysis.layers import picked
 from tokenprune.analysis.reader import Prompt, Reader
 from tokenprune.methods import ImageTokens
-from tokenprune.runtime.states import LayerStates
+from tokenprune.runtime.states import LayerStates, picked
 from tokenprune.tokens import State
 
 

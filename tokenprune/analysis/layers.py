@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenprune.analysis.reader import Prompt, Reader
 from tokenprune.errors import ConfigError
 from tokenprune.estimators import Estimator, estimate, make_estimator
-from tokenprune.runtime.states import LayerStates
+from tokenprune.runtime.states import LayerStates, last_row, picked
 from tokenprune.tokens import Grid
 from tokenprune_kernels.dual_gram_entropy import dual_gram_entropy
 
@@ -138,7 +138,7 @@ class _Measuring:
             self.share += [row[1] for row in self._rows]
         for r, (entropy, share) in enumerate(self._rows):
             columns = torch.cat([*prompt.visual[r], prompt.text[r]])
-            weights = last_row(states, r, columns)
+            weights = last_row(states, r, columns, columns)
             entropy[layer] = -torch.special.xlogy(weights, weights).sum(-1) / math.log(len(columns))
             visual = sum(len(image) for image in prompt.visual[r])
             share[layer] = weights[:, :visual].sum(-1).mean()
@@ -171,36 +171,6 @@ class _Measuring:
             ],
             grids=self.grids,
         )
-
-
-def last_row(states: LayerStates, row: int, columns: Tensor) -> Tensor:
-    """Attention probabilities (heads, keys) of a row's last real position over the real positions it sees.
-
-    Args:
-        states: what the layer computes it from.
-        row: of the batch.
-        columns: (keys,) real positions in any order; the largest is the query's.
-    """
-    module: Any = states.module
-    last = columns.max().reshape(1)
-    query = states.of("query", picked(row, last))[0].float()
-    key = states.of("key", picked(row, columns)).float()
-    key = key.repeat_interleave(query.shape[0] // key.shape[1], dim=1)
-    logits = torch.einsum("hd,khd->hk", query, key) * module.scaling
-    cap = getattr(module.config, "attn_logit_softcapping", None)
-    if cap is not None:
-        logits = cap * torch.tanh(logits / cap)
-    window = getattr(module, "sliding_window", None)
-    if window is None and not hasattr(module, "sliding_window"):
-        window = getattr(module.config, "sliding_window", None)
-    if window is not None:
-        logits = logits.masked_fill(columns <= last - window, -torch.inf)
-    return logits.softmax(-1)
-
-
-def picked(row: int, columns: Tensor) -> Callable[[Tensor], Tensor]:
-    """Takes a row's columns (n,) out of a tensor (B | 1, L, ...)."""
-    return lambda x: x[row if len(x) > 1 else 0].index_select(0, columns.to(x.device))
 
 
 def _label(estimator: Estimator) -> str:

@@ -70,10 +70,35 @@ def _method_facts(cls: type[Method]) -> dict[str, Any]:
         "paper": cls.paper or None,
         "min_layer": cls.min_layer,
         "reads_text": cls.reads_text,
+        "sees": _sees(cls),
         "parameters": [_parameter_facts(cls, f) for f in dataclasses.fields(cls)],
         "summary": (inspect.getdoc(cls) or "").partition("\n")[0],
         "description": inspect.getdoc(cls) or "",
     }
+
+
+def _sees(cls: type[Method]) -> list[str]:
+    """What a method with its default parameters is shown of an image, and may say."""
+    needs = cls().needs()
+    layer = "the layer before the cut"
+    told = [f"{state} states of its tokens" for state in needs.states]
+    told += [f"{state} states of the prompt's text" for state in needs.prompt]
+    told += [
+        text
+        for wanted, text in (
+            (needs.last_row, f"the attention of the prompt's last token in {layer}"),
+            (needs.features, "the projector's features"),
+            (needs.words, "the text's word embeddings"),
+            (needs.vision is not None, "attention of the vision tower"),
+            (needs.pixels is not None, "8-bit pixels"),
+            (needs.digest, "a seed made from pixels and prompt"),
+            (needs.row, "all images of a prompt at once"),
+            (needs.bias, "says: biases on attention"),
+            (needs.counts, "says: how many tokens an image keeps"),
+        )
+        if wanted
+    ]
+    return [*told, "where its tokens are"]
 
 
 def _parameter_facts(cls: type[Method], parameter: dataclasses.Field[Any]) -> dict[str, Any]:
@@ -119,6 +144,7 @@ def _print_method(one: dict[str, Any]) -> None:
         if one["reads_text"]
         else "The text does not change what is kept."
     )
+    out.print(f"It is shown: {', '.join(one['sees'])}.", markup=False)
     if one["parameters"]:
         out.print("\nOn the command line:")
     for parameter in one["parameters"]:
@@ -134,6 +160,7 @@ def _parameter_line(parameter: dict[str, Any]) -> str:
 
 
 def _family_facts(family: Family) -> dict[str, Any]:
+    from tokenprune.methods import EntropyPrune
     from tokenprune.models import Family as Base
 
     works = ["cuts before the LLM and at any layer"]
@@ -147,7 +174,7 @@ def _family_facts(family: Family) -> dict[str, Any]:
         "about": (inspect.getdoc(module) or "").partition("\n")[0],
         "model_types": list(family.model_types),
         "examples": list(family.examples),
-        "published_layer": family.published_layer,
+        "published_layer": EntropyPrune.published_layers.get(family.name),
         "mrope": family.mrope,
         "works": works,
     }

@@ -6,10 +6,11 @@ import dataclasses
 from typing import Any
 
 from tokenprune.errors import ConfigError
-from tokenprune.methods.base import DecoderShape, ImageTokens, Method, Needs, ScoreMethod
+from tokenprune.methods.base import DecoderShape, ImageTokens, Method, Needs, ScoreMethod, Text
 from tokenprune.methods.entropyprune import EntropyPrune
 from tokenprune.methods.none import NoPruning
 from tokenprune.methods.random import Random
+from tokenprune.methods.recycle import Recycle
 from tokenprune.methods.uniform import Uniform
 from tokenprune.tokens import Grid, Selection, VisionAttention
 
@@ -49,8 +50,10 @@ __all__ = [
     "Needs",
     "NoPruning",
     "Random",
+    "Recycle",
     "ScoreMethod",
     "Selection",
+    "Text",
     "Uniform",
     "VisionAttention",
     "make_method",

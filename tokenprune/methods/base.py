@@ -7,13 +7,15 @@ shorter tensors.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from tokenprune.budget import Cut
 from tokenprune.errors import ConfigError, TokenPruneError
 from tokenprune.tokens import Grid, Selection, State, VisionAttention
 
@@ -31,32 +33,96 @@ class DecoderShape:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method wants to see at a cut entering layer K.
+    """What a method wants to see at a cut entering layer K, and may say there.
 
     Attributes:
-        states: "query" / "key" (post-RoPE), "value": of layer K - 1; "hidden": the states entering layer K.
-        vision: a function from `VisionAttention` to a float per patch, evaluated inside the vision tower's hook;
-            `ImageTokens.vision` is its results, averaged as the model merges patches into tokens.
+        states: of the image's tokens: "query" / "key" (post-RoPE), "value" of layer K - 1; "hidden": those entering
+            layer K.
+        prompt: the same of the row's text, in `ImageTokens.prompt`.
+        last_row: whether the attention of the prompt's last token in layer K - 1 is wanted.
+        features: whether the projector's features are wanted, at every cut.
+        words: whether the text's word embeddings are wanted, in `ImageTokens.prompt`.
+        vision: a function from `VisionAttention` to a float per patch, or several (patches, c), evaluated inside the
+            vision tower's hook; `ImageTokens.vision` is its results, averaged as the model merges patches into tokens.
+        vision_layer: of which layer of the tower, counted as in Python; None: the one that yields the features.
+        pixels: a function from 8-bit RGB patches (patches, 3, h, w) to a float per patch, or several (patches, c),
+            evaluated there too.
         digest: whether a seed made from the image's pixels and the prompt is wanted.
+        row: whether the method sees all images of a row at once, as one `ImageTokens` with a budget they share.
+        bias: whether selections may carry biases (refused with flash and flex attention).
+        counts: whether `Method.count` is to be asked, before layer 0, how many tokens an image keeps. It costs one more
+            copy from the device.
     """
 
     states: tuple[State, ...] = ()
+    prompt: tuple[State, ...] = ()
+    last_row: bool = False
+    features: bool = False
+    words: bool = False
     vision: Callable[[VisionAttention], Tensor] | None = None
+    vision_layer: int | None = None
+    pixels: Callable[[Tensor], Tensor] | None = None
     digest: bool = False
+    row: bool = False
+    bias: bool = False
+    counts: bool = False
+
+    @property
+    def projected(self) -> tuple[State, ...]:
+        """States of layer K - 1 that have to be caught."""
+        wanted = {*self.states, *self.prompt, *(("query", "key") if self.last_row else ())}
+        return tuple(state for state in PROJECTED if state in wanted)
+
+    @property
+    def sees_tower(self) -> bool:
+        """Whether the vision tower has to be looked into."""
+        return self.vision is not None or self.pixels is not None
+
+
+# EntropyPrune's, arXiv 2602.17196; the controls cut where it does.
+ENTROPYPRUNE_LAYERS: Mapping[str, int] = MappingProxyType({"llava": 2, "qwen2_5_vl": 1})
+
+PROJECTED: tuple[State, ...] = ("query", "key", "value")
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a row has beside its images (and padding), in order.
+
+    Attributes:
+        columns: (m,) places in the unpruned prompt.
+        query, key, value: (m, heads, head_dim), see `Needs.prompt`.
+        hidden: (m, hidden_size).
+        words: (m, hidden_size) word embeddings, see `Needs.words`.
+    """
+
+    columns: Tensor
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    hidden: Tensor | None = None
+    words: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """One image of one sample, as a method sees it.
+    """One image of one sample (or all images of a row, see `Needs.row`), as a method sees it.
 
     Attributes:
         n: visual tokens that remain at this cut.
         raster: (n,) their raster indices among the image's original tokens, ascending.
         grids: layout of the original tokens, one grid per view of the image (a thumbnail and the tiled image).
+        num_heads: attention heads of the decoder.
+        cut: number of this cut, from 0.
+        starts: raster index at which each image of the row begins; (0,) for one image.
+        sizes: (n,) float32, how many original tokens each stands for: more than 1 where others were merged into it.
         query, key, value: (n, heads, head_dim), see `Needs.states`; key and value have the KV heads.
         hidden: (n, hidden_size).
-        num_heads: attention heads of the decoder.
-        vision: (n,) what `Needs.vision` returned for the remaining tokens.
+        prompt: the row's text, where the method needs any of it.
+        last_row: (heads, n) attention probabilities of the prompt's last token in layer K - 1.
+        features: (n, hidden_size) as the projector put them out.
+        vision: (n,) or (n, c) what `Needs.vision` returned for the remaining tokens.
+        pixels: (n,) or (n, c) what `Needs.pixels` returned for them.
         digest: scalar int64 tensor, on the device.
         frame_floor: tokens every frame (or view) has to keep.
     """
@@ -72,6 +138,13 @@ class ImageTokens:
     vision: Tensor | None = None
     digest: Tensor | None = None
     frame_floor: int = 0
+    cut: int = 0
+    starts: tuple[int, ...] = (0,)
+    sizes: Tensor | None = None
+    prompt: Text | None = None
+    last_row: Tensor | None = None
+    features: Tensor | None = None
+    pixels: Tensor | None = None
 
     @property
     def frames(self) -> int:
@@ -94,12 +167,14 @@ class Method(ABC):
         paper: citation, or "" for a control.
         min_layer: the smallest layer the method can cut at (0 is before the LLM).
         reads_text: whether a text token after the image can change what is kept.
+        published_layers: the cut's layer published for the method, by family.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
     min_layer: ClassVar[int] = 0
     reads_text: ClassVar[bool] = False
+    published_layers: ClassVar[Mapping[str, int]] = MappingProxyType({})
 
     @abstractmethod
     def needs(self) -> Needs:
@@ -112,9 +187,35 @@ class Method(ABC):
             ConfigError: says which parameter to change.
         """
 
+    def default_cuts(self, family: str, num_layers: int) -> tuple[tuple[Cut, ...], str]:
+        """Where to cut a family's model when nobody says, the last cut solved from the budget; and why there.
+
+        Default: one cut, at the layer published for the method and family, else at L / 16.
+        """
+        published = self.published_layers.get(family)
+        if published is not None and published < num_layers:
+            return (Cut(published),), f"published for {family}"
+        return (Cut(max(1, round(num_layers / 16))),), "L / 16"
+
+    def count(self, image: ImageTokens, planned: tuple[int, ...]) -> Tensor:
+        """How many tokens an image is to keep after each cut, told before layer 0; only with `Needs.counts`.
+
+        Args:
+            image: as it is then: features, words, vision and pixels, no states.
+            planned: what the budget says.
+
+        Returns:
+            (cuts,) long, on the device. The runtime keeps them within 1 and n, and from growing.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def select(self, image: ImageTokens, k: int) -> Selection:
         """Choose `k` of the image's `n` tokens, 1 <= k < n. Must not copy anything from the device to the host."""
+
+    def select_all(self, images: Sequence[ImageTokens], counts: Sequence[int]) -> list[Selection]:
+        """`select` for all images of a call that lose tokens at a cut; a method may do them in one go."""
+        return [self.select(image, k) for image, k in zip(images, counts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -128,12 +229,21 @@ class ScoreMethod(Method):
     def score(self, image: ImageTokens) -> Tensor:
         """(n,) importance of each token, larger is kept."""
 
-    def select(self, image: ImageTokens, k: int) -> Selection:
+    def checked_score(self, image: ImageTokens) -> Tensor:
+        """`score`, refused where its shape is wrong.
+
+        Raises:
+            TokenPruneError: says which shape was asked for.
+        """
         score = self.score(image)
         if score.shape != (image.n,):
             raise TokenPruneError(
                 f"method {self.name!r} returned scores {tuple(score.shape)} where {image.n} were asked for"
             )
+        return score
+
+    def best(self, image: ImageTokens, score: Tensor, k: int) -> Selection:
+        """The k tokens of largest score."""
         # Ascending order puts NaN last; whole numbers have none, and the least of them no negative.
         floats = score.is_floating_point()
         order = (
@@ -143,6 +253,9 @@ class ScoreMethod(Method):
             beyond = _rank_in_frame(image, order) >= image.frame_floor
             order = order[beyond[order].long().sort(stable=True).indices]
         return Selection(order[:k].sort().values, notes={"scores that were no numbers": score.isnan().sum()})
+
+    def select(self, image: ImageTokens, k: int) -> Selection:
+        return self.best(image, self.checked_score(image), k)
 
 
 def _rank_in_frame(image: ImageTokens, order: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def find_family(model: nn.Module, asked: str | Family | None = None) -> Family:
     why = f": {REFUSED[kind]}" if kind in REFUSED else ""
     raise UnsupportedModelError(
         f"{type(model).__name__} (model_type {kind!r}) is not supported{why}; supported: {supported}, with a language "
-        f"head (the ...ForConditionalGeneration class), or others with wrap(model, family=...)"
+        f"head (the ...ForConditionalGeneration class), or pass family="
     )
 
 

@@ -87,7 +87,6 @@ class Family(ABC):
         name: key of the registry.
         model_types: values of `config.model_type` it serves.
         examples: checkpoints people run, for `tokenprune models`.
-        published_layer: the cut's layer published for it (EntropyPrune's collapse layer), or None.
         mrope: whether positions have several axes (then `positions="compact"` is refused).
         first_position: position id of the first token.
         sizes_ahead: whether generate() hides from the model what `sizes` reads, so that it has to be noted when
@@ -97,7 +96,6 @@ class Family(ABC):
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
     examples: ClassVar[tuple[str, ...]] = ()
-    published_layer: ClassVar[int | None] = None
     mrope: ClassVar[bool] = False
     first_position: ClassVar[int] = 0
     sizes_ahead: ClassVar[bool] = False
@@ -126,8 +124,12 @@ class Family(ABC):
         """The self-attention module of a decoder layer, with `q_proj`, `k_proj`, `v_proj` and `head_dim`."""
         return layer.self_attn  # type: ignore[return-value]
 
-    def vision_tap(self, model: nn.Module) -> VisionTap:
-        """Queries and keys of the vision layer that yields the features.
+    def vision_tap(self, model: nn.Module, layer: int | None = None) -> VisionTap:
+        """Queries and keys of a layer of the vision tower.
+
+        Args:
+            model: of the family.
+            layer: counted as in Python; None: the one that yields the features.
 
         Raises:
             UnsupportedModelError: the family does not offer them.
@@ -192,10 +194,35 @@ class Family(ABC):
         return None
 
     def to_tokens(self, model: nn.Module, patches: Tensor, image: Image) -> Tensor:
-        """Numbers (items, m) of an image's patches -> (n,) of its tokens: the mean over the patches merged into one."""
+        """Numbers (items, m, c) of an image's patches -> (n, c) of its tokens: the mean over those merged."""
         (grid,) = image.grids
-        rows = patches.reshape(-1, grid.merge, grid.width, grid.merge)
-        return rows.mean((1, 3)).flatten() if grid.merge > 1 else patches.flatten()
+        rows = patches.reshape(-1, grid.merge, grid.width, grid.merge, patches.shape[-1])
+        return rows.mean((1, 3)).flatten(0, 1) if grid.merge > 1 else patches.flatten(0, 1)
+
+    def pixel_scale(self, model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation by which the family's processors normalise pixels in [0, 1], per channel.
+
+        Raises:
+            UnsupportedModelError: the family does not offer pixels.
+        """
+        raise UnsupportedModelError(
+            f"the pixels of {self.name} models are not available; use a method that does not need them"
+        )
+
+    def patches(self, model: nn.Module, pixels: Tensor, sizes: IntArray | None) -> Iterable[Tensor]:
+        """What the vision tower is given, picture by picture (see `Image.items`), as patches (m, 3, h, w).
+
+        The patches stand in the order that `to_tokens` takes; a video's patch has the frames it was made of one above
+        the other.
+        """
+        raise NotImplementedError
+
+    def eight_bit(self, model: nn.Module, patches: Tensor) -> Tensor:
+        """Normalised patches (m, 3, h, w) -> uint8 of the same shape, the pixels as they were."""
+        mean, deviation = (
+            torch.tensor(part, device=patches.device)[:, None, None] for part in self.pixel_scale(model)
+        )
+        return ((patches.float() * deviation + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
     def layer_features(
         self, inputs: dict[str, Any], first: int

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.errors import UnsupportedModelError
+from tokenprune.errors import ConfigError, UnsupportedModelError
 from tokenprune.hashing import digest
 from tokenprune.models.base import Family, Layout, VisionCall, VisionTap
 from tokenprune.tokens import Grid, IntArray, VisionAttention
@@ -46,18 +46,20 @@ class Crops(Family):
     def digests(self, pixels: Tensor, sizes: Tensor) -> Tensor:
         return digest(pixels)
 
-    def vision_tap(self, model: nn.Module) -> VisionTap:
-        """Of the vision layer whose output becomes the features."""
+    def vision_tap(self, model: nn.Module, layer: int | None = None) -> VisionTap:
         tower = self.vision_tower(model)
         feature = feature_layer(model.config)
         try:
             attentions = self.vision_attentions(tower)
-            # hidden_states[i] is the output of layer i - 1; entry 0 is the embedding.
-            index = (feature if feature >= 0 else len(attentions) + 1 + feature) - 1
-            if index < 0:
-                raise UnsupportedModelError(
-                    "vision_feature_layer=0 reads the embeddings: there is no attention to use"
-                )
+            if layer is None:
+                # hidden_states[i] is the output of layer i - 1; entry 0 is the embedding.
+                index = (feature if feature >= 0 else len(attentions) + 1 + feature) - 1
+                if index < 0:
+                    raise UnsupportedModelError(
+                        "vision_feature_layer=0 reads the embeddings: there is no attention to use"
+                    )
+            else:
+                index = checked_layer(layer, len(attentions))
             sources = self.vision_sources(attentions[index])
         except AttributeError as error:
             raise UnsupportedModelError(
@@ -66,6 +68,24 @@ class Crops(Family):
             ) from error
         read = partial(self.attend, attentions[index], has_cls(tower))
         return VisionTap(attentions[index], sources, read)
+
+    def pixel_scale(self, model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """As the tower's own processors have it: CLIP's of OpenAI, 0.5 of SigLIP."""
+        config: Any = model.config
+        kind = config.vision_config.model_type
+        if kind not in SCALES:
+            raise UnsupportedModelError(
+                f"how {kind!r} towers normalise pixels is not known; use a method that does not need them"
+            )
+        return SCALES[kind]
+
+    def patches(self, model: nn.Module, pixels: Tensor, sizes: IntArray | None) -> list[Tensor]:
+        config: Any = model.config
+        p = side(config.vision_config.patch_size)
+        crops = pixels.flatten(0, -4)
+        height, width = crops.shape[-2] // p, crops.shape[-1] // p
+        cut = crops[..., : height * p, : width * p].unflatten(-1, (width, p)).unflatten(-3, (height, p))
+        return list(cut.permute(0, 2, 4, 1, 3, 5).flatten(1, 2))
 
     def vision_attentions(self, tower: nn.Module) -> list[nn.Module]:
         """The attention module of each of the tower's layers."""
@@ -80,6 +100,31 @@ class Crops(Family):
         """The attention of each crop."""
         query, key = (by_head(x, attention.num_heads) for x in call.outputs)
         return [[VisionAttention(q, k, attention.scale, cls)] for q, k in zip(query, key, strict=True)]
+
+
+_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+_HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# Mean and standard deviation of pixels, by type of tower.
+SCALES = {
+    "clip_vision_model": _CLIP,
+    "siglip_vision_model": _HALF,
+    "internvl_vision": _IMAGENET,
+    "idefics3_vision": _HALF,
+    "smolvlm_vision": _HALF,
+    "llama4_vision_model": _HALF,
+}
+
+
+def checked_layer(layer: int, layers: int) -> int:
+    """A layer of the tower counted as in Python.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not -layers <= layer < layers:
+        raise ConfigError(f"vision_layer must be from {-layers} to {layers - 1} in this model, not {layer}")
+    return layer % layers
 
 
 def crop_sizes(pixels: Tensor) -> Tensor:

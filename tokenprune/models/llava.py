@@ -17,7 +17,6 @@ class Llava(Crops):
     name = "llava"
     model_types: ClassVar[tuple[str, ...]] = ("llava",)
     examples: ClassVar[tuple[str, ...]] = ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf")
-    published_layer: ClassVar[int | None] = 2
 
     def merge(self, model: nn.Module) -> int:
         return 1

@@ -75,7 +75,7 @@ class LlavaNext(Crops):
         return packed[1]
 
     def to_tokens(self, model: nn.Module, patches: Tensor, image: Image) -> Tensor:
-        return self.pack(model, patches[..., None], torch.tensor(image.size), None).flatten()
+        return self.pack(model, patches, torch.tensor(image.size), None)
 
     def check_call(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         check_features(model, self.vision_tower(model), inputs)

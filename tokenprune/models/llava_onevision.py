@@ -68,4 +68,4 @@ class LlavaOnevision(LlavaNext):
     def to_tokens(self, model: nn.Module, patches: Tensor, image: Image) -> Tensor:
         if image.kind == "image":
             return super().to_tokens(model, patches, image)
-        return self.base(model).apply_pooling(patches[..., None]).flatten()  # type: ignore[operator]
+        return self.base(model).apply_pooling(patches).flatten(0, 1)  # type: ignore[operator]

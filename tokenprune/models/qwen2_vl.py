@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tokenprune.errors import ConfigError
 from tokenprune.hashing import digest, mix
 from tokenprune.models.base import Family, Layout, VisionCall, VisionTap, rotate_half
+from tokenprune.models.crops import SCALES, checked_layer
 from tokenprune.tokens import Grid, Image, IntArray, VisionAttention
 
 _INPUTS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
@@ -58,14 +59,24 @@ class Qwen2VL(Family):
         hashes = mix(digest(pixels) + place - starts[image])
         return torch.zeros_like(ends).index_add_(0, image, hashes)
 
-    def vision_tap(self, model: nn.Module) -> VisionTap:
+    def vision_tap(self, model: nn.Module, layer: int | None = None) -> VisionTap:
         tower: Any = self.vision_tower(model)
-        attention = tower.blocks[self.vision_layer(tower)].attn
+        attention = tower.blocks[self.vision_layer(tower, layer)].attn
         return VisionTap(attention, (attention.qkv,), partial(self.attend, tower, attention), packed=True)
 
-    def vision_layer(self, tower: Any) -> int:
-        """The last: its output becomes the features."""
-        return -1
+    def vision_layer(self, tower: Any, layer: int | None) -> int:
+        """The one asked for, or the last: its output becomes the features."""
+        return -1 if layer is None else checked_layer(layer, len(tower.blocks))
+
+    def pixel_scale(self, model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return SCALES["clip_vision_model"]
+
+    def patches(self, model: nn.Module, pixels: Tensor, sizes: IntArray | None) -> list[Tensor]:
+        config: Any = model.config
+        vision = config.vision_config
+        assert sizes is not None
+        whole = pixels.unflatten(-1, (3, vision.temporal_patch_size, vision.patch_size, vision.patch_size))
+        return list(whole.flatten(2, 3).split(sizes.prod(-1).tolist()))
 
     def attend(self, tower: Any, attention: Any, call: VisionCall) -> list[list[VisionAttention]]:
         """The attention of each frame, by image or video: a frame attends within itself."""
@@ -81,7 +92,7 @@ class Qwen2VL(Family):
 
     def to_tokens(self, model: nn.Module, patches: Tensor, image: Image) -> Tensor:
         # The patches of a token stand one after the other.
-        return patches.reshape(-1, image.grids[0].merge ** 2).mean(1)
+        return patches.reshape(-1, image.grids[0].merge ** 2, patches.shape[-1]).mean(1)
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -11,4 +11,3 @@ class VipLlava(Llava):
     name = "vipllava"
     model_types = ("vipllava",)
     examples = ("llava-hf/vip-llava-7b-hf",)
-    published_layer = None

@@ -143,4 +143,4 @@ def _after_last_image(plan: Plan, index: Tensor) -> Tensor:
         raise UnsupportedModeError(
             "logits_to_keep may only name columns after the last image of a pruned prompt"
         )
-    return torch.where(index < 0, index, index - (plan.length - plan.lengths[-1]))
+    return torch.where(index < 0, index, index - plan.length)  # from the right, where nothing moves

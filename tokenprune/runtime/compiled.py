@@ -16,7 +16,7 @@ import torch._dynamo
 from torch import Tensor, nn
 
 from tokenprune.runtime.caches import is_static
-from tokenprune.runtime.masks import attention_backend, local_attention
+from tokenprune.runtime.masks import add_bias, attention_backend, local_attention
 from tokenprune.runtime.record import Columns, record_of
 
 
@@ -88,7 +88,9 @@ def mask(i: int, hidden: Tensor, kwargs: dict[str, Any], config: Any) -> dict[st
         cache.get_seq_length(i), device=hidden.device
     )
     sees = (written & _real(columns, length, hidden.device))[:, None, None, :]
-    if attention_backend(config) != "sdpa":
+    if columns.bias is not None:
+        sees = add_bias(sees, columns.bias, hidden.dtype)
+    elif attention_backend(config) != "sdpa":
         sees = torch.zeros_like(sees, dtype=hidden.dtype).masked_fill(~sees, torch.finfo(hidden.dtype).min)
     return {**kwargs, "attention_mask": sees}
 

@@ -20,6 +20,7 @@ from tokenprune.runtime.calls import CallHooks
 from tokenprune.runtime.current import Override, begin_override, end_override, overrides_here
 from tokenprune.runtime.layers import LayerHooks
 from tokenprune.runtime.taps import Taps
+from tokenprune.runtime.tower import TowerTap
 from tokenprune.runtime.vision import noting_sizes
 from tokenprune.runtime.wrapped import Wrapped
 
@@ -35,7 +36,7 @@ class Runtime(Wrapped):
 
     def __init__(self, model: nn.Module, family: Family, config: PruneConfig) -> None:
         super().__init__(model, family, config)
-        self.taps = Taps(self)
+        self.taps = Taps(self, TowerTap(self))
         self._hooks = (CallHooks(self, self.taps), LayerHooks(self, self.taps), self.taps)
         self._overrides: set[Override] = set()  # in force, in any thread or task
         self._shadows: list[tuple[nn.Module, str]] = []

@@ -37,8 +37,37 @@ class LayerMasks:
         columns = None if call.record is None else call.record.layers[i]
         key = (id(columns), call.cuts_done, id(stock), self.kind(i))
         if key not in call.masks:
-            call.masks[key] = self._make(call, i, hidden, stock)
+            mask = self._make(call, i, hidden, stock)
+            bias = self._bias(call, i, hidden.device)
+            if bias is not None:
+                mask = masks.add_bias(self._whole(call, i, hidden, mask), bias, hidden.dtype)
+            call.masks[key] = mask
         return call.masks[key]
+
+    def _bias(self, call: Call, i: int, device: torch.device) -> Tensor | None:
+        """(B, entries + q) what methods add to the attention logits of layer i's entries; None where nothing is."""
+        old, own = _cached(call, i), _new(call)
+        given = [c for c in (old, own) if c is not None and c.bias is not None]
+        if not given:
+            return None
+        parts = []
+        for part in _pieces(call, i, device):
+            bias = None if isinstance(part, Tensor) else part.bias
+            shape = part.shape if isinstance(part, Tensor) else part.index.shape
+            parts.append(torch.zeros(shape, device=device) if bias is None else bias.to(device))
+        return torch.cat(parts, dim=1)
+
+    def _whole(self, call: Call, i: int, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """A mask to add biases to, where the backend would do without one."""
+        if mask is not None:
+            return mask
+        if not self.is_causal and call.past == 0:
+            return torch.ones(
+                call.batch, 1, hidden.shape[1], hidden.shape[1], dtype=torch.bool, device=hidden.device
+            )
+        made = self.rebuild(call, i, hidden, all_visible=False)
+        assert isinstance(made, Tensor)
+        return made
 
     def kind(self, i: int) -> str:
         """A layer's type of attention."""
@@ -141,14 +170,24 @@ class LayerMasks:
 
 def columns(call: Call, i: int, device: torch.device) -> Tensor:
     """(B, entries + q): the original columns of layer i's cached entries and of the q new ones."""
+    own = _new(call)
+    parts = []
+    for part in _pieces(call, i, device):
+        if isinstance(part, Tensor):
+            parts.append(part)
+        else:
+            parts.append(part.index.to(device) + (call.past if part is own else 0))
+    return torch.cat(parts, dim=1)
+
+
+def _pieces(call: Call, i: int, device: torch.device) -> list[Columns | Tensor]:
+    """Layer i's entries and the new ones, in order: what is recorded, and (B, n) columns of which all are there."""
     old, own = _cached(call, i), _new(call)
     start = 0 if old is None or call.record is None else call.record.length
     end = call.past + call.length if own is None else call.past
-    parts = [] if old is None else [old.index.to(device)]
+    parts: list[Columns | Tensor] = [] if old is None else [old]
     parts.append(torch.arange(start, end, device=device).expand(call.batch, -1))
-    if own is not None:
-        parts.append(own.index.to(device) + call.past)
-    return torch.cat(parts, dim=1)
+    return parts if own is None else [*parts, own]
 
 
 def _padding(call: Call) -> Tensor | None:

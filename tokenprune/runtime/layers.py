@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModeError
 from tokenprune.runtime import compiled
+from tokenprune.runtime.choose import choose, enter_prompt
 from tokenprune.runtime.layer_masks import columns
 from tokenprune.runtime.masks import attention_backend
 from tokenprune.runtime.record import record_of
@@ -88,9 +89,10 @@ class LayerHooks:
         if stages is None:
             return kwargs
         stages.to(hidden.device)
+        enter_prompt(call, hidden)
         first = call.config.cuts[0].layer
         if first == 0:
-            self.taps.select(call, 0, hidden=hidden)
+            choose(call, 0, hidden=hidden)
             if call.config.arguments.positions == "compact":
                 dropped = stages.dropped(0, hidden.device).cumsum(1)
                 given = kwargs.get("position_ids")
@@ -165,7 +167,7 @@ class LayerHooks:
         """Whether layer i holds what layer 0 holds, by whose length the model makes its masks."""
         assert call.record is not None
         own = call.record.layers[i]
-        if own is not call.record.layers[0]:
+        if own is not call.record.layers[0] or (own is not None and own.bias is not None):
             return False
         return own is None or not self.runtime.masks.looks_back(call, i)
 
@@ -173,7 +175,7 @@ class LayerHooks:
         stages, cut = call.stages, call.cuts_done
         assert stages is not None
         # States of the layer before that wait for the hidden states a method also needs.
-        self.taps.select(call, cut, hidden=hidden, caught=call.caught)
+        choose(call, cut, hidden=hidden, caught=call.caught)
         call.caught = None
         with call.compacting.running(hidden.device):
             hidden, *features = stages.apply(cut, [hidden, *call.features.values()])

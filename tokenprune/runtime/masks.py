@@ -82,6 +82,15 @@ def hide(mask: Tensor, visible: Tensor | None) -> Tensor:
     return mask.masked_fill(~keep, torch.finfo(mask.dtype).min)
 
 
+def add_bias(mask: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """A 4D mask, bool or additive, with a bias (B, entries) on its columns; additive, in the dtype of the queries."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    given = torch.nn.functional.pad(bias, (0, mask.shape[-1] - bias.shape[1])).to(mask.device, dtype)
+    # What is masked stays so: the least number and a bias may leave the dtype's range.
+    return (mask + given[:, None, None, :]).clamp(min=torch.finfo(dtype).min)
+
+
 def rebuild(
     config: Any,
     hidden: Tensor,

@@ -28,6 +28,7 @@ class Outcome:
     counts: per cut, tokens each (row, image) kept.
     kept: per cut, raster indices each (row, image) kept (device tensors).
     merged: per cut, (pairs, weights) by raster index where tokens were merged.
+    biased: per cut, (raster indices, values) of the biases that methods gave.
     notes: what was told of each (row, image), by the runtime and by the method at each cut; see `Selection.notes`.
     index: (B, L') columns left at the end, -1 filler; None when nothing was cut.
     length: columns of the input.
@@ -44,6 +45,7 @@ class Outcome:
     counts: list[dict[Key, int]]
     kept: list[dict[Key, Tensor]]
     merged: list[dict[Key, tuple[Tensor, Tensor]]]
+    biased: list[dict[Key, tuple[Tensor, Tensor]]]
     notes: dict[Key, list[Mapping[str, int | Tensor]]]
     index: Tensor | None
     length: int
@@ -125,6 +127,7 @@ def make_outcome(text_config: Any, num_layers: int, call: Call) -> Outcome:
         counts=[] if stages is None else stages.plan.counts,
         kept=[] if stages is None else stages.kept,
         merged=[] if stages is None else stages.merged,
+        biased=[] if stages is None else stages.biased,
         notes=call.notes if stages is None else stages.notes,
         index=None if stages is None else stages.done[-1].index,
         length=call.length,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ class Plan:
     length: columns of the input.
     counts: counts[cut][(row, image)], tokens kept after the cut.
     text: columns of each row that are never pruned.
+    ends: each row's last column that is no padding.
     ends_row: images whose last token is its row's last column: its state predicts the next token, so it stays whatever
         the method says, which is not shown it.
     notes: by image, what is to be told of it.
@@ -35,6 +36,7 @@ class Plan:
     length: int
     counts: list[dict[Key, int]]
     text: list[IntArray]
+    ends: list[int]
     ends_row: frozenset[Key]
     notes: Mapping[Key, Mapping[str, int]]
 
@@ -75,6 +77,19 @@ class Plan:
         """How many tokens of an image the method is asked for."""
         return self.counts[cut][key] - (key in self.ends_row)
 
+    def prompt(self, row: int) -> IntArray:
+        """A row's text without padding."""
+        return self.text[row][self.text[row] <= self.ends[row]]
+
+    def with_counts(self, told: Mapping[Key, Sequence[int]]) -> Plan:
+        """The plan with what a method says of each image, kept within 1 and n, and from growing."""
+        counts: list[dict[Key, int]] = [{} for _ in self.counts]
+        for key, image in self.images.items():
+            most = image.n
+            for cut, wanted in zip(counts, told[key], strict=True):
+                most = cut[key] = max(1, min(most, wanted))
+        return replace(self, counts=counts)
+
     def losing(self, cut: int) -> list[Key]:
         """Images that lose tokens at a cut."""
         images = self.images
@@ -100,9 +115,8 @@ def make_plan(
     """
     rows = [pool(row) for row in rows] if _pools(config) else rows
     images = _keyed(rows)
-    ends_row = frozenset(
-        k for k, image in images.items() if image.columns[-1] == _row_end(mask, k[0], length)
-    )
+    ends = [_row_end(mask, r, length) for r in range(len(rows))]
+    ends_row = frozenset(key for key, image in images.items() if image.columns[-1] == ends[key[0]])
     lists = config.arguments.keep_lists
     notes: dict[Key, dict[str, int]] = {}
     if lists is not None:
@@ -114,12 +128,13 @@ def make_plan(
             for kept, k in zip(counts, _counts(image, config, num_layers, key in ends_row), strict=True):
                 kept[key] = k
     text = [_text_columns(row, length, None if mask is None else mask[r]) for r, row in enumerate(rows)]
-    return Plan(config, rows, length, counts, text, ends_row, notes)
+    return Plan(config, rows, length, counts, text, ends, ends_row, notes)
 
 
 def _pools(config: PruneConfig) -> bool:
     # Forced lists say themselves what each image keeps.
-    return config.arguments.allocation == "pooled" and config.arguments.keep_lists is None
+    asked = config.arguments
+    return asked.keep_lists is None and (asked.allocation == "pooled" or config.method.needs().row)
 
 
 def _keyed(rows: list[list[Image]]) -> dict[Key, Image]:

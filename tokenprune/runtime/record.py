@@ -19,10 +19,12 @@ class Columns:
     Attributes:
         index: (B, C) column of the unpruned conversation each entry came from, -1 for filler.
         visible: (B, C) bool, False at filler and padding; None when every entry is visible.
+        bias: (B, C) float32 added to the attention logits of each; None where nothing is.
     """
 
     index: Tensor
     visible: Tensor | None
+    bias: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -83,7 +85,8 @@ class Record:
         for i, columns in enumerate(self.layers):
             if columns is not None and id(columns) not in seen:
                 visible = None if columns.visible is None else columns.visible[:, :-gone]
-                seen[id(columns)] = Columns(columns.index[:, :-gone], visible)
+                bias = None if columns.bias is None else columns.bias[:, :-gone]
+                seen[id(columns)] = Columns(columns.index[:, :-gone], visible, bias)
             self.layers[i] = None if columns is None else seen[id(columns)]
         self.length = past
 
@@ -167,7 +170,7 @@ def _join(
     between = torch.arange(described, past_length, device=device).expand(batch, -1)
     parts = [
         Columns(between, None if seen is None else seen[:, described:past_length]),
-        Columns(torch.where(own.index < 0, own.index, own.index + past_length), own.visible),
+        Columns(torch.where(own.index < 0, own.index, own.index + past_length), own.visible, own.bias),
     ]
     if old is not None:
         parts.insert(0, old)
@@ -177,4 +180,10 @@ def _join(
             [torch.ones_like(p.index, dtype=torch.bool) if p.visible is None else p.visible for p in parts],
             dim=1,
         )
-    return Columns(torch.cat([p.index for p in parts], dim=1), visible)
+    bias = None
+    if any(p.bias is not None for p in parts):
+        none = [
+            torch.zeros(p.index.shape, device=device) if p.bias is None else p.bias.to(device) for p in parts
+        ]
+        bias = torch.cat(none, dim=1)
+    return Columns(torch.cat([p.index for p in parts], dim=1), visible, bias)

@@ -90,7 +90,7 @@ def follow(cache: Any, record: Record, batch: int) -> Record:
 def _are_alike(record: Record) -> bool:
     """Whether all rows were pruned alike, as the beams of one prompt are."""
     distinct = {id(own): own for own in record.layers if own is not None}.values()
-    tensors = [t for own in distinct for t in (own.index, own.visible) if t is not None]
+    tensors = [t for own in distinct for t in (own.index, own.visible, own.bias) if t is not None]
     tensors += [t for t in (record.padding, record.shift) if t is not None]
     return all(bool((t == t[:1]).all()) for t in tensors)
 
@@ -106,7 +106,7 @@ def _taken(record: Record, source: Tensor) -> Record:
     for columns in record.layers:
         if columns is not None and id(columns) not in seen:
             index = columns.index.index_select(0, source.to(columns.index.device))
-            seen[id(columns)] = Columns(index, rows(columns.visible))
+            seen[id(columns)] = Columns(index, rows(columns.visible), rows(columns.bias))
         layers.append(None if columns is None else seen[id(columns)])
     own = record.rows
     return replace(

@@ -14,8 +14,8 @@ from tokenprune.tokens import Selection
 DEBUG = "TOKENPRUNE_DEBUG"
 
 
-def check_selection(name: str, selection: Any, n: int, k: int) -> None:
-    """Refuse a selection that cannot be one of `k` out of `n` tokens.
+def check_selection(name: str, selection: Any, n: int, k: int, biased: bool) -> None:
+    """Refuse a selection that cannot be one of `k` out of `n` tokens, or that has biases nobody allowed for.
 
     Shapes and dtypes are looked at always, which costs nothing; values only with TOKENPRUNE_DEBUG=1 in the
     environment, since they have to be copied from the device.
@@ -31,6 +31,8 @@ def check_selection(name: str, selection: Any, n: int, k: int) -> None:
         or ("either merges or weights without the other" if (merges is None) != (weights is None) else None)
         or (merges is not None and _wrong("merges", merges, (None, 2), floating=False))
         or (merges is not None and _wrong("weights", weights, (len(merges),), floating=True))
+        or (selection.bias is not None and _wrong("bias", selection.bias, (k,), floating=True))
+        or ("a bias without Needs(bias=True)" if selection.bias is not None and not biased else None)
         or (os.environ.get(DEBUG, "0") not in ("", "0") and _wrong_values(selection, n))
     )
     if wrong:
@@ -54,6 +56,8 @@ def _wrong_values(selection: Selection, n: int) -> str | None:
     keep = selection.keep
     if len(keep) and (bool((keep.diff() <= 0).any()) or not 0 <= int(keep[0]) <= int(keep[-1]) < n):
         return f"keep that is not ascending within the image's {n} tokens: {keep.tolist()[:20]}"
+    if selection.bias is not None and not bool(selection.bias.isfinite().all()):
+        return "biases that are no finite numbers"
     if selection.merges is None or selection.weights is None or not len(selection.merges):
         return None
     source, slot = selection.merges.unbind(1)

@@ -27,6 +27,9 @@ class Stages:
         raster: by image, (n,) raster indices of its remaining tokens.
         kept: after each cut, `raster` as it was.
         merged: at each cut, the merges by raster index.
+        sizes: by image, (n,) how many original tokens each remaining one stands for; none where nothing was merged.
+        biases: by image, (n,) float32 what is added to the attention logits of each; none where nothing is.
+        biased: at each cut, the biases given there: raster indices and values.
         notes: by image, what is to be told of it, by the plan and by the method.
     """
 
@@ -39,6 +42,9 @@ class Stages:
         self.merged: list[dict[Key, tuple[Tensor, Tensor]]] = []
         self.notes: dict[Key, list[Mapping[str, int | Tensor]]] = {k: [own] for k, own in plan.notes.items()}
         self.raster: dict[Key, Tensor] = {}
+        self.sizes: dict[Key, Tensor] = {}
+        self.biases: dict[Key, Tensor] = {}
+        self.biased: list[dict[Key, tuple[Tensor, Tensor]]] = []
         self._columns: dict[Key, Tensor] = {}
         self._slots: dict[Key, Tensor] = {}
         self._text: list[Tensor] = []
@@ -58,6 +64,14 @@ class Stages:
     def slots(self, key: Key) -> Tensor:
         """(n,) places of an image's remaining tokens in the current sequence."""
         return self._slots[key]
+
+    def shown(self, key: Key) -> int:
+        """How many of an image's remaining tokens the method is shown."""
+        return len(self.raster[key]) - (key in self.plan.ends_row)
+
+    def column_of(self, key: Key) -> Tensor:
+        """(n,) columns of the prompt an image's remaining tokens came from."""
+        return self._columns[key].index_select(0, self.raster[key])
 
     def take(self, states: Tensor, key: Key) -> Tensor:
         """An image's remaining tokens out of a (B | 1, L', ...) tensor: (n, ...)."""
@@ -83,19 +97,23 @@ class Stages:
 
     def store(self, cut: int, key: Key, selection: Selection) -> None:
         """Keep what a method chose, on the plan's device: with several devices the scored layer's may be another."""
-        if selection.merges is not None and self.images[key].parts:
+        if (
+            selection.merges is not None
+            and self.images[key].parts
+            and not self.plan.config.method.needs().row
+        ):
             raise TokenPruneError(
                 f"method {self.plan.config.method.name!r} merges tokens, which allocation='pooled' does not offer; use "
                 f"allocation='image'"
             )
         device = self.raster[key].device
-        keep, merges, weights = (
-            t if t is None else t.to(device) for t in (selection.keep, selection.merges, selection.weights)
-        )
+        given = (selection.keep, selection.merges, selection.weights, selection.bias)
+        keep, merges, weights, bias = (t if t is None else t.to(device) for t in given)
         assert keep is not None
         if key in self.plan.ends_row:
             keep = torch.cat([keep, keep.new_full((1,), len(self.raster[key]) - 1)])
-        self.selections[cut][key] = Selection(keep, merges, weights)
+            bias = None if bias is None else torch.cat([bias, bias.new_zeros(1)])
+        self.selections[cut][key] = Selection(keep, merges, weights, bias)
         self.notes.setdefault(key, []).append(selection.notes)
 
     def apply(self, cut: int, states: list[Tensor]) -> list[Tensor]:
@@ -109,16 +127,11 @@ class Stages:
             The same, shortened to (B, L', D); filler takes the values of slot 0.
         """
         states = [self._merge(cut, x) for x in states]
-        merged: dict[Key, tuple[Tensor, Tensor]] = {}
-        for key in self.images:
-            selection = self.selections[cut].get(key)
-            if selection is None:
-                continue
-            if selection.merges is not None and selection.weights is not None:
-                merged[key] = (self.raster[key][selection.merges], selection.weights)
-            self.raster[key] = self.raster[key].index_select(0, selection.keep)
+        self.merged.append({})
+        self.biased.append({})
+        for key, selection in self.selections[cut].items():
+            self._cut_image(key, selection)
         self.kept.append(dict(self.raster))
-        self.merged.append(merged)
 
         rows, lengths = [], self.plan.lengths
         for r in range(self.plan.batch):
@@ -134,11 +147,37 @@ class Stages:
                 visible &= self.padding.gather(1, index.clamp(min=0))
         slots = index if not self.done else torch.searchsorted(self.done[-1].index, index)
         slots = slots.clamp(0, states[0].shape[1] - 1)
-        self.done.append(Columns(index, visible))
         for key in self.images:
             columns = self._columns[key].index_select(0, self.raster[key])
             self._slots[key] = torch.searchsorted(index[key[0]], columns)
+        bias = None
+        if self.biases:
+            bias = torch.zeros(index.shape, device=index.device)
+            for key, own in self.biases.items():
+                bias[key[0]].index_copy_(0, self._slots[key], own)
+        self.done.append(Columns(index, visible, bias))
         return [pick(x, slots) for x in states]
+
+    def _cut_image(self, key: Key, selection: Selection) -> None:
+        raster, sizes = self.raster[key], self.sizes.get(key)
+        if selection.merges is not None and selection.weights is not None:
+            self.merged[-1][key] = (raster[selection.merges], selection.weights)
+            source, slot = selection.merges.unbind(1)
+            before = torch.ones(len(raster), device=raster.device) if sizes is None else sizes
+            total = torch.zeros_like(before).index_add_(0, slot, before[source])
+            sizes = torch.where(_marked(slot, len(raster)), total, before)
+        self.raster[key] = raster.index_select(0, selection.keep)
+        if sizes is not None:
+            self.sizes[key] = sizes.index_select(0, selection.keep)
+        if selection.bias is not None:
+            self.biases[key] = selection.bias.float()
+            self.biased[-1][key] = (self.raster[key], self.biases[key])
+        elif key in self.biases:
+            self.biases[key] = self.biases[key].index_select(0, selection.keep)
+
+    def text_slots(self, columns: Tensor, row: int) -> Tensor:
+        """Where columns of a row that were not pruned stand in the current sequence."""
+        return torch.searchsorted(self.done[-1].index[row], columns) if self.done else columns
 
     def dropped(self, cut: int, device: torch.device) -> Tensor:
         """(B, L) long, 1 at visual columns that the selections of the first cut drop."""
@@ -164,12 +203,15 @@ class Stages:
             # Summed in float32 and rounded once.
             parts = states[source].float() * weights[:, None]
             total = parts.new_zeros(states.shape).index_add_(0, slot, parts).to(states.dtype)
-            replaced = torch.zeros(len(states), dtype=torch.bool, device=hidden.device).index_fill_(
-                0, slot, True
-            )
+            replaced = _marked(slot, len(states))
             slots = self._slots[key].to(hidden.device)
             hidden[key[0]].index_copy_(0, slots, torch.where(replaced[:, None], total, states))
         return hidden
+
+
+def _marked(index: Tensor, n: int) -> Tensor:
+    """(n,) bool, True at an index."""
+    return torch.zeros(n, dtype=torch.bool, device=index.device).index_fill_(0, index, True)
 
 
 def pick(states: Tensor, slots: Tensor) -> Tensor:

@@ -203,10 +203,15 @@ def _plan(
             "gradient checkpointing runs layers twice and cannot be combined with pruning; switch it off, or unwrap"
         )
     _check_window(call, text)
+    if config.method.needs().bias and attention_backend(text).startswith("fl"):  # flash and flex
+        raise UnsupportedModeError(
+            f"method {config.method.name!r} adds biases to attention, which {attention_backend(text)} does not take; "
+            f"switch to sdpa or eager"
+        )
     wants_digest = config.method.needs().digest and config.arguments.keep_lists is None
     prompts = prompt_digests(ids, mask, plan.rows) if wants_digest else {}
     call.stages = Stages(plan, visible if mask is not None else None)
-    call.views = Views(model, family, text.num_attention_heads, call.facts, prompts)
+    call.views = Views(model, family, config.method.needs(), text.num_attention_heads, call.facts, prompts)
 
 
 def _images(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from tokenprune.models.decoders import Decoder
@@ -50,6 +51,37 @@ class LayerStates:
         # With several devices the layer's inputs are moved only inside its forward.
         rope = self.decoder.rope_of(self.rope, lambda part: pick(part.to(raw.device)))
         return self.decoder.rotate(self.module, own, rope)
+
+
+def last_row(states: LayerStates, row: int, slots: Tensor, columns: Tensor) -> Tensor:
+    """Attention probabilities (heads, keys) of a row's last real position over the real positions it sees.
+
+    Args:
+        states: what the layer computes it from.
+        row: of the batch.
+        slots: (keys,) places of its real positions in the states, in any order.
+        columns: (keys,) their columns in the unpruned prompt; the largest is the query's.
+    """
+    module: Any = states.module
+    last = columns.max()
+    query = states.of("query", picked(row, slots.max().reshape(1)))[0].float()
+    key = states.of("key", picked(row, slots)).float()
+    key = key.repeat_interleave(query.shape[0] // key.shape[1], dim=1)
+    logits = torch.einsum("hd,khd->hk", query, key) * module.scaling
+    cap = getattr(module.config, "attn_logit_softcapping", None)
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    window = getattr(module, "sliding_window", None)
+    if window is None and not hasattr(module, "sliding_window"):
+        window = getattr(module.config, "sliding_window", None)
+    if window is not None:
+        logits = logits.masked_fill(columns <= last - window, -torch.inf)
+    return logits.softmax(-1)
+
+
+def picked(row: int, columns: Tensor) -> Callable[[Tensor], Tensor]:
+    """Takes a row's columns (n,) out of a tensor (B | 1, L, ...)."""
+    return lambda x: x[row if len(x) > 1 else 0].index_select(0, columns.to(x.device))
 
 
 class Observer(Protocol):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import accumulate
+from typing import overload
 
 import numpy as np
 import torch
@@ -10,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tokenprune.hashing import digest, mix
-from tokenprune.methods.base import ImageTokens
+from tokenprune.methods.base import ImageTokens, Needs, Text
 from tokenprune.models.base import Family
 from tokenprune.runtime.plan import Key
 from tokenprune.runtime.stages import Stages
+from tokenprune.runtime.states import LayerStates, last_row, picked
 from tokenprune.runtime.vision import VisionFacts
 from tokenprune.tokens import Image
 
@@ -23,56 +27,161 @@ class Views:
 
     Args:
         model, family: whose prompt it is.
+        needs: what the method wants to see.
         num_heads: attention heads of the decoder.
         facts: what the vision tower's hook noted, by kind of image; it may fill up until layer 0 is entered.
         prompts: by image, a hash of the prompt; empty where the method wants none.
+
+    Attributes:
+        embeds: (B, L, D) what enters layer 0, kept only for methods that want features or words.
     """
 
     def __init__(
         self,
         model: nn.Module,
         family: Family,
+        needs: Needs,
         num_heads: int,
         facts: Mapping[str, VisionFacts],
         prompts: Mapping[Key, Tensor],
     ) -> None:
-        self.model, self.family, self.num_heads = model, family, num_heads
+        self.model, self.family, self.needs, self.num_heads = model, family, needs, num_heads
         self.facts, self.prompts = facts, prompts
+        self.embeds: Tensor | None = None
+        self._texts: dict[tuple[int, int], Text] = {}  # by row and cut: shared by a row's images
 
-    def of(self, stages: Stages, key: Key, /, **states: Tensor) -> ImageTokens:
+    def of(
+        self, stages: Stages, key: Key, *, hidden: Tensor | None = None, caught: LayerStates | None = None
+    ) -> ImageTokens:
         """An image as it is before the next cut.
 
         Args:
             stages: what is left.
             key: (row, image).
-            states: (n, ...) of its remaining tokens, by name.
+            hidden: (B, L', D) states entering the cut's layer; None before layer 0.
+            caught: states of the layer before it, if any are wanted.
         """
         image, raster = stages.images[key], stages.raster[key].clone()
-        if key in stages.plan.ends_row:
-            raster, states = raster[:-1], {name: own[:-1] for name, own in states.items()}
-        vision = seed = None
-        noted = [(self.facts.get(part.kind), part) for part in image.parts or (image,)]
-        if all(own is not None and own.attention for own, _ in noted):
-            vision = torch.cat(
-                [self._vision(own, part).to(raster.device) for own, part in noted if own is not None]
+        sizes = stages.sizes.get(key)
+        shown: dict[str, Tensor | None] = {
+            name: self._state(name, hidden, caught, partial(stages.take, key=key))
+            for name in self.needs.states
+            if hidden is not None or name != "hidden"
+        }
+        if caught is None:  # before layer 0 there are no projected states
+            shown = {name: own for name, own in shown.items() if name == "hidden"}
+        shown["sizes"] = torch.ones(len(raster), device=raster.device) if sizes is None else sizes.clone()
+        shown["vision"] = self._noted("vision", image, raster)
+        shown["pixels"] = self._noted("pixels", image, raster)
+        if self.embeds is not None and self.needs.features:
+            shown["features"] = self.embeds[key[0]].index_select(
+                0, stages.column_of(key).to(self.embeds.device)
             )
-            vision = vision if len(raster) == image.n else vision.index_select(0, raster)
-        if all(own is not None and own.digests is not None for own, _ in noted):
-            hashes = [_combined(own.digests[slice(*part.items)]) for own, part in noted if own is not None]  # type: ignore[index]
-            seed = mix(_combined(torch.stack(hashes)).to(raster.device) + self.prompts[key].to(raster.device))
+        if self.needs.last_row and caught is not None:
+            shown["last_row"] = self._last_row(stages, key, caught)
+        if key in stages.plan.ends_row:  # its last token stays anyway: the method is not shown it
+            raster = raster[:-1]
+            shown = {
+                name: own if own is None else own[..., :-1] if name == "last_row" else own[:-1]
+                for name, own in shown.items()
+            }
         return ImageTokens(
             n=len(raster),
             raster=raster,
             grids=image.grids,
             num_heads=self.num_heads,
-            vision=vision,
-            digest=seed,
+            digest=self._digest(image, key, raster.device),
             frame_floor=stages.plan.config.arguments.frame_floor,
-            **states,
+            cut=len(stages.done),
+            starts=tuple(accumulate((part.n for part in image.parts[:-1]), initial=0)),
+            prompt=self._text(stages, key[0], hidden, caught),
+            **shown,
         )
 
-    def _vision(self, facts: VisionFacts, image: Image) -> Tensor:
-        return self.family.to_tokens(self.model, torch.stack(facts.attention[slice(*image.items)]), image)
+    def _state(
+        self, name: str, hidden: Tensor | None, caught: LayerStates | None, pick: Callable[[Tensor], Tensor]
+    ) -> Tensor | None:
+        if name == "hidden":
+            assert hidden is not None
+            return _apart(pick(hidden), hidden)
+        return None if caught is None else _apart(caught.of(name, pick), caught.raw[name])
+
+    def _text(
+        self, stages: Stages, row: int, hidden: Tensor | None, caught: LayerStates | None
+    ) -> Text | None:
+        """The row's text at this cut; none where the method wants nothing of it."""
+        if not (self.needs.prompt or self.needs.words):
+            return None
+        at = (row, len(stages.done) if hidden is not None or caught is not None else -1)
+        if at not in self._texts:
+            columns = torch.from_numpy(stages.plan.prompt(row)).to(next(iter(stages.raster.values())).device)
+            slots = stages.text_slots(columns, row)
+            shown: dict[str, Tensor | None] = {
+                name: self._state(name, hidden, caught, picked(row, slots))
+                for name in self.needs.prompt
+                if hidden is not None or name != "hidden"
+            }
+            if self.embeds is not None and self.needs.words:
+                shown["words"] = picked(row, columns)(self.embeds)
+            self._texts = {own: text for own, text in self._texts.items() if own[1] == at[1]}
+            self._texts[at] = Text(columns, **shown)
+        return self._texts[at]
+
+    def _last_row(self, stages: Stages, key: Key, caught: LayerStates) -> Tensor:
+        """(heads, n) attention of the row's last token over the image's remaining tokens, of all the row's."""
+        row, device = key[0], next(iter(caught.raw.values())).device
+        text = torch.from_numpy(stages.plan.prompt(row)).to(device)
+        visual = [own for own in stages.images if own[0] == row]
+        slots = torch.cat([stages.text_slots(text, row), *(stages.slots(own).to(device) for own in visual)])
+        columns = torch.cat([text, *(stages.column_of(own).to(device) for own in visual)])
+        weights = last_row(caught, row, slots, columns)
+        start = len(text) + sum(len(stages.raster[own]) for own in visual[: visual.index(key)])
+        return weights[:, start : start + len(stages.raster[key])]
+
+    def _noted(self, what: str, image: Image, raster: Tensor) -> Tensor | None:
+        """What the vision tower's hook noted of an image's patches, token by token."""
+        parts = []
+        for part in image.parts or (image,):
+            facts = self.facts.get(part.kind)
+            pictures = [] if facts is None else getattr(facts, what)[slice(*part.items)]
+            if not pictures:
+                return None
+            whole = torch.stack([p if p.ndim == 2 else p[:, None] for p in pictures])
+            tokens = self.family.to_tokens(self.model, whole, part)
+            parts.append(tokens if pictures[0].ndim == 2 else tokens[:, 0])
+        noted = torch.cat([part.to(raster.device) for part in parts])
+        return noted if len(raster) == image.n else noted.index_select(0, raster)
+
+    def _digest(self, image: Image, key: Key, device: torch.device) -> Tensor | None:
+        hashes = []
+        for part in image.parts or (image,):
+            facts = self.facts.get(part.kind)
+            if facts is None or facts.digests is None:
+                return None
+            hashes.append(_combined(facts.digests[slice(*part.items)]))
+        return mix(_combined(torch.stack(hashes)).to(device) + self.prompts[key].to(device))
+
+
+class Shown(Sequence[ImageTokens]):
+    """The images of a cut, made one by one as they are looked at, so that not all their states are held at once."""
+
+    def __init__(self, make: Callable[[Key], ImageTokens], keys: Sequence[Key]) -> None:
+        self._make, self._keys = make, keys
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @overload
+    def __getitem__(self, i: int) -> ImageTokens: ...
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[ImageTokens]: ...
+    def __getitem__(self, i: int | slice) -> ImageTokens | Sequence[ImageTokens]:
+        return Shown(self._make, self._keys[i]) if isinstance(i, slice) else self._make(self._keys[i])
+
+
+def _apart(own: Tensor, source: Tensor) -> Tensor:
+    """Never a view of the model's own states: a method that writes into what it is shown changes nothing else."""
+    return own.clone() if own.untyped_storage().data_ptr() == source.untyped_storage().data_ptr() else own
 
 
 def _combined(digests: Tensor) -> Tensor:

@@ -27,12 +27,14 @@ class VisionFacts:
     Attributes:
         sizes: (N, k), see `Family.sizes`.
         digests: (items,) int64 hashes of the pixels, or None when no method asked.
-        attention: what `Needs.vision` made of each picture's attention, (patches,) each.
+        vision: what `Needs.vision` made of each picture's attention, (patches,) or (patches, c) each.
+        pixels: what `Needs.pixels` made of its pixels, likewise.
     """
 
     sizes: Tensor
     digests: Tensor | None = None
-    attention: list[Tensor] = field(default_factory=list)
+    vision: list[Tensor] = field(default_factory=list)
+    pixels: list[Tensor] = field(default_factory=list)
 
 
 def sizes_on_host(sizes: Tensor, known: Sequence[tuple[Tensor, IntArray]]) -> IntArray:

@@ -1,0 +1,75 @@
+"""Asking the method: what an image keeps at a cut, and before layer 0 how much."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import TokenPruneError
+from tokenprune.runtime.selections import check_selection
+from tokenprune.runtime.state import Call
+from tokenprune.runtime.states import LayerStates
+from tokenprune.runtime.views import Shown
+from tokenprune.tokens import Selection
+
+
+def choose(call: Call, cut: int, *, hidden: Tensor | None = None, caught: LayerStates | None = None) -> None:
+    """Fill in the cut's selections where they are missing.
+
+    Args:
+        call: under way.
+        cut: its number.
+        hidden: (B, L', D) states entering the cut's layer.
+        caught: states of the layer before it.
+    """
+    stages, method = call.stages, call.config.method
+    assert stages is not None and call.views is not None
+    if call.config.arguments.keep_lists is not None:
+        stages.force(cut)
+        return
+    wanted = stages.missing(cut)
+    if not wanted:
+        return
+    views = call.views
+    source = hidden if hidden is not None else next(iter(caught.raw.values()))  # type: ignore[union-attr]
+    with torch.no_grad(), call.scoring.running(source.device):
+        counts = {key: stages.plan.to_choose(cut, key) for key in wanted}
+        asked = [key for key, k in counts.items() if k]
+        images = Shown(partial(views.of, stages, hidden=hidden, caught=caught), asked)
+        chosen = method.select_all(images, [counts[key] for key in asked])
+        if len(chosen) != len(asked):
+            raise TokenPruneError(
+                f"method {method.name!r} returned {len(chosen)} selections for {len(asked)} images"
+            )
+        found = dict(zip(asked, chosen, strict=True))
+        for key, k in counts.items():
+            selection = found.get(key, Selection(stages.raster[key][:0]))
+            check_selection(method.name, selection, stages.shown(key), k, views.needs.bias)
+            stages.store(cut, key, selection)
+
+
+def enter_prompt(call: Call, embeds: Tensor) -> None:
+    """Before layer 0: what methods may want of the embeddings, and what they say of the counts."""
+    stages, views, method = call.stages, call.views, call.config.method
+    assert stages is not None and views is not None
+    if call.config.arguments.keep_lists is not None:
+        return
+    if views.needs.features or views.needs.words:
+        views.embeds = embeds
+    if not views.needs.counts:
+        return
+    with torch.no_grad(), call.scoring.running(embeds.device):
+        told = []
+        for key in stages.images:
+            planned = tuple(cut[key] for cut in stages.plan.counts)
+            own = method.count(views.of(stages, key), planned)
+            if not isinstance(own, Tensor) or own.shape != (len(planned),) or own.is_floating_point():
+                raise TokenPruneError(
+                    f"method {method.name!r} returned {own!r:.80} as counts where {len(planned)} whole numbers "
+                    f"were asked for"
+                )
+            told.append(own.to(embeds.device, torch.long))
+        counts = torch.stack(told).tolist()  # the one copy more that such methods cost
+    stages.plan = stages.plan.with_counts(dict(zip(stages.images, counts, strict=True)))

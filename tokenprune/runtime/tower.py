@@ -1,0 +1,144 @@
+"""Hooks on the vision tower: which pictures it was given, and what methods want of its attention and its pixels."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.methods.base import Needs
+from tokenprune.models.base import VisionCall, VisionTap
+from tokenprune.runtime import compiled
+from tokenprune.runtime.vision import VisionFacts, attach_facts, sizes_on_host
+from tokenprune.runtime.wrapped import Wrapped
+
+
+@dataclass
+class _TowerCall:
+    """One call of the vision tower.
+
+    Attributes:
+        seen: what was caught of it; None once it has been read, or where nobody asks.
+        outputs: of the tap's sources so far.
+        vision: what the method made of each picture's attention.
+    """
+
+    seen: VisionCall | None = None
+    outputs: dict[nn.Module, Tensor] = field(default_factory=dict)
+    vision: list[Tensor] = field(default_factory=list)
+
+
+class _Towers(threading.local):
+    """The vision tower's call under way in this thread."""
+
+    current: _TowerCall | None = None
+
+
+class TowerTap:
+    """Args:
+    runtime: whose hooks they are.
+    """
+
+    def __init__(self, runtime: Wrapped) -> None:
+        self.runtime = runtime
+        self._taps: dict[int | None, VisionTap] = {}  # by layer of the tower, None being the features'
+        self._towers = _Towers()
+
+    def install(self) -> None:
+        # The features' grid is noted even when nobody scores: generate() encodes images ahead of the forward.
+        tower = self.runtime.family.vision_tower(self.runtime.model)
+        self.runtime.before(tower, self._enter_tower)
+        self.runtime.after(tower, self._leave_tower, always=True)
+
+    def arm(self, needs: Needs) -> None:
+        """Register what a method needs and nobody needed before."""
+        layer = needs.vision_layer
+        if needs.vision is None or layer in self._taps:
+            return
+        compiled.forget()
+        tap = self.runtime.family.vision_tap(self.runtime.model, layer)
+        self.runtime.before(tap.attention, partial(self._enter_vision, layer))
+        for source in tap.sources:
+            self.runtime.after(source, partial(self._catch_vision, layer))
+        self._taps[layer] = tap
+
+    def disarm(self) -> None:
+        """The hooks are gone."""
+        self._taps.clear()
+
+    def is_replaced(self, needs: Needs) -> bool:
+        """Whether modules that are listened to are no longer those of the tower."""
+        if needs.vision is None:
+            return False
+        now = self.runtime.family.vision_tap(self.runtime.model, needs.vision_layer).sources
+        return any(a is not b for a, b in zip(now, self._taps[needs.vision_layer].sources, strict=True))
+
+    def _enter_tower(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._towers.current = tower = _TowerCall()
+        needs, call = self._needs(), self.runtime.call
+        if needs is None or needs.vision is None or needs.vision_layer not in self._taps:
+            return
+        sizes = None
+        if self._taps[needs.vision_layer].packed:  # once per call, before its layers
+            _, given = self.runtime.family.tower_input(args, kwargs)
+            sizes = sizes_on_host(given, [] if call is None else call.sizes)
+        tower.seen = VisionCall(kwargs, {}, (), sizes)
+
+    def _enter_vision(self, layer: int | None, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        tower = self._towers.current
+        if tower is not None and tower.seen is not None and self._looks_at(layer):
+            tower.seen = replace(tower.seen, attention=kwargs)
+
+    def _catch_vision(
+        self, layer: int | None, module: nn.Module, args: Any, kwargs: Any, output: Tensor
+    ) -> None:
+        """Reduce each picture's attention to the floats the method wants, as soon as queries and keys are there."""
+        tower, needs = self._towers.current, self._needs()
+        if tower is None or tower.seen is None or needs is None or not self._looks_at(layer):
+            return
+        tap = self._taps[layer]
+        tower.outputs[module] = output
+        if len(tower.outputs) < len(tap.sources):
+            return
+        reduce = needs.vision
+        assert reduce is not None
+        outputs = [tower.outputs[source] for source in tap.sources]
+        with torch.no_grad():
+            for parts in tap.read(replace(tower.seen, outputs=outputs)):
+                tower.vision.append(torch.cat([reduce(own) for own in parts]))
+        tower.seen, tower.outputs = None, {}
+
+    def _leave_tower(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        tower, self._towers.current = self._towers.current, None
+        if output is None or tower is None:  # it failed
+            return
+        needs, call, family = self._needs(), self.runtime.call, self.runtime.family
+        pixels, sizes = family.tower_input(args, kwargs)
+        facts = VisionFacts(sizes, vision=tower.vision)
+        if needs is not None and needs.digest:
+            facts.digests = family.digests(pixels, sizes)
+        if needs is not None and needs.pixels is not None:
+            model, host = self.runtime.model, sizes_on_host(sizes, [] if call is None else call.sizes)
+            with torch.no_grad():
+                facts.pixels = [
+                    needs.pixels(family.eight_bit(model, own)) for own in family.patches(model, pixels, host)
+                ]
+        if call is not None:
+            for kind in [k for k in ("image", "video") if k in call.kinds and k not in call.facts][:1]:
+                call.facts[kind] = facts
+        # Inside a call nobody reads them there, but what looks like one may have been left behind by an interrupt.
+        attach_facts(output, facts)
+
+    def _needs(self) -> Needs | None:
+        """Of the call under way, or of the one that generate() encodes images ahead of; None where nobody scores."""
+        call = self.runtime.call
+        config = self.runtime.settings if call is None else call.config
+        return config.method.needs() if config.scores else None
+
+    def _looks_at(self, layer: int | None) -> bool:
+        needs = self._needs()
+        return needs is not None and needs.vision is not None and needs.vision_layer == layer
