@@ -94,23 +94,25 @@ def open_call(model: nn.Module, family: Family, config: PruneConfig, inputs: dic
     if reference is None:
         return None  # the model's own error says what is missing
     batch, length = reference.shape[:2]
-    cache = inputs.get("past_key_values")
-    call = Call(config, batch, length, cache)
+    sizes, facts = visual_inputs(family, inputs)
+    visual = bool(sizes)
+    view = view_of(inputs.get("past_key_values"))
+    record = read(view, len(family.layers(model)), batch, length)
+    past = view.past(record, length)
+    if record is None and not visual and view.is_step(past, length):
+        return None
+
+    call = Call(config, batch, length, view.cache)
+    call.record, call.past = record, past
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:
         call.attention = mask
     call.positions_given = inputs.get("position_ids") is not None
-    layers = len(family.layers(model))
-    sizes, facts = visual_inputs(family, inputs)
-    visual = bool(sizes)
-
-    call.record = record = read(call.view, layers, batch, length)
-    call.past = call.view.past(record, length)
     if record is not None:
         if record.first_is_short:
             _check_continuation(call, family, inputs, visual)
         _check_window(call, family.text_model(model).config)
-    if ids is None and (visual or (record is None and not call.past and length > 1)):
+    if ids is None and (visual or (record is None and not past and length > 1)):
         _nothing_pruned(
             call, config, "inputs_embeds came without input_ids, so the visual tokens cannot be located"
         )
@@ -119,8 +121,6 @@ def open_call(model: nn.Module, family: Family, config: PruneConfig, inputs: dic
         call.kinds, call.facts = tuple(sizes), facts
         _plan(call, model, family, config, reference, inputs, sizes)
     elif record is None:
-        if call.view.is_step(call.past, length):
-            return None
         call.rows = [[] for _ in range(batch)]
     return call
 
