@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import estimator_reference
+import judge
 import tiny
 import tokenprune
 from tokenprune.errors import ConfigError
 from tokenprune.estimators import ESTIMATORS
-from tokenprune.methods import EntropyPrune, Grid, ImageTokens, Needs, Random, ScoreMethod, Uniform
+from tokenprune.methods import METHODS, EntropyPrune, Grid, ImageTokens, Needs, Random, ScoreMethod, Uniform
 
 ROWS = (["text:5", "image", "text:3", "image", "text:4"], ["text:2", "image", "text:9"])
 
@@ -156,6 +157,34 @@ def _states(model: Any, inputs: dict[str, Tensor], layer: int, source: str) -> T
     return turned.transpose(1, 2)
 
 
+@pytest.mark.parametrize(
+    "build", [tiny.llava, tiny.qwen2_5_vl, tiny.gemma3], ids=["llava", "qwen2_5_vl", "gemma3"]
+)
+def test_fastv_keeps_what_the_last_token_attends_to(build: Any) -> None:
+    model = build(attn_implementation="eager")
+    inputs = tiny.inputs(model, ROWS, pad="left")
+    with torch.no_grad():
+        attention = model(**inputs, output_attentions=True).attentions[1].mean(1)
+        with tokenprune.pruned(model, "fastv", layer=2, keep=0.5):
+            model(**inputs)
+            kept = tokenprune.report(model).keep_lists[0]
+    for r, row in enumerate(tiny.visual_positions(model, inputs)):
+        for i, columns in enumerate(row):
+            best = attention[r, -1, columns].sort(descending=True, stable=True).indices[: len(kept[r][i])]
+            assert kept[r][i] == best.sort().values.tolist()
+
+
+@pytest.mark.parametrize("build", [tiny.llava, tiny.qwen2_5_vl], ids=["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"none"}))
+def test_every_method_is_judged(name: str, build: Any) -> None:
+    model = build(layers=5)
+    inputs = tiny.inputs(model, ROWS, pad="left")
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    for arguments in ({"layer": 1, "keep": 0.5}, {"cuts": [(1, 0.7), (3, 0.3)]}):
+        difference, *_ = judge.generate_difference(model, inputs, options, method=name, **arguments)
+        assert difference <= judge.TOLERANCE
+
+
 def test_single_key_value_head_is_refused() -> None:
     """log 1 = 0: one head has no entropy; said at wrap, not in the middle of a forward."""
     model = tiny.llava(kv_heads=1)
@@ -205,7 +234,6 @@ def test_uniform_by_hand() -> None:
 
 
 def test_parameters_and_docstrings() -> None:
-    from tokenprune.methods import METHODS
 
     for name, method in METHODS.items():
         assert method.name == name

@@ -8,13 +8,14 @@ from typing import Any
 from tokenprune.errors import ConfigError
 from tokenprune.methods.base import DecoderShape, ImageTokens, Method, Needs, ScoreMethod, Text
 from tokenprune.methods.entropyprune import EntropyPrune
+from tokenprune.methods.fastv import FastV
 from tokenprune.methods.none import NoPruning
 from tokenprune.methods.random import Random
 from tokenprune.methods.recycle import Recycle
 from tokenprune.methods.uniform import Uniform
 from tokenprune.tokens import Grid, Selection, VisionAttention
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (EntropyPrune, NoPruning, Random, Uniform)}
+METHODS: dict[str, type[Method]] = {m.name: m for m in (EntropyPrune, FastV, NoPruning, Random, Uniform)}
 
 
 def make_method(method: str | Method, parameters: dict[str, Any]) -> Method:
@@ -44,6 +45,7 @@ __all__ = [
     "METHODS",
     "DecoderShape",
     "EntropyPrune",
+    "FastV",
     "Grid",
     "ImageTokens",
     "Method",

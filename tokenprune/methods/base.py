@@ -79,7 +79,7 @@ class Needs:
         return self.vision is not None or self.pixels is not None
 
 
-# EntropyPrune's, arXiv 2602.17196; the controls cut where it does.
+# EntropyPrune's, arXiv 2602.17196. What has published none of its own, the controls for example, cuts there too.
 ENTROPYPRUNE_LAYERS: Mapping[str, int] = MappingProxyType({"llava": 2, "qwen2_5_vl": 1})
 
 PROJECTED: tuple[State, ...] = ("query", "key", "value")
@@ -174,7 +174,7 @@ class Method(ABC):
     paper: ClassVar[str] = ""
     min_layer: ClassVar[int] = 0
     reads_text: ClassVar[bool] = False
-    published_layers: ClassVar[Mapping[str, int]] = MappingProxyType({})
+    published_layers: ClassVar[Mapping[str, int]] = ENTROPYPRUNE_LAYERS
 
     @abstractmethod
     def needs(self) -> Needs:

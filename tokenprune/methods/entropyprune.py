@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from tokenprune.errors import ConfigError
 from tokenprune.estimators import ESTIMATORS, SpectralEstimator, make_estimator
-from tokenprune.methods.base import ENTROPYPRUNE_LAYERS, Choice, DecoderShape, ImageTokens, Needs, ScoreMethod
+from tokenprune.methods.base import Choice, DecoderShape, ImageTokens, Needs, ScoreMethod
 from tokenprune_kernels.dual_gram_entropy import dual_gram_entropy, reference
 from tokenprune_kernels.dual_gram_entropy.arguments import EIGENVALUE_FLOOR
 
@@ -45,7 +44,6 @@ class EntropyPrune(ScoreMethod):
     name: ClassVar[str] = "entropyprune"
     paper: ClassVar[str] = "arXiv 2602.17196"
     min_layer: ClassVar[int] = 1
-    published_layers: ClassVar[Mapping[str, int]] = ENTROPYPRUNE_LAYERS
 
     source: str = "query"
     normalization: str = "none"

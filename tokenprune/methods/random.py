@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from tokenprune.errors import ConfigError
 from tokenprune.hashing import mix
-from tokenprune.methods.base import ENTROPYPRUNE_LAYERS, ImageTokens, Needs, ScoreMethod
+from tokenprune.methods.base import ImageTokens, Needs, ScoreMethod
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,6 @@ class Random(ScoreMethod):
     """
 
     name: ClassVar[str] = "random"
-    published_layers: ClassVar[Mapping[str, int]] = ENTROPYPRUNE_LAYERS
 
     seed: int = 0
 

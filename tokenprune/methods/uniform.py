@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar
 
 import torch
 
-from tokenprune.methods.base import ENTROPYPRUNE_LAYERS, ImageTokens, Method, Needs
+from tokenprune.methods.base import ImageTokens, Method, Needs
 from tokenprune.tokens import Grid, Selection
 
 
@@ -23,7 +22,6 @@ class Uniform(Method):
     """
 
     name: ClassVar[str] = "uniform"
-    published_layers: ClassVar[Mapping[str, int]] = ENTROPYPRUNE_LAYERS
 
     def needs(self) -> Needs:
         return Needs()
