@@ -76,7 +76,13 @@ def generate_difference(
         inputs = oracle.expand(inputs, times, positions)
         positions = oracle.expand_rows(positions, times)
     judged = oracle.masked_forward(
-        model, inputs, cuts_of(report), positions, generated=out.sequences[:, prompt:], positions="generate"
+        model,
+        inputs,
+        cuts_of(report),
+        positions,
+        merges_of(report, positions),
+        generated=out.sequences[:, prompt:],
+        positions="generate",
     ).steps()
     if getattr(out, "beam_indices", None) is not None:
         return judged_beams(out, judged), out.sequences, report

@@ -182,6 +182,8 @@ def counts_of(
         reached = [k for k in range(1, before + 1) if spent + k * (layers - layer) <= total]
         if reached and (reached[-1] < before or spent + before * (layers - layer) == target * layers):
             counts.append(reached[-1])
+        elif reached and counts and target * layers - (spent + before * (layers - layer)) < layers:
+            counts.append(before)  # what the cuts before lost by rounding down
         elif n == 1 or (layer == 0 and target < 1):
             counts.append(1)
         else:

@@ -437,7 +437,7 @@ class Own(Random):
 
     name: ClassVar[str] = "own"
 
-    def default_cuts(self, family: str, num_layers: int) -> tuple[tuple[Cut, ...], str]:
+    def default_cuts(self, family: str, num_layers: int, keep: Any = None) -> tuple[tuple[Cut, ...], str]:
         return (Cut(0, 0.8), Cut(num_layers // 3, 0.5), Cut(2 * num_layers // 3)), f"thirds of {family}"
 
 
@@ -521,7 +521,7 @@ def test_merges_in_half_precision_equal_the_oracle(layer: int, dtype: torch.dtyp
     model = tiny.llava(layers=4, dtype=dtype)
     inputs = tiny.inputs(model, RAGGED, pad="left")
     hidden: dict[int, Tensor] = {}
-    method = Recycle(Random(), share=0.3)
+    method = Recycle(Random(), side=2)
     with tokenprune.pruned(model, method, layer=layer, keep=0.3, budget="after_cut"):
         with Reader(model, lambda l, x, p: hidden.update({l: x})) as reader:
             reader.read(inputs)
@@ -543,39 +543,20 @@ def test_merges_in_half_precision_equal_the_oracle(layer: int, dtype: torch.dtyp
 
 @pytest.mark.parametrize("inner", [Random(), tokenprune.methods.EntropyPrune(normalization="trace")])
 def test_recycling_is_exact_and_judged(model: Any, inputs: Any, inner: ScoreMethod) -> None:
-    method = Recycle(inner, share=0.3)
+    method = Recycle(inner, side=3)
     arguments: dict[str, Any] = {"method": method, "cuts": [(1, 0.7), (3, 0.4)]}
     with tokenprune.pruned(model, **arguments), torch.no_grad():
         model(**inputs)
         report = tokenprune.report(model)
     for image in report.images:
         assert image.kept == (int(0.7 * image.tokens + 1e-9), int(0.4 * image.tokens + 1e-9))
-        cells = min(round(0.3 * image.kept[0]), image.tokens - image.kept[0])
-        assert image.notes["tokens made of dropped ones"] == cells
-        # Every token that is not kept for itself goes into a cell, and no other.
-        assert image.merged[0] == image.tokens - (image.kept[0] - cells) and not any(image.merged[1:])
+        # Every token that is dropped goes into a cell, in which one is left.
+        assert image.merged[0] == image.tokens - image.kept[0] and not any(image.merged[1:])
     assert judge.prefill_difference(model, inputs, **arguments) <= judge.TOLERANCE
 
 
-def test_recycled_weights_by_hand() -> None:
-    @dataclass(frozen=True)
-    class Given(ScoreMethod):
-        name: ClassVar[str] = "given"
-
-        def needs(self) -> Needs:
-            return Needs()
-
-        def score(self, image: ImageTokens) -> Tensor:
-            return torch.tensor([9.0, 1.0, 3.0, 8.0, -1.0, -2.0, 7.0, float("nan")])
-
-    image = ImageTokens(n=8, raster=torch.arange(8), grids=(tokenprune.methods.Grid(1, 2, 4),))
-    chosen = Recycle(Given(), share=0.4).select(image, 5)
-    # 3 kept for themselves, 5 dropped (1, 2, 4, 5, 7) in 2 cells: {1, 2, 4} and {5, 7}
-    assert chosen.keep.tolist() == [0, 2, 3, 5, 6]
-    assert chosen.merges is not None and chosen.weights is not None
-    assert chosen.merges.tolist() == [[1, 2], [2, 2], [4, 2], [5, 5], [7, 5]]
-    torch.testing.assert_close(chosen.weights, torch.tensor([0.25, 0.75, 0.0, 0.5, 0.5]))
+def test_recycling_wants_a_method_that_scores() -> None:
     with pytest.raises(tokenprune.ConfigError, match="scores tokens"):
         Recycle(tokenprune.methods.Uniform())  # type: ignore[arg-type]
-    with pytest.raises(tokenprune.ConfigError, match="share must be"):
-        Recycle(Random(), share=1)
+    with pytest.raises(tokenprune.ConfigError, match="side of recycling cells"):
+        Recycle(Random(), side=0.5)

@@ -66,7 +66,8 @@ def plan_counts(
 
     With `budget="average"` the mean over decoder layers is the target and the last cut without a `keep` of its own
     is solved for it, kept = int((L * target - sum of earlier stages) / (L - K)), as EntropyPrune's release does
-    (arXiv 2602.17196); with `"after_cut"` the target is what remains after that cut.
+    (arXiv 2602.17196); what earlier cuts have lost by rounding down, less than a token on average, may stay unspent.
+    With `"after_cut"` the target is what remains after that cut.
 
     Args:
         n: prunable visual tokens of the image.
@@ -90,7 +91,7 @@ def plan_counts(
             count = max(1, _floor(tokens(cut.keep, n)))
         else:
             assert keep is not None  # checked when the configuration was made
-            count = _solve(n, num_layers, cut.layer, tokens(keep, n), spent, previous, budget)
+            count = _solve(n, num_layers, cut.layer, tokens(keep, n), spent, previous, budget, i > 0)
         if count > previous:
             raise BudgetError(
                 f"the cut at layer {cut.layer} would keep {count} of {n} tokens, more than the {previous} left by "
@@ -102,12 +103,23 @@ def plan_counts(
 
 
 def _solve(
-    n: int, num_layers: int, layer: int, target: float, spent: float, previous: int, budget: BudgetMeaning
+    n: int,
+    num_layers: int,
+    layer: int,
+    target: float,
+    spent: float,
+    previous: int,
+    budget: BudgetMeaning,
+    rounded: bool,
 ) -> int:
     if budget == "after_cut":
         return max(1, _floor(target))
     rest = num_layers - layer
     low, high = (spent + rest) / num_layers, (spent + rest * previous) / num_layers
+    if (
+        rounded and 0 < target - high < 1 - 1e-9
+    ):  # what earlier cuts lost by rounding down, less than one token
+        return previous
     if target < low - 1e-9 or target > high + 1e-9:
         # A single image token cannot be halved: the budget still rounds to one token.
         if n == 1 or (layer == 0 and target < 1):

@@ -101,7 +101,7 @@ def _cuts(
     if arguments.cuts is not None:
         return tuple(arguments.cuts), "given"  # type: ignore[arg-type]  # made Cuts by Arguments
     if arguments.layer is None:
-        return method.default_cuts(family.name, len(family.layers(model)))
+        return method.default_cuts(family.name, len(family.layers(model)), arguments.keep)
     if arguments.layer == "auto":
         layer, reason = _detected_layer(model)
     else:

@@ -284,7 +284,7 @@ def make_report(outcome: Outcome) -> Report:
                 if not lists
                 else tuple(len(x[r][i]) for x in lists)
             )
-            merged = tuple(len(cut[r, i][0]) if (r, i) in cut else 0 for cut in outcome.merged)
+            merged = tuple(_merged(cut[r, i][0]) if (r, i) in cut else 0 for cut in outcome.merged)
             average = average_kept(image.n, num_layers, config.cuts, kept) if kept else float(image.n)
             grids = tuple((g.frames, g.height, g.width) for g in image.grids)
             images.append(
@@ -331,6 +331,11 @@ def _keep_lists(outcome: Outcome) -> list[list[list[list[int]]]]:
         return [cut[r, i].tolist() for i in range(len(row))]
 
     return [[row_of(cut, r, row) for r, row in enumerate(outcome.rows)] for cut in outcome.kept]
+
+
+def _merged(pairs: Tensor) -> int:
+    """Tokens that were merged into others."""
+    return int((pairs[:, 0] != pairs[:, 1]).sum())
 
 
 def _notes(outcome: Outcome) -> dict[tuple[int, int], dict[str, int]]:

@@ -102,14 +102,20 @@ class VisionAttention:
         first = torch.zeros(1, dtype=torch.long, device=self.query.device)
         return self.rows(first)[:, 0, 1:].mean(0)
 
-    def received(self, chunk: int = 256) -> Tensor:
-        """Mean attention each patch receives from all patches, (n,): c[j] = mean_i A[i, j], mean over heads.
+    def received(self, voters: Tensor | None = None, chunk: int = 256) -> Tensor:
+        """Mean attention each patch receives, (n,): c[j] = mean_i A[i, j] over all patches i, mean over heads.
 
         Patches of padding neither give nor receive any.
+
+        Args:
+            voters: (n,) bool or float weights of the patches it is received from, some above 0; None: all alike.
+            chunk: rows computed at a time.
         """
         start = int(self.has_cls)
         m, device = self.query.shape[1], self.query.device
         gives = torch.ones(m, device=device) if self.real is None else self.real.float()
+        if voters is not None:
+            gives = gives * torch.nn.functional.pad(voters.float(), (start, 0))
         total = torch.zeros(m, device=device)
         for low in range(start, m, chunk):
             index = torch.arange(low, min(low + chunk, m), device=device)

@@ -9,13 +9,17 @@ from tokenprune.errors import ConfigError
 from tokenprune.methods.base import DecoderShape, ImageTokens, Method, Needs, ScoreMethod, Text
 from tokenprune.methods.entropyprune import EntropyPrune
 from tokenprune.methods.fastv import FastV
+from tokenprune.methods.importance import ImportanceMap
 from tokenprune.methods.none import NoPruning
 from tokenprune.methods.random import Random
 from tokenprune.methods.recycle import Recycle
 from tokenprune.methods.uniform import Uniform
+from tokenprune.methods.vflowopt import VFlowOpt
 from tokenprune.tokens import Grid, Selection, VisionAttention
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (EntropyPrune, FastV, NoPruning, Random, Uniform)}
+METHODS: dict[str, type[Method]] = {
+    m.name: m for m in (EntropyPrune, FastV, ImportanceMap, NoPruning, Random, Uniform, VFlowOpt)
+}
 
 
 def make_method(method: str | Method, parameters: dict[str, Any]) -> Method:
@@ -48,6 +52,7 @@ __all__ = [
     "FastV",
     "Grid",
     "ImageTokens",
+    "ImportanceMap",
     "Method",
     "Needs",
     "NoPruning",
@@ -57,6 +62,7 @@ __all__ = [
     "Selection",
     "Text",
     "Uniform",
+    "VFlowOpt",
     "VisionAttention",
     "make_method",
 ]

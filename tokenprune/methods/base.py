@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.budget import Cut
+from tokenprune.budget import Cut, Keep
 from tokenprune.errors import ConfigError, TokenPruneError
 from tokenprune.tokens import Grid, Selection, State, VisionAttention
 
@@ -187,8 +187,15 @@ class Method(ABC):
             ConfigError: says which parameter to change.
         """
 
-    def default_cuts(self, family: str, num_layers: int) -> tuple[tuple[Cut, ...], str]:
+    def default_cuts(
+        self, family: str, num_layers: int, keep: Keep | None = None
+    ) -> tuple[tuple[Cut, ...], str]:
         """Where to cut a family's model when nobody says, the last cut solved from the budget; and why there.
+
+        Args:
+            family: its name.
+            num_layers: decoder layers L.
+            keep: the budget; None where forced lists say what is kept.
 
         Default: one cut, at the layer published for the method and family, else at L / 16.
         """
@@ -242,6 +249,10 @@ class ScoreMethod(Method):
             )
         return score
 
+    def notes(self, image: ImageTokens) -> Mapping[str, int | Tensor]:
+        """What is to be told of an image in the report; see `Selection.notes`."""
+        return {}
+
     def best(self, image: ImageTokens, score: Tensor, k: int) -> Selection:
         """The k tokens of largest score."""
         # Ascending order puts NaN last; whole numbers have none, and the least of them no negative.
@@ -252,7 +263,8 @@ class ScoreMethod(Method):
         if image.frame_floor:
             beyond = _rank_in_frame(image, order) >= image.frame_floor
             order = order[beyond[order].long().sort(stable=True).indices]
-        return Selection(order[:k].sort().values, notes={"scores that were no numbers": score.isnan().sum()})
+        notes = {"scores that were no numbers": score.isnan().sum(), **self.notes(image)}
+        return Selection(order[:k].sort().values, notes=notes)
 
     def select(self, image: ImageTokens, k: int) -> Selection:
         return self.best(image, self.checked_score(image), k)

@@ -2,81 +2,145 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tokenprune.errors import ConfigError
 from tokenprune.methods.base import DecoderShape, ImageTokens, Method, Needs, ScoreMethod
-from tokenprune.tokens import Selection
+from tokenprune.tokens import Grid, Selection
+
+ENLARGED = "recycling cells were enlarged to fit the budget"
 
 
 @dataclass(frozen=True)
 class Recycle(Method):
     """Keeps the best tokens of another method, and at its first cut one merged token for each cell of dropped ones.
 
-    Of the k tokens asked for, `share` are merged ones: the dropped tokens are shared out among so many cells, those
-    next to each other in raster order together; each cell becomes the mean of its tokens weighted by max(score, 0)
-    (equal weights where a cell sums to 0), and stands in the place of its best token. The number kept is exactly k. At
-    later cuts the other method chooses alone; it can tell merged tokens by `ImageTokens.sizes`.
+    Each grid is divided into cells of `side` x `side` tokens, (floor(row / side), floor(column / side)). The least
+    important tokens are dropped; those of one cell are merged into the weighted mean of their states, weights
+    proportional to max(score, 0) (equal where a cell sums to 0), in the place of the best of them. As few are dropped
+    as make what is kept and what is merged exactly k together; where there are more cells than k, cells are enlarged,
+    and the report says so. At later cuts the other method chooses alone.
 
-    Source: VFlowOpt, arXiv 2508.05211, merges by cells of a grid with the same weights; exact budgets are ours.
+    Source: VFlowOpt, arXiv 2508.05211, section 3, whose release overshoots its budget; exact counts are ours.
 
     Args:
         method: a method that scores tokens.
-        share: of the tokens kept that are merged ones, above 0 and below 1.
+        side: of a cell, in tokens, at least 1; it need not be whole.
+        protect: whether merged tokens stay at later cuts.
+        size_term: whether log(number of tokens merged) is added to the attention logits of merged ones, as in ToMe.
     """
 
     name: ClassVar[str] = "recycle"
 
     method: ScoreMethod
-    share: float = 0.2
+    side: float = 4.0
+    protect: bool = False
+    size_term: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, ScoreMethod):
             raise ConfigError(f"Recycle goes around a method that scores tokens, not {self.method!r}")
-        if isinstance(self.share, bool) or not isinstance(self.share, int | float) or not 0 < self.share < 1:
-            raise ConfigError(f"share must be above 0 and below 1, not {self.share!r}")
+        check_side(self.side)
 
     def needs(self) -> Needs:
-        return self.method.needs()
+        return replace(self.method.needs(), bias=self.size_term)
 
     def check(self, shape: DecoderShape) -> None:
         self.method.check(shape)
 
     def select(self, image: ImageTokens, k: int) -> Selection:
         score = self.method.checked_score(image)
-        cells = 0 if image.cut else min(round(self.share * k), image.n - k)
-        if not cells:
+        if image.cut or self.method.needs().row:
+            if self.protect and image.sizes is not None:
+                score = torch.where(image.sizes > 1, torch.inf, score.float())
             return self.method.best(image, score, k)
-        best = self.method.best(image, score, k - cells)
-        dropped = _others(best.keep, image.n)  # (n - k + cells,)
-        cell = torch.arange(len(dropped), device=dropped.device) * cells // len(dropped)
-        weights = score[dropped].double().nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
-        total = weights.new_zeros(cells).index_add_(0, cell, weights)[cell]
-        count = weights.new_zeros(cells).index_add_(0, cell, torch.ones_like(weights))[cell]
-        weights = torch.where(
-            total > 0, weights / total.clamp(min=torch.finfo(torch.float64).tiny), 1 / count
-        )
-        slots = dropped[_best_of_each(score[dropped], cell, cells)]
-        keep = torch.cat([best.keep, slots]).sort().values
-        merges = torch.stack([dropped, slots[cell]], dim=1)
-        return Selection(
-            keep, merges, weights.float(), notes={**best.notes, "tokens made of dropped ones": cells}
-        )
+        kept = recycle(image, score, k, self.side, self.size_term)
+        return replace(kept, notes={**kept.notes, **self.method.notes(image)})
 
 
-def _others(keep: Tensor, n: int) -> Tensor:
-    """The indices below n that are not among `keep`, ascending; their number is known on the host."""
-    gone = torch.ones(n, dtype=torch.long, device=keep.device).index_fill_(0, keep, 0)
-    return gone.sort(descending=True, stable=True).indices[: n - len(keep)]
+def check_side(side: object) -> None:
+    """Raises ConfigError where it is no number of at least 1."""
+    if isinstance(side, bool) or not isinstance(side, int | float) or not 1 <= side < math.inf:
+        raise ConfigError(f"the side of recycling cells must be a number of at least 1, not {side!r}")
 
 
-def _best_of_each(score: Tensor, cell: Tensor, cells: int) -> Tensor:
-    """(cells,) index of the best scored token of each cell; equal scores: the lower index."""
-    order = (-score.double()).sort(stable=True).indices  # NaN last
-    by_cell = order[cell[order].sort(stable=True).indices]
-    starts = torch.searchsorted(cell, torch.arange(cells, device=cell.device))
-    return by_cell[starts]
+def recycle(image: ImageTokens, score: Tensor, k: int, side: float, size_term: bool = False) -> Selection:
+    """k tokens: the best ones, and one for each cell of the others; see `Recycle`.
+
+    Args:
+        image: at its first cut, where nothing is gone yet (but perhaps its last token).
+        score: (n,) importance.
+        k: tokens in all, 1 <= k < n.
+        side: of a cell.
+        size_term: whether the selection biases attention by the log of the sizes.
+    """
+    n, device = image.n, score.device
+    numbers, enlarged = cells(image.grids, n, k, side)
+    cell = torch.tensor(numbers).to(device, non_blocking=True)
+    number = max(numbers) + 1
+    # Ranks from the least important on; equal scores: the higher index goes first. NaN counts as least.
+    value = score.double().nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    order = value.flip(0).sort(stable=True).indices
+    order = n - 1 - order
+    place = torch.arange(n, device=device)
+    rank = torch.empty_like(place).index_copy_(0, order, place)
+    first = torch.full((number,), n, device=device).scatter_reduce_(0, cell, rank, "amin")
+    opens = rank == first[cell]  # the first of its cell to go
+    # After dropping j tokens, n - j + (cells opened so far) are left, which falls in steps of 0 or 1.
+    left = n - (place + 1) + opens[order].cumsum(0)
+    drop = torch.searchsorted(-left, torch.tensor(-k, device=device)) + 1  # the least j that leaves k
+    dropped = rank < drop
+    best = torch.full((number,), -1, device=device).scatter_reduce_(
+        0, cell, torch.where(dropped, rank, -1), "amax"
+    )
+    slot = torch.where(dropped, order[best[cell].clamp(min=0)], place)
+    stays = ~dropped | (slot == place)
+    keep = (~stays).long().sort(stable=True).indices[:k].sort().values
+    weight = torch.where(dropped, value.clamp(min=0), 0.0)
+    total = torch.zeros(number, dtype=weight.dtype, device=device).index_add_(0, cell, weight)[cell]
+    count = torch.zeros(number, dtype=weight.dtype, device=device).index_add_(
+        0, cell, dropped.to(weight.dtype)
+    )[cell]
+    share = torch.where(total > 0, weight / torch.where(total > 0, total, 1), 1 / count.clamp(min=1))
+    weights = torch.where(dropped, share, 1.0).float()
+    size = torch.zeros(n, device=device).index_add_(0, slot, torch.ones(n, device=device))
+    return Selection(
+        keep,
+        torch.stack([place, slot], dim=1),
+        weights,
+        size[keep].log() if size_term else None,
+        {ENLARGED: int(enlarged)},
+    )
+
+
+@lru_cache(maxsize=64)
+def cells(grids: tuple[Grid, ...], n: int, k: int, side: float) -> tuple[tuple[int, ...], bool]:
+    """The cell of each of the first n tokens, numbered from 0 over all grids and frames: at most k of them.
+
+    Returns:
+        The numbers, and whether cells had to be larger than `side`: the next whole number that fits is taken, and one
+        cell for everything where none does (more frames than tokens to keep).
+    """
+    wide, most = side, max(max(grid.height, grid.width) for grid in grids)
+    while True:
+        parts, start = [], 0
+        for grid in grids:
+            frame, row, column = np.indices((grid.frames, grid.height, grid.width)).reshape(3, -1)
+            across = math.ceil(grid.width / wide) + 1
+            down = math.ceil(grid.height / wide) + 1
+            own = (frame * down + (row // wide).astype(np.int64)) * across + (column // wide).astype(np.int64)
+            parts.append(start + own)
+            start += grid.frames * down * across
+        numbers = np.unique(np.concatenate(parts)[:n], return_inverse=True)[1]
+        if numbers.max() < k:
+            return tuple(numbers.tolist()), wide > side
+        if wide >= most:
+            return (0,) * n, True
+        wide = math.floor(wide) + 1
