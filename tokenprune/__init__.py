@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tokenprune.analysis.collapse import NoCollapseError, detect_ecl
     from tokenprune.api import is_wrapped, override, pruned, report, unwrap, wrap
     from tokenprune.arguments import Arguments
+    from tokenprune.profiles.profile import Profile
     from tokenprune.reporting import Report
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "Cut",
     "NoCollapseError",
     "NothingPrunedWarning",
+    "Profile",
     "Report",
     "TokenPruneError",
     "UnsupportedModeError",
@@ -46,6 +48,7 @@ __all__ = [
 _HOME = {
     "Arguments": "tokenprune.arguments",
     "NoCollapseError": "tokenprune.analysis.collapse",
+    "Profile": "tokenprune.profiles.profile",
     "detect_ecl": "tokenprune.analysis.collapse",
 }
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -44,6 +45,9 @@ class Arguments:
         frame_floor: tokens that every frame of a video, and every view of an image, keeps at least.
         family: a `Family` of your own, or the name of another of ours, for a model that is not known or that has a
             known model's parts; fixed when the model is wrapped.
+        profile: a `Profile` or the path of one: its method, parameters, cuts and budget are taken, but for what is
+            given beside it (another `keep` is solved anew).
+        allow_mismatch: take a profile that was made for another model.
         parameters: of the method.
 
     Raises:
@@ -61,6 +65,8 @@ class Arguments:
     allocation: Allocation = "image"
     frame_floor: int = 0
     family: str | Family | None = None
+    profile: Any = None
+    allow_mismatch: bool = False
     parameters: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
@@ -96,6 +102,8 @@ class Arguments:
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Arguments:
         """From keyword arguments as `wrap` takes them: names that are none of ours are the method's parameters."""
+        if given.get("profile") is not None:
+            given = _from_profile(given)
         own = {name: value for name, value in given.items() if name in NAMES}
         return cls(**own, parameters={name: value for name, value in given.items() if name not in NAMES})
 
@@ -107,6 +115,8 @@ class Arguments:
         """
         if "family" in changes:
             raise ConfigError("family is fixed when a model is wrapped; unwrap it first")
+        if changes.get("profile") is not None:
+            changes = _from_profile(changes)
         new = {name: value for name, value in changes.items() if name in NAMES}
         own = {name: value for name, value in changes.items() if name not in NAMES}
         if "method" not in changes:
@@ -170,6 +180,25 @@ class Arguments:
 
 
 NAMES = tuple(f.name for f in dataclasses.fields(Arguments) if f.name != "parameters")
+
+
+def _from_profile(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a profile says, under what is given beside it."""
+    from tokenprune.profiles.profile import Profile  # pydantic is not needed otherwise
+
+    profile = given["profile"]
+    if isinstance(profile, str | Path):
+        profile = Profile.load(profile)
+    if not isinstance(profile, Profile):
+        raise ConfigError(f"profile must be a tokenprune.Profile or the path of one, not {profile!r:.80}")
+    said = profile.arguments()
+    if {"layer", "cuts"} & given.keys():
+        said.pop("cuts")
+    if given.get("method", said["method"]) != said["method"]:
+        raise ConfigError(
+            f"the profile is for method {said['method']!r}, not {given['method']!r}: leave one of them out"
+        )
+    return {**said, **given, "profile": profile}
 
 
 def _one_of(name: str, value: object, values: tuple[str, str]) -> None:

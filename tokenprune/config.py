@@ -10,6 +10,7 @@ from torch import nn
 from tokenprune.arguments import Arguments
 from tokenprune.budget import BudgetMeaning, Cut, Keep, average_floor
 from tokenprune.errors import BudgetError, ConfigError
+from tokenprune.fingerprint import fingerprint
 from tokenprune.methods import DecoderShape, Method, NoPruning, ScoreMethod, make_method
 from tokenprune.methods.base import PROJECTED
 from tokenprune.models.base import Family
@@ -43,6 +44,7 @@ def settle(model: nn.Module, family: Family, arguments: Arguments) -> PruneConfi
         ConfigError: names the argument and what it may be.
     """
     num_layers = len(family.layers(model))
+    _check_profile(model, arguments)
     made = make_method(arguments.method, dict(arguments.parameters))
     made.check(decoder_shape(model, family))
     _check_needs(model, family, made)
@@ -64,6 +66,19 @@ def settle(model: nn.Module, family: Family, arguments: Arguments) -> PruneConfi
             f"here the cuts are at {', '.join(str(c.layer) for c in cuts)} of a {family.name} model: use 'keep'"
         )
     return PruneConfig(arguments, made, cuts, reason)
+
+
+def _check_profile(model: nn.Module, arguments: Arguments) -> None:
+    """Refuse a profile that was made for another model."""
+    profile = arguments.profile
+    if profile is None or arguments.allow_mismatch:
+        return
+    own = fingerprint(model)
+    if profile.model != own:
+        made = f"the model {profile.model}" if profile.model else "no model in particular"
+        raise ConfigError(
+            f"the profile was made for {made}, and this one is {own}; tune one for it, or pass allow_mismatch=True"
+        )
 
 
 def _check_needs(model: nn.Module, family: Family, method: Method) -> None:

@@ -72,6 +72,7 @@ class Report:
         pruned: whether any token was dropped.
         index: (B, L') input column of each position of the output, -1 for filler; None when nothing was cut.
         reason: why nothing was pruned although the budget asked for it, or None.
+        profile: hash of the profile that was used, or None.
     """
 
     method: str
@@ -90,6 +91,7 @@ class Report:
     pruned: bool
     index: Tensor | None
     reason: str | None
+    profile: str | None
     _outcome: Outcome = dataclasses.field(repr=False, compare=False)
 
     @property
@@ -320,6 +322,7 @@ def make_report(outcome: Outcome) -> Report:
         pruned=outcome.index is not None,
         index=outcome.index,
         reason=outcome.reason,
+        profile=getattr(config.arguments.profile, "hash", None),
         _outcome=outcome,
     )
 

@@ -1,0 +1,192 @@
+"""Pruning profiles: what is written is what is read, what is read is checked, and nothing in it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+import tokenprune
+from tokenprune import ConfigError, Profile
+from tokenprune.fingerprint import fingerprint
+from tokenprune.profiles.profile import Made, Measured, ProfileCut
+
+ROWS = [["text:4", "image", "text:5"]]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny.llava(layers=6)
+
+
+@pytest.fixture
+def profile(model: Any) -> Profile:
+    return Profile(
+        method="vflowopt",
+        parameters={"t": 1.25, "a": 3.0, "size_term": True, "voters": "attended", "r1": None},
+        cuts=(ProfileCut(layer=0, keep=0.6), ProfileCut(layer=2, keep=0.4), ProfileCut(layer=4)),
+        keep=0.4,
+        model=fingerprint(model),
+        family="llava",
+        made=Made(how="by hand", samples=16, seed=3, versions={"torch": torch.__version__}),
+        measured=Measured(drift=0.01, quantiles={"50": 0.009, "95": 0.03}, controls={"random": 0.05}),
+    )
+
+
+def kept(model: Any, **arguments: Any) -> Any:
+    with tokenprune.pruned(model, **arguments), torch.no_grad():
+        model(**tiny.inputs(model, ROWS))
+        return tokenprune.report(model)
+
+
+def test_what_is_written_is_read_and_used(model: Any, profile: Profile, tmp_path: Path) -> None:
+    path = profile.save(tmp_path / "profile.json")
+    read = Profile.load(path)
+    assert read == profile.sealed() and len(read.hash) == 64
+    assert Profile.model_validate_json(read.model_dump_json()) == read
+    direct = kept(
+        model, method="vflowopt", cuts=[(0, 0.6), (2, 0.4), (4, None)], keep=0.4, **profile.parameters
+    )
+    for given in (path, str(path), read):
+        report = kept(model, profile=given)
+        assert report.keep_lists == direct.keep_lists and report.layers_cut == (0, 2, 4)
+        assert report.profile == read.hash and report.to_dict()["profile"] == read.hash
+    assert direct.profile is None
+
+
+def test_what_is_given_beside_it_wins(model: Any, profile: Profile, tmp_path: Path) -> None:
+    path = profile.save(tmp_path / "profile.json")
+    assert kept(model, profile=path, keep=0.45).images[0].average == pytest.approx(0.45 * 25, abs=1)
+    assert kept(model, profile=path, layer=0, keep=0.3).layers_cut == (0,)
+    assert kept(model, profile=path, a=2.0).parameters["a"] == 2.0
+    with pytest.raises(ConfigError, match="for method 'vflowopt', not 'random'"):
+        tokenprune.wrap(model, "random", profile=path)
+    with tokenprune.pruned(model, "random", keep=0.5, layer=1), torch.no_grad():
+        with tokenprune.override(model, profile=path):
+            model(**tiny.inputs(model, ROWS))
+            assert tokenprune.report(model).method == "vflowopt"
+        model(**tiny.inputs(model, ROWS))
+        assert tokenprune.report(model).method == "random"
+
+
+def test_a_profile_of_another_model_is_refused(model: Any, profile: Profile, tmp_path: Path) -> None:
+    path = profile.save(tmp_path / "profile.json")
+    other = tiny.llava(layers=6, seed=1)
+    with pytest.raises(
+        ConfigError, match=r"was made for the model [0-9a-f]{32}, and this one is .*allow_mismatch"
+    ):
+        tokenprune.wrap(other, profile=path)
+    assert not tokenprune.is_wrapped(other)
+    assert kept(other, profile=path, allow_mismatch=True).method == "vflowopt"
+    nobodys = profile.model_copy(update={"model": ""}).sealed()
+    with pytest.raises(ConfigError, match="no model in particular"):
+        tokenprune.wrap(model, profile=nobodys)
+
+
+class _Runs:
+    def __reduce__(self) -> Any:
+        return os._exit, (7,)
+
+
+Change = Callable[[dict[str, Any]], Any]
+STRUCTURES: dict[str, Change] = {
+    "list": lambda d: [d],
+    "null": lambda d: None,
+    "text": lambda d: "profile",
+    "number": lambda d: 1,
+    "empty": lambda d: {},
+    "no hash": lambda d: {k: v for k, v in d.items() if k != "hash"},
+    "wrong hash": lambda d: {**d, "hash": "0" * 64},
+    "short hash": lambda d: {**d, "hash": "0" * 8},
+    "changed": lambda d: {**d, "keep": 0.9},
+    "deep": lambda d: {**d, "parameters": {"a": {"b": 1}}},
+    "many parameters": lambda d: {**d, "parameters": {f"p{i}": i for i in range(100)}},
+    "many cuts": lambda d: {**d, "cuts": [{"layer": i} for i in range(100)]},
+    "long text": lambda d: {**d, "made": {"how": "x" * 10_000}},
+    "code": lambda d: {**d, "method": "__import__('os').system('true')"},
+    "module": lambda d: {**d, "method": "os.system"},
+    "escape": lambda d: {**d, "made": {"how": "\x1b]0;owned\x07"}},
+    "path": lambda d: {**d, "model": "../../../etc/passwd"},
+    "dunder": lambda d: {**d, "parameters": {"__class__": 1}},
+    "pickled": lambda d: {**d, "py/object": "os.system"},
+}
+WRONG: list[Any] = [None, True, "x", "2", -1, 1e400, float("nan"), [], {}, [1, 2], {"a": 1}, "../x", 10**30]
+FIELDS = ("version", "method", "parameters", "cuts", "keep", "budget", "model", "made", "measured")
+
+
+def hostile(good: dict[str, Any]) -> list[tuple[str, bytes]]:
+    """More than a hundred documents, each of which is no profile (or not the one its hash is of)."""
+    made = [(name, json.dumps(change(dict(good))).encode()) for name, change in STRUCTURES.items()]
+    for name in FIELDS:
+        for i, value in enumerate(WRONG):
+            if value != good[name] and not (name == "measured" and value is None):
+                made.append((f"{name} {i}", json.dumps({**good, name: value}).encode()))
+    for name in ("layer", "keep", "more"):
+        for i, value in enumerate(WRONG):
+            made.append(
+                (f"cut {name} {i}", json.dumps({**good, "cuts": [{"layer": 1, name: value}]}).encode())
+            )
+    whole = json.dumps(good).encode()
+    rng = np.random.default_rng(0)
+    for i in range(20):  # cut short, and bytes overwritten
+        made.append((f"short {i}", whole[: int(rng.integers(0, len(whole)))]))
+        broken = bytearray(whole)
+        broken[int(rng.integers(0, len(whole)))] ^= 1 << int(rng.integers(0, 7))
+        made.append((f"bit {i}", bytes(broken)))
+    made += [("pickle", pickle.dumps(_Runs())), ("brackets", b"[" * 100_000), ("huge", b" " * (2**20 + 1))]
+    made += [
+        ("binary", bytes(range(256))),
+        ("nothing", b""),
+        ("yaml", b"!!python/object/apply:os.system [true]"),
+    ]
+    return made
+
+
+def test_hostile_profiles_are_refused_and_nothing_runs(model: Any, profile: Profile, tmp_path: Path) -> None:
+    good = json.loads(profile.sealed().model_dump_json())
+    documents = hostile(good)
+    assert len(documents) >= 100
+    path = tmp_path / "hostile.json"
+    for name, content in documents:
+        path.write_bytes(content)
+        if json_of(content) == good:
+            continue
+        with pytest.raises(ConfigError) as caught:
+            tokenprune.wrap(model, profile=path)
+        message = str(caught.value)
+        assert "hostile.json" in message and len(message) < 700, name
+        assert message.isprintable() and not tokenprune.is_wrapped(model), name
+
+
+def json_of(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+
+
+@pytest.mark.parametrize(
+    "given", [7, b"x", {"method": "random"}, "no/such/profile.json", "x" * 5000, "~nobody/p.json"]
+)
+def test_what_is_no_profile_at_all(model: Any, given: Any) -> None:
+    with pytest.raises(ConfigError, match=r"profile must be|cannot read|cannot be used"):
+        tokenprune.wrap(model, profile=given)
+
+
+def test_a_method_or_parameter_that_does_not_exist(model: Any, profile: Profile) -> None:
+    for update, text in (
+        ({"method": "nosuch"}, "unknown method 'nosuch'"),
+        ({"parameters": {"nosuch": 1}}, "has no parameter 'nosuch'"),
+        ({"parameters": {"a": "x"}}, "side of recycling cells"),
+        ({"cuts": (ProfileCut(layer=99),)}, "can cut this model at layers"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            tokenprune.wrap(model, profile=profile.model_copy(update=update).sealed())

@@ -1,0 +1,140 @@
+"""A pruning profile: what was found to work on a model, as a versioned JSON document, checked when it is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from tokenprune.errors import ConfigError
+from tokenprune.files import given_path
+from tokenprune.profiles.store import read_document, write_document
+
+# Nothing that steers a terminal, and nothing endless.
+Line = Annotated[str, Field(max_length=400, pattern=r"^[ -~]*$")]
+Name = Annotated[str, Field(max_length=64, pattern=r"^[a-z][a-z0-9_]*$")]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Value = bool | int | Number | Line | None
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class ProfileCut(_Part):
+    """A cut: its layer, and what it keeps of an image's original tokens (None: solved from the budget)."""
+
+    layer: Annotated[int, Field(ge=0, le=10_000)]
+    keep: Share | Count | None = None
+
+
+class Made(_Part):
+    """How a profile was made: digest of the data, number of samples, sampler and seed, trials, versions, hardware, date."""
+
+    how: Line = ""
+    data: Line = ""
+    samples: Annotated[int, Field(ge=0)] = 0
+    sampler: Line = ""
+    seed: int = 0
+    trials: Annotated[int, Field(ge=0)] = 0
+    versions: dict[Name, Line] = Field(default_factory=dict, max_length=32)
+    hardware: Line = ""
+    date: Line = ""
+
+
+class Measured(_Part):
+    """What was measured: drift (mean, and quantiles by percent), of controls at the same budget, FLOPs and seconds."""
+
+    metric: Line = "cosine"
+    drift: Number
+    quantiles: dict[Annotated[str, Field(pattern=r"^[0-9]{1,3}$")], Number] = Field(
+        default_factory=dict, max_length=16
+    )
+    controls: dict[Name, Number] = Field(default_factory=dict, max_length=16)
+    flops: Number | None = None
+    seconds: Number | None = None
+
+
+class Profile(_Part):
+    """A method with its parameters and cuts, for one model and budget.
+
+    Attributes:
+        version: of this document.
+        method, parameters: as `wrap` takes them.
+        cuts: where to prune; empty: the method's default.
+        keep, budget: what it was made for.
+        model: fingerprint of the model; "" for one that was published without weights at hand.
+        family: of the model.
+        made, measured: where it comes from, and what is known of it; None: never measured here.
+        hash: of the rest, SHA-256.
+    """
+
+    version: Literal[1] = 1
+    method: Name
+    parameters: dict[Name, Value] = Field(default_factory=dict, max_length=64)
+    cuts: tuple[ProfileCut, ...] = Field(default=(), max_length=64)
+    keep: Share | Count
+    budget: Literal["average", "after_cut"] = "average"
+    model: Annotated[str, Field(pattern=r"^([0-9a-f]{32})?$")] = ""
+    family: Name | None = None
+    made: Made = Field(default_factory=Made)
+    measured: Measured | None = None
+    hash: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
+
+    @model_validator(mode="after")
+    def _check_hash(self) -> Profile:
+        if self.hash and self.hash != self.content_hash():
+            raise ValueError("the hash is not that of the content: the file was changed after it was made")
+        return self
+
+    def content_hash(self) -> str:
+        """SHA-256 of everything but `hash`, as canonical JSON."""
+        content = self.model_dump(mode="json", exclude={"hash"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def sealed(self) -> Profile:
+        """The same with its hash."""
+        return self.model_copy(update={"hash": self.content_hash()})
+
+    def arguments(self) -> dict[str, Any]:
+        """As keyword arguments of `wrap`."""
+        cuts = [(cut.layer, cut.keep) for cut in self.cuts] or None
+        solved = cuts is None or cuts[-1][1] is None
+        return {
+            "method": self.method,
+            "keep": self.keep if solved else None,
+            "cuts": cuts,
+            "budget": self.budget,
+            **self.parameters,
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write it, sealed, as JSON.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        path = given_path(path)
+        write_document(self.sealed(), path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Read one; nothing in it is ever executed.
+
+        Raises:
+            ConfigError: no such file, or anything in it that is not as it must be: an unknown field, a wrong type, a
+                number that is none, a wrong hash; names the file and the field.
+        """
+        path = given_path(path)
+        found = read_document(cls, path, "pruning profile")
+        if not found.hash:
+            raise ConfigError(
+                f"{path} is no pruning profile (hash: missing); make it with Profile.save or tokenprune tune"
+            )
+        return found
