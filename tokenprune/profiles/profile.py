@@ -34,7 +34,7 @@ class ProfileCut(_Part):
 
 
 class Made(_Part):
-    """How a profile was made: digest of the data, number of samples, sampler and seed, trials, versions, hardware, date."""
+    """How a profile was made: digest of the data, samples, sampler and seed, trials, versions, hardware, date."""
 
     how: Line = ""
     data: Line = ""
