@@ -27,6 +27,7 @@ FLOORS = (
     ("api",),
     ("testbed",),
     ("analysis",),
+    ("tune",),
     ("cli",),
 )
 # `import tokenprune` names what is further in at its first use; that is its purpose.

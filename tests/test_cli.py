@@ -140,7 +140,10 @@ def test_texts_take_the_type_of_their_default() -> None:
     texts = {"source": "key", "column_groups": "true", "keep": "25%", "frame_floor": "2", "strict": "yes"}
     read = Arguments.from_text(texts)
     assert read == Arguments(
-        keep=0.25, frame_floor=2, strict=True, parameters={"source": "key", "column_groups": True}
+        keep=0.25,
+        frame_floor=2,
+        strict=True,
+        parameters={"source": "key", "column_groups": True},
     )
     assert Arguments.from_text({"method": "random", "seed": "7"}).parameters == {"seed": 7}
     assert Arguments.from_text({"cuts": "2:50%, 9:36,18", "keep": "0.2"}).cuts == (
@@ -149,7 +152,7 @@ def test_texts_take_the_type_of_their_default() -> None:
         tokenprune.Cut(18),
     )
     assert Arguments.from_text({"layer": "auto", "allocation": "pooled"}).given() == {
-        "method": "entropyprune",
+        "method": "auto",
         "layer": "auto",
         "allocation": "pooled",
     }
@@ -267,7 +270,8 @@ def test_all_tokens_is_one_point_zero(model: Path, image: Path) -> None:  # cont
         "pruned"
     ]
     (kept,) = read(
-        "run", "small", image, QUESTION, "--keep", "1", "--budget", "after_cut", "--max-new-tokens", 1
+        *("run", "small", image, QUESTION, "--method", "entropyprune", "--keep", "1"),
+        *("--budget", "after_cut", "--max-new-tokens", 1),
     )["report"]["images"][0]["kept"]
     assert kept == 1
 
@@ -289,7 +293,7 @@ def test_demo(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     out = tmp_path / "pictures"
     document = read("demo", "--model", "small", "--quick", "--scenes", 7, "--out", out)
     assert document["scenes"] == 7
-    budgets = [None, *demo_module.BUDGETS * 3]
+    budgets = [None, *demo_module.BUDGETS * len(demo_module.METHODS)]
     assert [row["keep"] for row in document["rows"]] == budgets
     assert all(row["accuracy"] == row["correct"] / document["questions"] for row in document["rows"])
     whole, *pruned = document["rows"]

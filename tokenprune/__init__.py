@@ -13,6 +13,7 @@ from tokenprune.errors import (
     TokenPruneError,
     UnsupportedModeError,
     UnsupportedModelError,
+    UntestedWarning,
 )
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ __all__ = [
     "TokenPruneError",
     "UnsupportedModeError",
     "UnsupportedModelError",
+    "UntestedWarning",
     "detect_ecl",
     "is_wrapped",
     "override",

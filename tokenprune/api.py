@@ -24,7 +24,7 @@ _ATTRIBUTE = "_tokenprune"
 _OLDEST = (5, 17)
 
 
-def wrap(model: ModelT, method: str | Method | None = None, **arguments: Any) -> ModelT:
+def wrap(model: ModelT, method: str | Method = "auto", **arguments: Any) -> ModelT:
     """Prune visual tokens in every later call of `model`.
 
     Only hooks are added: the same object comes back, with the same class, config and state_dict keys, and
@@ -60,7 +60,7 @@ def wrap(model: ModelT, method: str | Method | None = None, **arguments: Any) ->
                 "this model is wrapped already; tokenprune.unwrap(model) first, or change one call with "
                 "tokenprune.override"
             )
-        asked = Arguments.of(arguments if method is None else {"method": method, **arguments})
+        asked = Arguments.of({"method": method, **arguments})
         family = find_family(inner, asked.family)
         runtime = Runtime(inner, family, settle(inner, family, asked))
         runtime.install()
@@ -86,7 +86,7 @@ def unwrap(model: ModelT) -> ModelT:
 
 
 @contextmanager
-def pruned(model: ModelT, method: str | Method | None = None, **arguments: Any) -> Iterator[ModelT]:
+def pruned(model: ModelT, method: str | Method = "auto", **arguments: Any) -> Iterator[ModelT]:
     """`wrap` on entry, `unwrap` on exit. Arguments and errors as for `wrap`."""
     wrap(model, method, **arguments)
     try:

@@ -31,7 +31,9 @@ class Arguments:
     """What is asked of a wrapped model.
 
     Attributes:
-        method: a name from `tokenprune methods`, or a `Method` of your own.
+        method: a name from `tokenprune methods`, or a `Method` of your own. "auto" (default) takes the profile known
+            for this model whose budget is nearest from above, solved for the budget asked; where none is known, or
+            where layers or parameters are given, it is "entropyprune".
         keep: how many visual tokens to keep: a float in (0, 1] is a fraction, an int a number per image.
         layer: prune on entering this decoder layer; 0 is before the LLM. Default: the family's published layer.
             "auto": the one `detect_ecl` found for this model.
@@ -54,7 +56,7 @@ class Arguments:
         ConfigError: names the argument and what it may be.
     """
 
-    method: str | Method = "entropyprune"
+    method: str | Method = "auto"
     keep: Keep | None = None
     layer: int | Literal["auto"] | None = None
     cuts: Sequence[Cut | tuple[int, Keep | None]] | None = None
@@ -144,7 +146,7 @@ class Arguments:
         Raises:
             ConfigError: a text that cannot be read; says what it may be.
         """
-        method = texts.get("method", cls.method)
+        method = texts.get("method", "entropyprune" if texts.keys() - NAMES else cls.method)
         read: dict[str, Any] = {}
         for name, text in texts.items():
             if name in NAMES:
@@ -194,6 +196,7 @@ def _from_profile(given: Mapping[str, Any]) -> dict[str, Any]:
     said = profile.arguments()
     if {"layer", "cuts"} & given.keys():
         said.pop("cuts")
+    given = {name: value for name, value in given.items() if name != "method" or value != "auto"}
     if given.get("method", said["method"]) != said["method"]:
         raise ConfigError(
             f"the profile is for method {said['method']!r}, not {given['method']!r}: leave one of them out"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +11,14 @@ from torch import nn
 
 from tokenprune.arguments import Arguments
 from tokenprune.budget import BudgetMeaning, Cut, Keep, average_floor
-from tokenprune.errors import BudgetError, ConfigError
+from tokenprune.errors import BudgetError, ConfigError, UntestedWarning
 from tokenprune.fingerprint import fingerprint
 from tokenprune.methods import DecoderShape, Method, NoPruning, ScoreMethod, make_method
 from tokenprune.methods.base import PROJECTED
 from tokenprune.models.base import Family
 from tokenprune.models.decoders import check_states
+
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,9 @@ def settle(model: nn.Module, family: Family, arguments: Arguments) -> PruneConfi
         ConfigError: names the argument and what it may be.
     """
     num_layers = len(family.layers(model))
+    note = ""
+    if arguments.method == AUTO:
+        arguments, note = _chosen(model, family, arguments)
     _check_profile(model, arguments)
     made = make_method(arguments.method, dict(arguments.parameters))
     made.check(decoder_shape(model, family))
@@ -57,6 +64,7 @@ def settle(model: nn.Module, family: Family, arguments: Arguments) -> PruneConfi
             raise ConfigError("method 'none' keeps everything: leave keep, cuts and keep_lists out")
         return PruneConfig(arguments, made, (), "nothing is cut")
     cuts, reason = _cuts(model, family, arguments, made)
+    reason += note
     for cut in cuts:
         _check_layer(cut.layer, num_layers, made)
     _check_budget(arguments, cuts, num_layers)
@@ -66,6 +74,36 @@ def settle(model: nn.Module, family: Family, arguments: Arguments) -> PruneConfi
             f"here the cuts are at {', '.join(str(c.layer) for c in cuts)} of a {family.name} model: use 'keep'"
         )
     return PruneConfig(arguments, made, cuts, reason)
+
+
+def _chosen(model: nn.Module, family: Family, arguments: Arguments) -> tuple[Arguments, str]:
+    """What "auto" stands for: the arguments, and what the report is to say of it."""
+    published = dataclasses.replace(arguments, method="entropyprune")
+    given = (arguments.layer, arguments.cuts, arguments.keep_lists, arguments.profile)
+    if arguments.keep is None or arguments.parameters or any(one is not None for one in given):
+        return published, ""
+    from tokenprune.profiles.known import known_profile  # pydantic is not needed otherwise
+
+    profile = known_profile(fingerprint(model), arguments.keep)
+    if profile is None:
+        warnings.warn(
+            f"no profile is known for this model: EntropyPrune as published for {family.name} models is taken, "
+            f"untested on it; 'tokenprune tune MODEL --data pictures/ --budget {arguments.keep}' measures in a minute",
+            UntestedWarning,
+            stacklevel=2,
+        )
+        return published, "; untested on this model: see tokenprune tune"
+    said = profile.arguments()
+    scale = 1.0
+    if isinstance(profile.keep, float) and isinstance(arguments.keep, float):
+        scale = arguments.keep / profile.keep
+    cuts = said["cuts"] and [
+        (layer, min(1.0, own * scale) if isinstance(own, float) else own) for layer, own in said["cuts"]
+    ]
+    chosen = dataclasses.replace(
+        arguments, method=profile.method, cuts=cuts, profile=profile, parameters=dict(profile.parameters)
+    )
+    return chosen, f"; profile {profile.hash[:8]} for {profile.keep}"
 
 
 def _check_profile(model: nn.Module, arguments: Arguments) -> None:

@@ -29,3 +29,7 @@ class NothingPrunedWarning(UserWarning):
 
 class SkippedFilesWarning(UserWarning):
     """Files of a folder could not be read and were left out; the message counts and names them."""
+
+
+class UntestedWarning(UserWarning):
+    """Nothing is known of this model: what is taken for it was published for its family, and never measured on it."""

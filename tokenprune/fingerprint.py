@@ -23,8 +23,8 @@ def fingerprint(model: Any) -> str:
     4 KiB.
 
     The same checkpoint in the same dtype has one fingerprint wherever it was loaded from and on whatever device.
-    Adapters and training change it; an edit behind the first 4 KiB of one matrix may not, and a release of
-    transformers that adds settings to the config may change it.
+    Adapters and training change it; an edit behind the first 4 KiB of one matrix may not. Of the config, what differs
+    from the defaults counts, so that releases of transformers that add settings change nothing.
 
     Raises:
         UnsupportedModelError: no stock model, or parameters whose values are not in memory (offloaded to disk).
@@ -41,7 +41,7 @@ def stamp(module: nn.Module) -> str:
     digest = hashlib.sha256(type(module).__name__.encode())
     config: Any = getattr(module, "config", None)
     if config is not None:
-        digest.update(json.dumps(_settled(config.to_dict()), sort_keys=True, default=str).encode())
+        digest.update(json.dumps(_settled(config.to_diff_dict()), sort_keys=True, default=str).encode())
     for name, parameter in sorted(module.named_parameters()):
         for i, tensor in enumerate(plain_tensors(parameter)):
             if tensor.is_meta:

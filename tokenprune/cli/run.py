@@ -45,7 +45,9 @@ def run(
     ],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="One or more image files.")],
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question, in quotes.")],
-    method: Annotated[str, typer.Option("--method", help="See 'tokenprune methods'.")] = "entropyprune",
+    method: Annotated[
+        str, typer.Option("--method", help="See 'tokenprune methods'; auto takes what was tuned.")
+    ] = "auto",
     keep: Annotated[
         str | None, typer.Option("--keep", metavar="25%|0.25|192", help="Visual tokens to keep per image.")
     ] = None,
@@ -118,15 +120,18 @@ def _prune_arguments(
     method: str, keep: str | None, layer: str | None, budget: Budget, param: list[str]
 ) -> dict[str, Any]:
     """The arguments of `wrap`; what can be checked without a model is, before a large one is loaded."""
-    from tokenprune.arguments import Arguments
+    from tokenprune.arguments import NAMES, Arguments
     from tokenprune.methods import make_method
 
     texts = {"method": method, "budget": budget.value, **parse_pairs(method, param)}
     texts |= {name: text for name, text in (("keep", keep), ("layer", layer)) if text is not None}
     if keep is not None and method == "none":
         raise InputError("method 'none' keeps everything: leave --keep out, or choose another --method")
+    if texts["method"] == "auto" and len(texts.keys() & {"layer", "cuts"}) + bool(texts.keys() - set(NAMES)):
+        texts["method"] = "entropyprune"
     asked = Arguments.from_text(texts)
-    make_method(asked.method, dict(asked.parameters))
+    if asked.method != "auto":
+        make_method(asked.method, dict(asked.parameters))
     if method != "none" and asked.keep is None and not (asked.cuts and asked.cuts[-1].keep):  # type: ignore[union-attr]
         raise InputError("say how much to keep, for example --keep 25% or --keep 144")
     return asked.given()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tokenprune.errors import NothingPrunedWarning, SkippedFilesWarning, TokenPruneError
+from tokenprune.errors import NothingPrunedWarning, SkippedFilesWarning, TokenPruneError, UntestedWarning
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,7 +69,7 @@ def short_warnings(debug: bool) -> Iterator[None]:
     with warnings.catch_warnings():
         if not debug:
             warnings.simplefilter("ignore")
-            for ours in (NothingPrunedWarning, SkippedFilesWarning):
+            for ours in (NothingPrunedWarning, SkippedFilesWarning, UntestedWarning):
                 warnings.simplefilter("always", ours)
             warnings.showwarning = lambda message, *_, **__: typer.echo(
                 f"warning: {one_line(str(message))}", err=True

@@ -1,0 +1,85 @@
+"""Drift: how far the last prompt position moves when the model is pruned. Needs prompts, no answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokenprune.analysis.memory import LastState, Memory, last_state
+from tokenprune.api import pruned
+from tokenprune.errors import ConfigError, TokenPruneError
+
+
+def cosine(pruned: LastState, whole: LastState) -> Tensor:
+    """1 - cosine of the final-norm states (VFlowOpt, arXiv 2508.05211): (B,)."""
+    return 1 - torch.nn.functional.cosine_similarity(pruned.state.double(), whole.state.double())
+
+
+def relative_l2(pruned: LastState, whole: LastState) -> Tensor:
+    """|pruned - whole| / |whole| of the states: (B,)."""
+    return (pruned.state.double() - whole.state.double()).norm(dim=-1) / whole.state.double().norm(dim=-1)
+
+
+def kl(pruned: LastState, whole: LastState) -> Tensor:
+    """KL(whole || pruned) of the next token's distribution, in nats: (B,)."""
+    p, q = whole.logits.double().log_softmax(-1), pruned.logits.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def cauchy_schwarz(pruned: LastState, whole: LastState) -> Tensor:
+    """-log(<p, q> / (|p| |q|)) of the next token's distributions, the Cauchy-Schwarz divergence: (B,)."""
+    p, q = whole.logits.double().softmax(-1), pruned.logits.double().softmax(-1)
+    return -torch.nn.functional.cosine_similarity(p, q).clamp(min=1e-300).log()
+
+
+METRICS: dict[str, Callable[[LastState, LastState], Tensor]] = {
+    "cosine": cosine,
+    "relative_l2": relative_l2,
+    "kl": kl,
+    "cauchy_schwarz": cauchy_schwarz,
+}
+
+
+def check_metric(metric: str) -> None:
+    """Raises ConfigError where there is no metric of that name."""
+    if metric not in METRICS:
+        raise ConfigError(f"unknown drift {metric!r}; choose one of {', '.join(METRICS)}")
+
+
+def measure(
+    model: Any,
+    calls: Sequence[Mapping[str, Any]],
+    arguments: Mapping[str, Any],
+    memory: Memory,
+    metric: str = "cosine",
+) -> NDArray[np.float64]:
+    """Drift of each prompt under a setting.
+
+    Args:
+        model: stock, not wrapped.
+        calls: its inputs, padded on the left if at all.
+        arguments: of `wrap`.
+        memory: of vision features and of what the unpruned model makes of the prompts.
+        metric: a name of `METRICS`.
+
+    Returns:
+        (prompts,) what the metric says; NaN counts as the worst there is, 2 for "cosine" and infinity otherwise.
+
+    Raises:
+        ConfigError: a setting that cannot be, or no such metric.
+    """
+    check_metric(metric)
+    found = []
+    with memory.features(model):
+        whole = [memory.reference(model, inputs) for inputs in calls]
+        with pruned(model, **arguments):
+            for inputs, reference in zip(calls, whole, strict=True):
+                found.append(METRICS[metric](last_state(model, inputs), reference))
+    if not found:
+        raise TokenPruneError("there are no prompts to measure drift on")
+    return torch.cat(found).nan_to_num(2.0 if metric == "cosine" else float("inf")).numpy()
