@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenprune.cli.shell import InputError, JsonOption, console, print_json
+from tokenprune.cli.options import JsonOption
+from tokenprune.cli.shell import InputError, console, print_json
 
 if TYPE_CHECKING:
     from tokenprune.methods import Method

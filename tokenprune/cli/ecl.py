@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tokenprune.cli.loading import load_model
-from tokenprune.cli.run import Dtype
-from tokenprune.cli.shell import InputError, JsonOption, console, print_json
+from tokenprune.cli.options import DataOption, DeviceOption, Dtype, DtypeOption, JsonOption, ModelArgument
+from tokenprune.cli.shell import InputError, console, print_json
 from tokenprune.files import given_path
 
 if TYPE_CHECKING:
@@ -20,20 +20,8 @@ if TYPE_CHECKING:
 
 
 def ecl(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="A local folder, a hub id, or 'small' or 'smol': the testbed's."
-        ),
-    ],
-    data: Annotated[
-        str,
-        typer.Option(
-            "--data",
-            metavar="SOURCE",
-            help="A folder of images, a .jsonl file (image, prompt), hf:OWNER/NAME, or 'testbed'.",
-        ),
-    ],
+    model: ModelArgument,
+    data: DataOption,
     samples: Annotated[int, typer.Option("--samples", min=16, help="Images to read at most.")] = 64,
     estimator: Annotated[
         str, typer.Option("--estimator", help="What is followed through the layers, or 'all'.")
@@ -57,10 +45,8 @@ def ecl(
     save: Annotated[
         bool, typer.Option("--save/--no-save", help="Keep the layer for wrap(model, layer='auto').")
     ] = True,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of the weights.")] = Dtype.auto,
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu, cuda, cuda:1, or auto to spread over GPUs.")
-    ] = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find the Entropy Collapse Layer of a model on calibration images, one prefill each."""

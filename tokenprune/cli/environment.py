@@ -7,7 +7,8 @@ import platform
 from importlib import metadata
 from typing import Any
 
-from tokenprune.cli.shell import JsonOption, console, print_json
+from tokenprune.cli.options import JsonOption
+from tokenprune.cli.shell import console, print_json
 from tokenprune_kernels.machine import cpu_name
 
 DISTRIBUTIONS = ("torch", "transformers", "triton", "flash-attn", "accelerate", "lmms-eval")

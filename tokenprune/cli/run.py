@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tokenprune.cli.loading import load_images, load_model
+from tokenprune.cli.options import DeviceOption, Dtype, DtypeOption, JsonOption, ModelArgument
 from tokenprune.cli.parse import parse_pairs
-from tokenprune.cli.shell import InputError, JsonOption, console, print_json
+from tokenprune.cli.shell import InputError, console, print_json
 from tokenprune.files import given_path
 
 if TYPE_CHECKING:
@@ -27,22 +28,8 @@ class Budget(str, Enum):
     after_cut = "after_cut"
 
 
-class Dtype(str, Enum):
-    """Of the weights; auto is what the checkpoint has."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
 def run(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="A local folder, a hub id, or 'small' or 'smol': the testbed's."
-        ),
-    ],
+    model: ModelArgument,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="One or more image files.")],
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question, in quotes.")],
     method: Annotated[
@@ -71,10 +58,8 @@ def run(
             help="A parameter of the method, or any argument of wrap; repeatable.",
         ),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of the weights.")] = Dtype.auto,
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu, cuda, cuda:1, or auto to spread over GPUs.")
-    ] = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
     compare: Annotated[bool, typer.Option("--compare", help="Show the unpruned answer too.")] = False,
     picture: Annotated[
@@ -120,18 +105,15 @@ def _prune_arguments(
     method: str, keep: str | None, layer: str | None, budget: Budget, param: list[str]
 ) -> dict[str, Any]:
     """The arguments of `wrap`; what can be checked without a model is, before a large one is loaded."""
-    from tokenprune.arguments import NAMES, Arguments
+    from tokenprune.arguments import AUTO, PUBLISHED, Arguments
     from tokenprune.methods import make_method
 
     texts = {"method": method, "budget": budget.value, **parse_pairs(method, param)}
     texts |= {name: text for name, text in (("keep", keep), ("layer", layer)) if text is not None}
     if keep is not None and method == "none":
         raise InputError("method 'none' keeps everything: leave --keep out, or choose another --method")
-    if texts["method"] == "auto" and len(texts.keys() & {"layer", "cuts"}) + bool(texts.keys() - set(NAMES)):
-        texts["method"] = "entropyprune"
     asked = Arguments.from_text(texts)
-    if asked.method != "auto":
-        make_method(asked.method, dict(asked.parameters))
+    make_method(PUBLISHED if asked.method == AUTO else asked.method, dict(asked.parameters))
     if method != "none" and asked.keep is None and not (asked.cuts and asked.cuts[-1].keep):  # type: ignore[union-attr]
         raise InputError("say how much to keep, for example --keep 25% or --keep 144")
     return asked.given()

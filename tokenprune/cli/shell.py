@@ -8,7 +8,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperGroup
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 PROGRAM = "tokenprune"
 USAGE_ERROR = 2
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 # Typer brings its own copy of click's exceptions in some releases and uses click's in others.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tokenprune.cli.loading import load_model
-from tokenprune.cli.run import Dtype
-from tokenprune.cli.shell import InputError, JsonOption, console, print_json
+from tokenprune.cli.options import DataOption, DeviceOption, Dtype, DtypeOption, JsonOption, ModelArgument
+from tokenprune.cli.shell import InputError, console, print_json
 from tokenprune.files import given_path
 
 if TYPE_CHECKING:
@@ -17,20 +17,8 @@ if TYPE_CHECKING:
 
 
 def tune(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="A local folder, a hub id, or 'small' or 'smol': the testbed's."
-        ),
-    ],
-    data: Annotated[
-        str,
-        typer.Option(
-            "--data",
-            metavar="SOURCE",
-            help="A folder of images, a .jsonl file (image, prompt), hf:OWNER/NAME, or 'testbed'.",
-        ),
-    ],
+    model: ModelArgument,
+    data: DataOption,
     budget: Annotated[
         str,
         typer.Option(
@@ -47,8 +35,8 @@ def tune(
         str, typer.Option("--metric", help="Drift: cosine, relative_l2, kl or cauchy_schwarz.")
     ] = "cosine",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the samples drawn.")] = 0,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of the weights.")] = Dtype.auto,
-    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, or auto.")] = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Choose a method and its form by drift on a few images, and keep it as a profile."""
