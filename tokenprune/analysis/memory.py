@@ -62,7 +62,7 @@ class Memory:
         def remembered(*args: Any, **kwargs: Any) -> Any:
             if _looks_inside(inner):
                 return original(*args, **kwargs)
-            key = _key("features", stamp(tower), torch.is_autocast_enabled(), args, kwargs)
+            key = content_digest("features", stamp(tower), torch.is_autocast_enabled(), args, kwargs)
             found = self._look_up(key)
             if found is None:
                 found = original(*args, **kwargs)
@@ -86,7 +86,7 @@ class Memory:
             ConfigError: padding on the right.
         """
         inner = stock_model(model)
-        key = _key("reference", stamp(inner), torch.is_autocast_enabled(), dict(inputs))
+        key = content_digest("reference", stamp(inner), torch.is_autocast_enabled(), dict(inputs))
         found = self._look_up(key)
         if found is None:
             with override(model, method="none") if is_wrapped(model) else nullcontext():
@@ -141,10 +141,11 @@ def _looks_inside(model: Any) -> bool:
     if runtime is None:
         return False
     config = runtime.settings if runtime.call is None else runtime.call.config
-    return config.method.needs().vision is not None
+    return config.needs.vision is not None
 
 
-def _key(*parts: Any) -> str:
+def content_digest(*parts: Any) -> str:
+    """64 hex digits of what is in tensors, mappings and sequences; of anything else, of its repr."""
     digest = hashlib.sha256()
 
     def add(part: Any) -> None:

@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from tokenprune.errors import ConfigError
 from tokenprune.fingerprint import fingerprint
-from tokenprune.profiles.store import read_document, stored_path
+from tokenprune.profiles.store import Document, Fingerprint, Number, read_document, stored_path
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 KIND = "ecl"
 
 
-class Collapse(BaseModel):
+class Collapse(Document):
     """What was found; L decoder layers. A JSON document that is checked when it is read.
 
     Attributes:
@@ -32,24 +31,22 @@ class Collapse(BaseModel):
         model: the model's fingerprint, "" when it was not asked.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
-
     version: Literal[1] = 1
     layer: Annotated[int, Field(ge=1, le=10_000)]
     clear: bool
     source: Literal["detected", "fallback"] = "detected"
     estimator: Annotated[str, Field(max_length=200, pattern=r"^[ -~]*$")]  # nothing that steers a terminal
-    mean: tuple[Finite, ...]
-    low: tuple[Finite, ...]
-    high: tuple[Finite, ...]
-    drop: tuple[Finite, ...]
-    drop_low: tuple[Finite, ...]
-    drop_high: tuple[Finite, ...]
+    mean: tuple[Number, ...]
+    low: tuple[Number, ...]
+    high: tuple[Number, ...]
+    drop: tuple[Number, ...]
+    drop_low: tuple[Number, ...]
+    drop_high: tuple[Number, ...]
     images: Annotated[int, Field(ge=1)]
     excluded: Annotated[int, Field(ge=0)]
     resamples: int
     seed: int
-    model: Annotated[str, Field(pattern=r"^([0-9a-f]{32})?$")] = ""
+    model: Fingerprint = ""
 
     @model_validator(mode="after")
     def _lengths(self) -> Collapse:

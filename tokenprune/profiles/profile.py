@@ -7,33 +7,26 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from tokenprune.errors import ConfigError
 from tokenprune.files import given_path
-from tokenprune.profiles.store import read_document, write_document
+from tokenprune.profiles.store import Document, Fingerprint, Line, Number, read_document, write_document
 
-# Nothing that steers a terminal, and nothing endless.
-Line = Annotated[str, Field(max_length=400, pattern=r"^[ -~]*$")]
 Name = Annotated[str, Field(max_length=64, pattern=r"^[a-z][a-z0-9_]*$")]
-Number = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Value = bool | int | Number | Line | None
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
-
-
-class ProfileCut(_Part):
+class ProfileCut(Document):
     """A cut: its layer, and what it keeps of an image's original tokens (None: solved from the budget)."""
 
     layer: Annotated[int, Field(ge=0, le=10_000)]
     keep: Share | Count | None = None
 
 
-class Made(_Part):
+class Made(Document):
     """How a profile was made: digest of the data, samples, sampler and seed, trials, versions, hardware, date."""
 
     how: Line = ""
@@ -47,7 +40,7 @@ class Made(_Part):
     date: Line = ""
 
 
-class Measured(_Part):
+class Measured(Document):
     """What was measured: drift (mean, and quantiles by percent), of controls at the same budget, FLOPs and seconds."""
 
     metric: Line = "cosine"
@@ -60,7 +53,7 @@ class Measured(_Part):
     seconds: Number | None = None
 
 
-class Profile(_Part):
+class Profile(Document):
     """A method with its parameters and cuts, for one model and budget.
 
     Attributes:
@@ -80,7 +73,7 @@ class Profile(_Part):
     cuts: tuple[ProfileCut, ...] = Field(default=(), max_length=64)
     keep: Share | Count
     budget: Literal["average", "after_cut"] = "average"
-    model: Annotated[str, Field(pattern=r"^([0-9a-f]{32})?$")] = ""
+    model: Fingerprint = ""
     family: Name | None = None
     made: Made = Field(default_factory=Made)
     measured: Measured | None = None

@@ -5,14 +5,25 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tokenprune.cache import cache_folder
 from tokenprune.errors import ConfigError
 
 DocumentT = TypeVar("DocumentT", bound=BaseModel)
+Line = Annotated[str, Field(max_length=400, pattern=r"^[ -~]*$")]  # nothing that steers a terminal
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Fingerprint = Annotated[str, Field(pattern=r"^([0-9a-f]{32})?$")]  # "" for no model in particular
+
+
+class Document(BaseModel):
+    """A JSON document, or a part of one: no unknown fields, no types that are only alike."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
 _LARGEST = 2**20  # bytes
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +12,8 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from torch import Tensor
 
-from tokenprune.analysis.memory import Memory
+from tokenprune.analysis.memory import Memory, content_digest
 from tokenprune.api import family_of
 from tokenprune.budget import Keep
 from tokenprune.errors import BudgetError, ConfigError, UnsupportedModelError
@@ -133,11 +131,6 @@ def _profile(
         name: min(t.mean for t in ranked if t.arguments["method"] == name and t.failed is None)
         for name in CONTROLS
     }
-    digest = hashlib.sha256()
-    for inputs in calls:
-        for name in sorted(inputs):
-            if isinstance(inputs[name], Tensor):
-                digest.update(inputs[name].float().cpu().numpy().tobytes())
     return Profile(
         method=method,
         parameters=parameters,
@@ -147,7 +140,7 @@ def _profile(
         family=family_of(model).name,
         made=Made(
             how="tokenprune tune --quick",
-            data=digest.hexdigest()[:32],
+            data=content_digest(*(dict(inputs) for inputs in calls)),
             samples=len(calls),
             sampler="successive halving",
             trials=sum(t.failed is None for t in ranked),
