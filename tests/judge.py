@@ -30,6 +30,13 @@ def merges_of(report: tokenprune.Report, positions: oracle.Positions) -> Any:
     ]
 
 
+def biases_of(report: tokenprune.Report, positions: oracle.Positions) -> Any:
+    return [
+        [[cut.get((r, i)) for i in range(len(row))] for r, row in enumerate(positions)]
+        for cut in report.biases
+    ]
+
+
 def prefill_difference(model: Any, inputs: dict[str, Any], **arguments: Any) -> float:
     """Largest difference at kept positions between a pruned prefill and the oracle (NaN counts as infinite)."""
     with tokenprune.pruned(model, **arguments), torch.no_grad():
@@ -37,7 +44,12 @@ def prefill_difference(model: Any, inputs: dict[str, Any], **arguments: Any) -> 
         report = tokenprune.report(model)
     positions = tiny.visual_positions(model, inputs)
     wanted = oracle.masked_forward(
-        model, inputs, cuts_of(report), positions, merges_of(report, positions)
+        model,
+        inputs,
+        cuts_of(report),
+        positions,
+        merges_of(report, positions),
+        biases=biases_of(report, positions),
     ).logits
     assert report.index is not None
     return difference_at(report.index, logits, wanted, inputs.get("attention_mask"))
@@ -82,6 +94,7 @@ def generate_difference(
         positions,
         merges_of(report, positions),
         generated=out.sequences[:, prompt:],
+        biases=biases_of(report, positions),
         positions="generate",
     ).steps()
     if getattr(out, "beam_indices", None) is not None:

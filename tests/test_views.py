@@ -292,13 +292,6 @@ def biased(image: ImageTokens, k: int) -> Selection:
     return Selection(torch.arange(image.n - k, image.n), bias=step)
 
 
-def biases_of(report: Any, positions: Any) -> Any:
-    return [
-        [[cut.get((r, i)) for i in range(len(row))] for r, row in enumerate(positions)]
-        for cut in report.biases
-    ]
-
-
 BIASED: dict[str, dict[str, Any]] = {
     "before": {"layer": 0, "keep": 0.4},
     "at_2": {"layer": 2, "keep": 0.4, "budget": "after_cut"},
@@ -320,7 +313,7 @@ def test_biases_in_prefill(build: Any, attention: str, cut: str) -> None:
             logits = model(**inputs).logits
             report = tokenprune.report(model)
         arguments = (model, inputs, judge.cuts_of(report), positions)
-        wanted = oracle.masked_forward(*arguments, biases=biases_of(report, positions)).logits
+        wanted = oracle.masked_forward(*arguments, biases=judge.biases_of(report, positions)).logits
         assert judge.difference_at(report.index, logits, wanted, inputs["attention_mask"]) <= judge.TOLERANCE  # type: ignore[arg-type]
         without = oracle.masked_forward(*arguments).logits
         assert judge.difference_at(report.index, logits, without, inputs["attention_mask"]) > 1e-3  # type: ignore[arg-type]
@@ -333,7 +326,6 @@ def test_biases_in_prefill(build: Any, attention: str, cut: str) -> None:
 def test_biases_while_decoding(build: Any, cache: str, attention: str, cut: str) -> None:
     model = build(layers=4, attn_implementation=attention)
     inputs = tiny.inputs(model, RAGGED, pad="left")
-    positions = tiny.visual_positions(model, inputs)
     options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     times = 1
     if cache == "static":
@@ -347,27 +339,9 @@ def test_biases_while_decoding(build: Any, cache: str, attention: str, cut: str)
     elif cache == "beams":
         times = 2
         options |= {"num_beams": times, "num_return_sequences": times}
-    with tokenprune.pruned(model, Probe(Needs(bias=True), biased), **BIASED[cut]):
-        out = model.generate(**inputs, return_dict_in_generate=True, output_logits=True, **options)
-        report = tokenprune.report(model)
-    prompt = inputs["input_ids"].shape[1]
-    if times > 1:
-        inputs = oracle.expand(inputs, times, positions)
-        positions = oracle.expand_rows(positions, times)
-    judged = oracle.masked_forward(
-        model,
-        inputs,
-        judge.cuts_of(report),
-        positions,
-        generated=out.sequences[:, prompt:],
-        biases=biases_of(report, positions),
-        positions="generate",
-    ).steps()
-    if times > 1:
-        assert judge.judged_beams(out, judged) <= judge.TOLERANCE
-    else:
-        logits = torch.stack(out.logits, dim=1)
-        assert float((logits - judged[:, : logits.shape[1]]).abs().max()) <= judge.TOLERANCE
+    arguments = {"method": Probe(Needs(bias=True), biased), **BIASED[cut]}
+    difference, _, report = judge.generate_difference(model, inputs, options, times, **arguments)
+    assert difference <= judge.TOLERANCE and all(report.biases)
 
 
 def test_biases_are_refused_where_they_cannot_be_kept() -> None:
@@ -425,6 +399,13 @@ def test_counts_said_before_layer_0(model: Any, inputs: Any, arguments: dict[str
     )
     arguments = {**arguments, "method": Adaptive(), "keep": 0.5, "budget": "after_cut"}
     assert judge.prefill_difference(model, inputs, **arguments) <= judge.TOLERANCE
+
+
+def test_counts_without_anybody_to_say_them_are_refused_at_wrap() -> None:
+    model = tiny.llava()
+    with pytest.raises(tokenprune.ConfigError, match="'probe' says counts and has no `count`"):
+        tokenprune.wrap(model, Probe(Needs(counts=True)), layer=1, keep=0.5)
+    assert not tokenprune.is_wrapped(model)
 
 
 def _all(model: Any, inputs: Any) -> list[Tensor]:
