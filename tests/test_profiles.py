@@ -85,6 +85,12 @@ def test_a_profile_of_another_model_is_refused(model: Any, profile: Profile, tmp
     ):
         tokenprune.wrap(other, profile=path)
     assert not tokenprune.is_wrapped(other)
+    with tokenprune.pruned(other, "random", keep=0.5, layer=1):
+        with (
+            pytest.raises(ConfigError, match="was made for the model"),
+            tokenprune.override(other, profile=path),
+        ):
+            pass
     assert kept(other, profile=path, allow_mismatch=True).method == "vflowopt"
     nobodys = profile.model_copy(update={"model": ""}).sealed()
     with pytest.raises(ConfigError, match="no model in particular"):

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, overload
 import transformers
 
 from tokenprune.arguments import Arguments
-from tokenprune.config import settle
+from tokenprune.config import check_profile, settle
 from tokenprune.errors import ConfigError, TokenPruneError, UnsupportedModelError
 from tokenprune.methods import Method
 from tokenprune.models import Family, find_family, stock_model
@@ -62,6 +62,7 @@ def wrap(model: ModelT, method: str | Method = "auto", **arguments: Any) -> Mode
             )
         asked = Arguments.of({"method": method, **arguments})
         family = find_family(inner, asked.family)
+        check_profile(inner, asked)
         runtime = Runtime(inner, family, settle(inner, family, asked))
         runtime.install()
         inner.__dict__[_ATTRIBUTE] = runtime
@@ -105,7 +106,10 @@ def override(model: ModelT, **changes: Any) -> Iterator[ModelT]:
         ConfigError: a wrong argument; the model is left as it was.
     """
     runtime = _runtime(model)
-    config = settle(runtime.model, runtime.family, runtime.settings.arguments.changed(changes))
+    asked = runtime.settings.arguments.changed(changes)
+    if changes.get("profile") is not None:
+        check_profile(runtime.model, asked)
+    config = settle(runtime.model, runtime.family, asked)
     with runtime.overriding(config):
         yield model
 

@@ -22,6 +22,8 @@ from tokenprune.models.base import Family
 
 Positions = Literal["keep", "compact"]
 Allocation = Literal["image", "pooled"]
+AUTO = "auto"
+PUBLISHED = "entropyprune"  # what "auto" is where nothing is known of a model, or parameters are given
 # keep_lists[cut][row][image] = kept raster indices
 KeepLists = Sequence[Sequence[Sequence[Any]]]
 
@@ -56,7 +58,7 @@ class Arguments:
         ConfigError: names the argument and what it may be.
     """
 
-    method: str | Method = "auto"
+    method: str | Method = AUTO
     keep: Keep | None = None
     layer: int | Literal["auto"] | None = None
     cuts: Sequence[Cut | tuple[int, Keep | None]] | None = None
@@ -146,7 +148,8 @@ class Arguments:
         Raises:
             ConfigError: a text that cannot be read; says what it may be.
         """
-        method = texts.get("method", "entropyprune" if texts.keys() - NAMES else cls.method)
+        method = texts.get("method", AUTO)
+        method = PUBLISHED if method == AUTO else method
         read: dict[str, Any] = {}
         for name, text in texts.items():
             if name in NAMES:
@@ -196,7 +199,7 @@ def _from_profile(given: Mapping[str, Any]) -> dict[str, Any]:
     said = profile.arguments()
     if {"layer", "cuts"} & given.keys():
         said.pop("cuts")
-    given = {name: value for name, value in given.items() if name != "method" or value != "auto"}
+    given = {name: value for name, value in given.items() if name != "method" or value != AUTO}
     if given.get("method", said["method"]) != said["method"]:
         raise ConfigError(
             f"the profile is for method {said['method']!r}, not {given['method']!r}: leave one of them out"

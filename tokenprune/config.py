@@ -5,20 +5,19 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
-from tokenprune.arguments import Arguments
+from tokenprune.arguments import AUTO, PUBLISHED, Arguments
 from tokenprune.budget import BudgetMeaning, Cut, Keep, average_floor
 from tokenprune.errors import BudgetError, ConfigError, UntestedWarning
 from tokenprune.fingerprint import fingerprint
 from tokenprune.methods import DecoderShape, Method, NoPruning, ScoreMethod, make_method
-from tokenprune.methods.base import PROJECTED
+from tokenprune.methods.base import PROJECTED, Needs
 from tokenprune.models.base import Family
-from tokenprune.models.decoders import check_states
-
-AUTO = "auto"
+from tokenprune.models.decoders import attention_backend, check_states, takes_biases
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,11 @@ class PruneConfig:
     method: Method
     cuts: tuple[Cut, ...]
     layer_reason: str
+
+    @cached_property
+    def needs(self) -> Needs:
+        """The method's, asked once: hooks look at them."""
+        return self.method.needs()
 
     @property
     def scores(self) -> bool:
@@ -51,7 +55,6 @@ def settle(model: nn.Module, family: Family, arguments: Arguments) -> PruneConfi
     note = ""
     if arguments.method == AUTO:
         arguments, note = _chosen(model, family, arguments)
-    _check_profile(model, arguments)
     made = make_method(arguments.method, dict(arguments.parameters))
     made.check(decoder_shape(model, family))
     _check_needs(model, family, made)
@@ -78,7 +81,7 @@ def settle(model: nn.Module, family: Family, arguments: Arguments) -> PruneConfi
 
 def _chosen(model: nn.Module, family: Family, arguments: Arguments) -> tuple[Arguments, str]:
     """What "auto" stands for: the arguments, and what the report is to say of it."""
-    published = dataclasses.replace(arguments, method="entropyprune")
+    published = dataclasses.replace(arguments, method=PUBLISHED)
     given = (arguments.layer, arguments.cuts, arguments.keep_lists, arguments.profile)
     if arguments.keep is None or arguments.parameters or any(one is not None for one in given):
         return published, ""
@@ -106,8 +109,12 @@ def _chosen(model: nn.Module, family: Family, arguments: Arguments) -> tuple[Arg
     return chosen, f"; profile {profile.hash[:8]} for {profile.keep}"
 
 
-def _check_profile(model: nn.Module, arguments: Arguments) -> None:
-    """Refuse a profile that was made for another model."""
+def check_profile(model: nn.Module, arguments: Arguments) -> None:
+    """Refuse a profile that was made for another model. Asked when one is given, not at every `override`.
+
+    Raises:
+        ConfigError: names both models.
+    """
     profile = arguments.profile
     if profile is None or arguments.allow_mismatch:
         return
@@ -139,11 +146,14 @@ def _check_needs(model: nn.Module, family: Family, method: Method) -> None:
         family.vision_tap(model, needs.vision_layer)
     if needs.pixels is not None:
         family.pixel_scale(model)
-    attention = str(getattr(text, "_attn_implementation", None) or "eager")
-    if needs.bias and ("flash" in attention or "flex" in attention):
+    if needs.bias and not takes_biases(text):
         raise ConfigError(
-            f"method {method.name!r} adds biases to attention, which {attention} does not take; load the model with "
-            f"attn_implementation='sdpa' or 'eager'"
+            f"method {method.name!r} adds biases to attention, which {attention_backend(text)} does not take; load the "
+            f"model with attn_implementation='sdpa' or 'eager'"
+        )
+    if needs.counts and type(method).count is Method.count:
+        raise ConfigError(
+            f"method {method.name!r} says counts and has no `count`; see tokenprune.methods.Method"
         )
 
 

@@ -15,7 +15,6 @@ def given_path(given: str | Path) -> Path:
     """
     try:
         path = Path(given).expanduser()
-        path.exists()  # raises where is_file() would
         path.stat()
     except FileNotFoundError:
         pass

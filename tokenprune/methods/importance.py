@@ -57,6 +57,8 @@ class ImportanceMap(ScoreMethod):
             row = attention.cls_row()
             return torch.stack([row, torch.zeros_like(row)], dim=1)
         received = attention.received()
+        if self.t == 0:  # everybody votes, and attention is positive: this is their mean
+            return torch.stack([received, torch.zeros_like(received)], dim=1)
         real = torch.ones_like(received, dtype=torch.bool)
         if attention.real is not None:
             real = attention.real[int(attention.has_cls) :]

@@ -47,7 +47,14 @@ class Recycle(Method):
     def __post_init__(self) -> None:
         if not isinstance(self.method, ScoreMethod):
             raise ConfigError(f"Recycle goes around a method that scores tokens, not {self.method!r}")
-        check_side(self.side)
+        if (
+            isinstance(self.side, bool)
+            or not isinstance(self.side, int | float)
+            or not 1 <= self.side < math.inf
+        ):
+            raise ConfigError(
+                f"the side of recycling cells must be a number of at least 1, not {self.side!r}"
+            )
 
     def needs(self) -> Needs:
         return replace(self.method.needs(), bias=self.size_term)
@@ -65,12 +72,6 @@ class Recycle(Method):
         return replace(kept, notes={**kept.notes, **self.method.notes(image)})
 
 
-def check_side(side: object) -> None:
-    """Raises ConfigError where it is no number of at least 1."""
-    if isinstance(side, bool) or not isinstance(side, int | float) or not 1 <= side < math.inf:
-        raise ConfigError(f"the side of recycling cells must be a number of at least 1, not {side!r}")
-
-
 def recycle(image: ImageTokens, score: Tensor, k: int, side: float, size_term: bool = False) -> Selection:
     """k tokens: the best ones, and one for each cell of the others; see `Recycle`.
 
@@ -82,13 +83,11 @@ def recycle(image: ImageTokens, score: Tensor, k: int, side: float, size_term: b
         size_term: whether the selection biases attention by the log of the sizes.
     """
     n, device = image.n, score.device
-    numbers, enlarged = cells(image.grids, n, k, side)
-    cell = torch.tensor(numbers).to(device, non_blocking=True)
-    number = max(numbers) + 1
+    layout, number, enlarged = _layout(image.grids, n, k, side)
+    cell = layout.to(device, non_blocking=True)
     # Ranks from the least important on; equal scores: the higher index goes first. NaN counts as least.
     value = score.double().nan_to_num(-torch.inf, torch.inf, -torch.inf)
-    order = value.flip(0).sort(stable=True).indices
-    order = n - 1 - order
+    order = n - 1 - value.flip(0).sort(stable=True).indices
     place = torch.arange(n, device=device)
     rank = torch.empty_like(place).index_copy_(0, order, place)
     first = torch.full((number,), n, device=device).scatter_reduce_(0, cell, rank, "amin")
@@ -103,12 +102,10 @@ def recycle(image: ImageTokens, score: Tensor, k: int, side: float, size_term: b
     slot = torch.where(dropped, order[best[cell].clamp(min=0)], place)
     stays = ~dropped | (slot == place)
     keep = (~stays).long().sort(stable=True).indices[:k].sort().values
-    weight = torch.where(dropped, value.clamp(min=0), 0.0)
-    total = torch.zeros(number, dtype=weight.dtype, device=device).index_add_(0, cell, weight)[cell]
-    count = torch.zeros(number, dtype=weight.dtype, device=device).index_add_(
-        0, cell, dropped.to(weight.dtype)
-    )[cell]
-    share = torch.where(total > 0, weight / torch.where(total > 0, total, 1), 1 / count.clamp(min=1))
+    # Sums over each cell, handed back to its tokens.
+    mass = torch.stack([torch.where(dropped, value.clamp(min=0), 0.0), dropped.double()], dim=1)
+    total, count = mass.new_zeros(number, 2).index_add_(0, cell, mass)[cell].unbind(1)
+    share = torch.where(total > 0, mass[:, 0] / torch.where(total > 0, total, 1), 1 / count.clamp(min=1))
     weights = torch.where(dropped, share, 1.0).float()
     size = torch.zeros(n, device=device).index_add_(0, slot, torch.ones(n, device=device))
     return Selection(
@@ -121,6 +118,12 @@ def recycle(image: ImageTokens, score: Tensor, k: int, side: float, size_term: b
 
 
 @lru_cache(maxsize=64)
+def _layout(grids: tuple[Grid, ...], n: int, k: int, side: float) -> tuple[Tensor, int, bool]:
+    """`cells` as a tensor, their number, and whether they were enlarged: the same for every image of a size."""
+    numbers, enlarged = cells(grids, n, k, side)
+    return torch.tensor(numbers), max(numbers) + 1, enlarged
+
+
 def cells(grids: tuple[Grid, ...], n: int, k: int, side: float) -> tuple[tuple[int, ...], bool]:
     """The cell of each of the first n tokens, numbered from 0 over all grids and frames: at most k of them.
 

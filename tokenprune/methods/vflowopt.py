@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
-
-import torch
 
 from tokenprune.budget import Cut, Keep
 from tokenprune.errors import ConfigError
 from tokenprune.methods.base import ImageTokens, Method, Needs
 from tokenprune.methods.importance import ImportanceMap
-from tokenprune.methods.recycle import check_side, recycle
+from tokenprune.methods.recycle import Recycle
 from tokenprune.tokens import Selection
 
 
@@ -47,9 +45,7 @@ class VFlowOpt(Method):
     size_term: bool = False
 
     def __post_init__(self) -> None:
-        _ = self.map
-        if self.a != 0:
-            check_side(self.a)
+        _ = self.chooser  # checks what is its own
         for name in ("r1", "r2"):
             value = getattr(self, name)
             if value is not None and (
@@ -58,34 +54,35 @@ class VFlowOpt(Method):
                 raise ConfigError(f"{name} must be a float in (0, 1], not {value!r}")
 
     @property
-    def map(self) -> ImportanceMap:
-        return ImportanceMap(self.t, self.alpha, self.voters)
+    def chooser(self) -> Recycle | ImportanceMap:
+        """The map, and what merges around it."""
+        importance = ImportanceMap(self.t, self.alpha, self.voters)
+        return (
+            Recycle(importance, self.a, self.protect_recycled, self.size_term) if self.a != 0 else importance
+        )
 
     def needs(self) -> Needs:
-        return replace(self.map.needs(), bias=self.size_term and self.a != 0)
+        return self.chooser.needs()
 
     def default_cuts(
         self, family: str, num_layers: int, keep: Keep | None = None
     ) -> tuple[tuple[Cut, ...], str]:
         third = num_layers // 3
-        if not third or keep is None:
-            return (Cut(0, keep),) if third == 0 else (Cut(0), Cut(third), Cut(2 * third)), "L / 3"
+        if not third:
+            return (Cut(0),), "the model has less than three layers"
+        layers = (0, third, 2 * third)
+        if keep is None:
+            return tuple(map(Cut, layers)), "L / 3"
         first = self.r1 if self.r1 is not None else _times(keep, 1.2)
         # The second keeps enough that the third, which keeps no more, can still meet the average.
         rest = num_layers - third
         second = _times(first, 0.9 if self.r2 is None else self.r2)
         if self.r2 is None and isinstance(keep, float) and isinstance(first, float):
             second = min(first, max(second, (num_layers * keep - third * first) / rest))
-        return (Cut(0, first), Cut(third, second), Cut(2 * third)), "L / 3"
+        return tuple(map(Cut, layers, (first, second, None))), "L / 3"
 
     def select(self, image: ImageTokens, k: int) -> Selection:
-        score = self.map.checked_score(image)
-        if image.cut == 0 and self.a:
-            chosen = recycle(image, score, k, self.a, self.size_term)
-            return replace(chosen, notes={**chosen.notes, **self.map.notes(image)})
-        if self.protect_recycled and image.sizes is not None:
-            score = torch.where(image.sizes > 1, torch.inf, score)
-        return self.map.best(image, score, k)
+        return self.chooser.select(image, k)
 
 
 def _times(keep: Keep, factor: float) -> Keep:

@@ -205,17 +205,23 @@ class Family(ABC):
         Raises:
             UnsupportedModelError: the family does not offer pixels.
         """
-        raise UnsupportedModelError(
-            f"the pixels of {self.name} models are not available; use a method that does not need them"
-        )
+        raise self._no_pixels()
 
     def patches(self, model: nn.Module, pixels: Tensor, sizes: IntArray | None) -> Iterable[Tensor]:
         """What the vision tower is given, picture by picture (see `Image.items`), as patches (m, 3, h, w).
 
         The patches stand in the order that `to_tokens` takes; a video's patch has the frames it was made of one above
         the other.
+
+        Raises:
+            UnsupportedModelError: the family does not offer pixels.
         """
-        raise NotImplementedError
+        raise self._no_pixels()
+
+    def _no_pixels(self) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"the pixels of {self.name} models are not available; use a method that does not need them"
+        )
 
     def eight_bit(self, model: nn.Module, patches: Tensor) -> Tensor:
         """Normalised patches (m, 3, h, w) -> uint8 of the same shape, the pixels as they were."""

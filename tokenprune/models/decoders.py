@@ -98,6 +98,16 @@ class Llama4Decoder(Decoder):
         )
 
 
+def attention_backend(text_config: Any) -> str:
+    return str(getattr(text_config, "_attn_implementation", None) or "eager")
+
+
+def takes_biases(text_config: Any) -> bool:
+    """Whether the attention it runs takes a mask of floats: flash and flex do not."""
+    backend = attention_backend(text_config)
+    return "flash" not in backend and "flex" not in backend
+
+
 _PLAIN = Decoder()
 DECODERS: dict[str, Decoder] = {
     name: decoder

@@ -15,8 +15,9 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
+from tokenprune.models.decoders import attention_backend
 from tokenprune.runtime.caches import is_static
-from tokenprune.runtime.masks import add_bias, attention_backend, local_attention
+from tokenprune.runtime.masks import add_bias, local_attention
 from tokenprune.runtime.record import Columns, record_of
 
 

@@ -46,16 +46,10 @@ class LayerMasks:
 
     def _bias(self, call: Call, i: int, device: torch.device) -> Tensor | None:
         """(B, entries + q) what methods add to the attention logits of layer i's entries; None where nothing is."""
-        old, own = _cached(call, i), _new(call)
-        given = [c for c in (old, own) if c is not None and c.bias is not None]
-        if not given:
+        pieces = _pieces(call, i, device)
+        if all(piece.bias is None for piece in pieces):
             return None
-        parts = []
-        for part in _pieces(call, i, device):
-            bias = None if isinstance(part, Tensor) else part.bias
-            shape = part.shape if isinstance(part, Tensor) else part.index.shape
-            parts.append(torch.zeros(shape, device=device) if bias is None else bias.to(device))
-        return torch.cat(parts, dim=1)
+        return torch.cat([piece.biases(device) for piece in pieces], dim=1)
 
     def _whole(self, call: Call, i: int, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """A mask to add biases to, where the backend would do without one."""
@@ -171,23 +165,22 @@ class LayerMasks:
 def columns(call: Call, i: int, device: torch.device) -> Tensor:
     """(B, entries + q): the original columns of layer i's cached entries and of the q new ones."""
     own = _new(call)
-    parts = []
-    for part in _pieces(call, i, device):
-        if isinstance(part, Tensor):
-            parts.append(part)
-        else:
-            parts.append(part.index.to(device) + (call.past if part is own else 0))
+    parts = [
+        piece.index.to(device) + (call.past if piece is own else 0) for piece in _pieces(call, i, device)
+    ]
     return torch.cat(parts, dim=1)
 
 
-def _pieces(call: Call, i: int, device: torch.device) -> list[Columns | Tensor]:
-    """Layer i's entries and the new ones, in order: what is recorded, and (B, n) columns of which all are there."""
+def _pieces(call: Call, i: int, device: torch.device) -> list[Columns]:
+    """Layer i's entries and the new ones, in order: what is recorded, columns of which all are there, this call's.
+
+    The last one's are counted from this call's first column, as `Stages.done` has them.
+    """
     old, own = _cached(call, i), _new(call)
     start = 0 if old is None or call.record is None else call.record.length
     end = call.past + call.length if own is None else call.past
-    parts: list[Columns | Tensor] = [] if old is None else [old]
-    parts.append(torch.arange(start, end, device=device).expand(call.batch, -1))
-    return parts if own is None else [*parts, own]
+    whole = Columns(torch.arange(start, end, device=device).expand(call.batch, -1), None)
+    return [piece for piece in (old, whole, own) if piece is not None]
 
 
 def _padding(call: Call) -> Tensor | None:

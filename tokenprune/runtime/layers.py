@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModeError
+from tokenprune.models.decoders import attention_backend
 from tokenprune.runtime import compiled
 from tokenprune.runtime.choose import choose, enter_prompt
 from tokenprune.runtime.layer_masks import columns
-from tokenprune.runtime.masks import attention_backend
 from tokenprune.runtime.record import record_of
 from tokenprune.runtime.stages import pick
 from tokenprune.runtime.state import Call

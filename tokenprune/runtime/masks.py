@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
-
-def attention_backend(config: Any) -> str:
-    return str(getattr(config, "_attn_implementation", None) or "eager")
+from tokenprune.models.decoders import attention_backend
 
 
 def local_attention(config: Any, layer: int) -> tuple[str, int | None]:

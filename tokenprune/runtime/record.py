@@ -30,6 +30,10 @@ class Columns:
     def length(self) -> int:
         return int(self.index.shape[1])
 
+    def biases(self, device: torch.device) -> Tensor:
+        """(B, C) `bias`, 0 where there is none."""
+        return torch.zeros(self.index.shape, device=device) if self.bias is None else self.bias.to(device)
+
 
 @dataclass
 class Rows:
@@ -182,8 +186,5 @@ def _join(
         )
     bias = None
     if any(p.bias is not None for p in parts):
-        none = [
-            torch.zeros(p.index.shape, device=device) if p.bias is None else p.bias.to(device) for p in parts
-        ]
-        bias = torch.cat(none, dim=1)
+        bias = torch.cat([p.biases(device) for p in parts], dim=1)
     return Columns(torch.cat([p.index for p in parts], dim=1), visible, bias)

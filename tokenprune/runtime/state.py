@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from tokenprune.config import PruneConfig
 from tokenprune.errors import NothingPrunedWarning, TokenPruneError, UnsupportedModeError
 from tokenprune.models.base import Family
+from tokenprune.models.decoders import attention_backend, takes_biases
 from tokenprune.runtime.caches import crop, view_of
-from tokenprune.runtime.masks import attention_backend, local_attention
+from tokenprune.runtime.masks import local_attention
 from tokenprune.runtime.plan import Key, make_plan
 from tokenprune.runtime.record import Record
 from tokenprune.runtime.rows import read
@@ -84,7 +85,7 @@ class Call:
 
 
 def open_call(model: nn.Module, family: Family, config: PruneConfig, inputs: dict[str, Any]) -> Call | None:
-    """The call of a call, or None when the call is none of our business (decode of an unpruned conversation).
+    """The state of a call, or None when it is none of our business (decode of an unpruned conversation).
 
     Raises:
         TokenPruneError: the call cannot be pruned exactly; nothing has been changed.
@@ -203,15 +204,15 @@ def _plan(
             "gradient checkpointing runs layers twice and cannot be combined with pruning; switch it off, or unwrap"
         )
     _check_window(call, text)
-    if config.method.needs().bias and attention_backend(text).startswith("fl"):  # flash and flex
+    if config.needs.bias and not takes_biases(text):
         raise UnsupportedModeError(
             f"method {config.method.name!r} adds biases to attention, which {attention_backend(text)} does not take; "
             f"switch to sdpa or eager"
         )
-    wants_digest = config.method.needs().digest and config.arguments.keep_lists is None
+    wants_digest = config.needs.digest and config.arguments.keep_lists is None
     prompts = prompt_digests(ids, mask, plan.rows) if wants_digest else {}
     call.stages = Stages(plan, visible if mask is not None else None)
-    call.views = Views(model, family, config.method.needs(), text.num_attention_heads, call.facts, prompts)
+    call.views = Views(model, family, config.needs, text.num_attention_heads, call.facts, prompts)
 
 
 def _images(

@@ -43,7 +43,7 @@ class Taps:
         """Register what these settings' method needs and nobody needed before."""
         if config.scores:
             self._arm_states(_wanted(config))
-            self.tower.arm(config.method.needs())
+            self.tower.arm(config.needs)
 
     def _arm_states(self, wanted: Sequence[tuple[int, str]]) -> None:
         runtime = self.runtime
@@ -95,7 +95,7 @@ class Taps:
         if not config.scores:
             return
         runtime = self.runtime
-        replaced = self.tower.is_replaced(config.method.needs()) or any(
+        replaced = self.tower.is_replaced(config.needs) or any(
             runtime.decoder.state_module(runtime.family.attention(runtime.layers[layer]), state)
             is not self._armed[layer, state]
             for layer, state in _wanted(config)
@@ -122,7 +122,7 @@ class Taps:
             return
         caught = call.caught
         caught.raw[state] = output
-        needs = call.config.method.needs() if self._scored(call, layer) else Needs()
+        needs = call.config.needs if self._scored(call, layer) else Needs()
         # A method that wants the cut's own input too is asked when that is there.
         waits = "hidden" in (*needs.states, *needs.prompt)
         if state in needs.projected and caught.raw.keys() >= set(needs.projected) and not waits:
@@ -144,7 +144,7 @@ class Taps:
 
 def _wanted(config: PruneConfig) -> list[tuple[int, str]]:
     """The layers and projected states that are scored."""
-    return [(cut.layer - 1, state) for cut in config.cuts for state in config.method.needs().projected]
+    return [(cut.layer - 1, state) for cut in config.cuts for state in config.needs.projected]
 
 
 def _no_state_in_a_step(

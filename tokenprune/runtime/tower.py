@@ -137,7 +137,7 @@ class TowerTap:
         """Of the call under way, or of the one that generate() encodes images ahead of; None where nobody scores."""
         call = self.runtime.call
         config = self.runtime.settings if call is None else call.config
-        return config.method.needs() if config.scores else None
+        return config.needs if config.scores else None
 
     def _looks_at(self, layer: int | None) -> bool:
         needs = self._needs()

@@ -19,7 +19,7 @@ from tokenprune.runtime.plan import Key
 from tokenprune.runtime.stages import Stages
 from tokenprune.runtime.states import LayerStates, last_row, picked
 from tokenprune.runtime.vision import VisionFacts
-from tokenprune.tokens import Image
+from tokenprune.tokens import Image, State
 
 
 class Views:
@@ -48,7 +48,9 @@ class Views:
         self.model, self.family, self.needs, self.num_heads = model, family, needs, num_heads
         self.facts, self.prompts = facts, prompts
         self.embeds: Tensor | None = None
-        self._texts: dict[tuple[int, int], Text] = {}  # by row and cut: shared by a row's images
+        # By row and cut: shared by a row's images.
+        self._texts: dict[tuple[int, int], Text] = {}
+        self._rows: dict[tuple[int, int], dict[Key, Tensor]] = {}
 
     def of(
         self, stages: Stages, key: Key, *, hidden: Tensor | None = None, caught: LayerStates | None = None
@@ -63,13 +65,7 @@ class Views:
         """
         image, raster = stages.images[key], stages.raster[key].clone()
         sizes = stages.sizes.get(key)
-        shown: dict[str, Tensor | None] = {
-            name: self._state(name, hidden, caught, partial(stages.take, key=key))
-            for name in self.needs.states
-            if hidden is not None or name != "hidden"
-        }
-        if caught is None:  # before layer 0 there are no projected states
-            shown = {name: own for name, own in shown.items() if name == "hidden"}
+        shown = self._states(self.needs.states, hidden, caught, partial(stages.take, key=key))
         shown["sizes"] = torch.ones(len(raster), device=raster.device) if sizes is None else sizes.clone()
         shown["vision"] = self._noted("vision", image, raster)
         shown["pixels"] = self._noted("pixels", image, raster)
@@ -98,13 +94,21 @@ class Views:
             **shown,
         )
 
-    def _state(
-        self, name: str, hidden: Tensor | None, caught: LayerStates | None, pick: Callable[[Tensor], Tensor]
-    ) -> Tensor | None:
-        if name == "hidden":
-            assert hidden is not None
-            return _apart(pick(hidden), hidden)
-        return None if caught is None else _apart(caught.of(name, pick), caught.raw[name])
+    def _states(
+        self,
+        names: tuple[State, ...],
+        hidden: Tensor | None,
+        caught: LayerStates | None,
+        pick: Callable[[Tensor], Tensor],
+    ) -> dict[str, Tensor | None]:
+        """Those of the states named that there are: before layer 0 there are none."""
+        shown: dict[str, Tensor | None] = {}
+        for name in names:
+            if name == "hidden" and hidden is not None:
+                shown[name] = _apart(pick(hidden), hidden)
+            elif name != "hidden" and caught is not None:
+                shown[name] = _apart(caught.of(name, pick), caught.raw[name])
+        return shown
 
     def _text(
         self, stages: Stages, row: int, hidden: Tensor | None, caught: LayerStates | None
@@ -116,11 +120,7 @@ class Views:
         if at not in self._texts:
             columns = torch.from_numpy(stages.plan.prompt(row)).to(next(iter(stages.raster.values())).device)
             slots = stages.text_slots(columns, row)
-            shown: dict[str, Tensor | None] = {
-                name: self._state(name, hidden, caught, picked(row, slots))
-                for name in self.needs.prompt
-                if hidden is not None or name != "hidden"
-            }
+            shown = self._states(self.needs.prompt, hidden, caught, picked(row, slots))
             if self.embeds is not None and self.needs.words:
                 shown["words"] = picked(row, columns)(self.embeds)
             self._texts = {own: text for own, text in self._texts.items() if own[1] == at[1]}
@@ -129,14 +129,17 @@ class Views:
 
     def _last_row(self, stages: Stages, key: Key, caught: LayerStates) -> Tensor:
         """(heads, n) attention of the row's last token over the image's remaining tokens, of all the row's."""
-        row, device = key[0], next(iter(caught.raw.values())).device
-        text = torch.from_numpy(stages.plan.prompt(row)).to(device)
-        visual = [own for own in stages.images if own[0] == row]
-        slots = torch.cat([stages.text_slots(text, row), *(stages.slots(own).to(device) for own in visual)])
-        columns = torch.cat([text, *(stages.column_of(own).to(device) for own in visual)])
-        weights = last_row(caught, row, slots, columns)
-        start = len(text) + sum(len(stages.raster[own]) for own in visual[: visual.index(key)])
-        return weights[:, start : start + len(stages.raster[key])]
+        at = (key[0], len(stages.done))
+        if at not in self._rows:
+            row, device = key[0], next(iter(caught.raw.values())).device
+            text = torch.from_numpy(stages.plan.prompt(row)).to(device)
+            visual = [own for own in stages.images if own[0] == row]
+            places = [stages.text_slots(text, row), *(stages.slots(own).to(device) for own in visual)]
+            columns = torch.cat([text, *(stages.column_of(own).to(device) for own in visual)])
+            weights = last_row(caught, row, torch.cat(places), columns)
+            parts = weights.split([len(own) for own in places], dim=1)
+            self._rows = {at: dict(zip(visual, parts[1:], strict=True))}  # of the row that is being looked at
+        return self._rows[at][key].clone()
 
     def _noted(self, what: str, image: Image, raster: Tensor) -> Tensor | None:
         """What the vision tower's hook noted of an image's patches, token by token."""
