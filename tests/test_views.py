@@ -246,7 +246,6 @@ def test_earlier_merges_sizes_and_the_cuts_number(model: Any, inputs: Any) -> No
     for n, _ in enumerate(images):
         first, second, third = (probe.seen[cut * len(images) + n] for cut in range(3))
         assert (first.cut, second.cut, third.cut) == (0, 1, 2)
-        assert first.sizes is not None and second.sizes is not None and third.sizes is not None
         assert first.sizes.tolist() == [1] * first.n
         assert second.sizes.tolist() == [3, 2] + [1] * (second.n - 2)
         k = third.n

@@ -115,7 +115,7 @@ class ImageTokens:
         num_heads: attention heads of the decoder.
         cut: number of this cut, from 0.
         starts: raster index at which each image of the row begins; (0,) for one image.
-        sizes: (n,) float32, how many original tokens each stands for: more than 1 where others were merged into it.
+        merged_sizes: `sizes`, or None where nothing was merged yet.
         query, key, value: (n, heads, head_dim), see `Needs.states`; key and value have the KV heads.
         hidden: (n, hidden_size).
         prompt: the row's text, where the method needs any of it.
@@ -140,11 +140,18 @@ class ImageTokens:
     frame_floor: int = 0
     cut: int = 0
     starts: tuple[int, ...] = (0,)
-    sizes: Tensor | None = None
+    merged_sizes: Tensor | None = None
     prompt: Text | None = None
     last_row: Tensor | None = None
     features: Tensor | None = None
     pixels: Tensor | None = None
+
+    @property
+    def sizes(self) -> Tensor:
+        """(n,) float32, how many original tokens each stands for: more than 1 where others were merged into it."""
+        return (
+            torch.ones(self.n, device=self.raster.device) if self.merged_sizes is None else self.merged_sizes
+        )
 
     @property
     def frames(self) -> int:
@@ -263,8 +270,8 @@ class ScoreMethod(Method):
         if image.frame_floor:
             beyond = _rank_in_frame(image, order) >= image.frame_floor
             order = order[beyond[order].long().sort(stable=True).indices]
-        notes = {"scores that were no numbers": score.isnan().sum(), **self.notes(image)}
-        return Selection(order[:k].sort().values, notes=notes)
+        missing = {"scores that were no numbers": score.isnan().sum()} if floats else {}
+        return Selection(order[:k].sort().values, notes={**missing, **self.notes(image)})
 
     def select(self, image: ImageTokens, k: int) -> Selection:
         return self.best(image, self.checked_score(image), k)

@@ -65,8 +65,8 @@ class Recycle(Method):
     def select(self, image: ImageTokens, k: int) -> Selection:
         score = self.method.checked_score(image)
         if image.cut or self.method.needs().row:
-            if self.protect and image.sizes is not None:
-                score = torch.where(image.sizes > 1, torch.inf, score.float())
+            if self.protect and image.merged_sizes is not None:
+                score = torch.where(image.merged_sizes > 1, torch.inf, score.float())
             return self.method.best(image, score, k)
         kept = recycle(image, score, k, self.side, self.size_term)
         return replace(kept, notes={**kept.notes, **self.method.notes(image)})

@@ -66,9 +66,12 @@ class Views:
         image, raster = stages.images[key], stages.raster[key].clone()
         sizes = stages.sizes.get(key)
         shown = self._states(self.needs.states, hidden, caught, partial(stages.take, key=key))
-        shown["sizes"] = torch.ones(len(raster), device=raster.device) if sizes is None else sizes.clone()
-        shown["vision"] = self._noted("vision", image, raster)
-        shown["pixels"] = self._noted("pixels", image, raster)
+        if sizes is not None:
+            shown["merged_sizes"] = sizes.clone()
+        if self.needs.vision is not None:
+            shown["vision"] = self._noted("vision", image, raster)
+        if self.needs.pixels is not None:
+            shown["pixels"] = self._noted("pixels", image, raster)
         if self.embeds is not None and self.needs.features:
             shown["features"] = self.embeds[key[0]].index_select(
                 0, stages.column_of(key).to(self.embeds.device)
@@ -86,7 +89,7 @@ class Views:
             raster=raster,
             grids=image.grids,
             num_heads=self.num_heads,
-            digest=self._digest(image, key, raster.device),
+            digest=self._digest(image, key, raster.device) if self.needs.digest else None,
             frame_floor=stages.plan.config.arguments.frame_floor,
             cut=len(stages.done),
             starts=tuple(accumulate((part.n for part in image.parts[:-1]), initial=0)),
