@@ -170,7 +170,7 @@ def counts_of(
         assert wanted is not None
         target = tokens(wanted)
         if share is not None or budget == "after_cut":
-            counts.append(max(1, int(target)))
+            counts.append(max(1, floor(target + Fraction(1, 2)) if share is not None else int(target)))
             if counts[-1] > before:
                 return None
             continue
@@ -183,7 +183,7 @@ def counts_of(
         if reached and (reached[-1] < before or spent + before * (layers - layer) == target * layers):
             counts.append(reached[-1])
         elif reached and counts and target * layers - (spent + before * (layers - layer)) < layers:
-            counts.append(before)  # what the cuts before lost by rounding down
+            counts.append(before)  # what the cuts before lost by rounding
         elif n == 1 or (layer == 0 and target < 1):
             counts.append(1)
         else:

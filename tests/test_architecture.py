@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1] / "tokenprune"
 FLOORS = (
     ("errors", "tensors", "hashing", "cache"),
     ("files", "budget", "tokens", "estimators"),
+    ("space",),
     ("images", "draw"),
     ("models",),
     ("fingerprint",),

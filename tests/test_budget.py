@@ -62,3 +62,9 @@ def test_more_tokens_than_there_are_and_growing_schedules() -> None:
 def test_bad_keeps(keep: object) -> None:
     with pytest.raises(ConfigError, match="fraction"):
         check_keep(keep)
+
+
+def test_a_cuts_own_share_is_rounded_to_the_nearest_token() -> None:
+    """VFlowOpt's first cut on LLaVA-OneVision's layouts: all tokens, and without the 81 newlines."""
+    for n, kept in ((7371, 5332), (7290, 5273)):
+        assert plan_counts(n, 28, [Cut(0, 0.72332)], None) == [kept]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 import tiny
 import tokenprune
+from tokenprune.analysis.batches import batched
 from tokenprune.analysis.memory import Memory, last_state
 from tokenprune.errors import ConfigError
 
@@ -81,17 +84,43 @@ def test_features_are_of_these_pictures_these_weights_and_these_settings() -> No
     assert [runs(), runs()] == [1, 0]
 
 
-def test_a_method_that_looks_into_the_tower_has_it_computed() -> None:
-    from test_vision import Attention
+@pytest.mark.parametrize("most_bytes", [2**31, 0], ids=["held", "mapped"])
+@pytest.mark.parametrize("build", FAMILIES, ids=lambda f: f.__name__)
+def test_what_methods_see_of_the_tower_is_remembered_too(build: Any, most_bytes: int) -> None:
+    model = build(layers=4)
+    inputs = tiny.inputs(model, ROWS if build is not tiny.paligemma else [["image", "text:3"]], pad="left")
+    memory, ran = Memory(most_bytes), count(tower_of(model))
+    settings = (
+        {"t": 0.0},
+        {"t": 1.05},
+        {"t": 1.05, "alpha": 0.5},
+        {"t": 0.0, "method": "random"},
+        {"t": 1.0},
+    )
+    for n, own in enumerate(settings):
+        arguments = {"method": "importance", "keep": 0.5, "layer": 1, **own}
+        if arguments["method"] == "random":
+            arguments.pop("t")
+        with tokenprune.pruned(model, **arguments), torch.no_grad():
+            wanted = model(**inputs).logits
+            lists = tokenprune.report(model).keep_lists
+            before = len(ran)
+            with memory.features(model):
+                found = model(**inputs).logits
+            assert torch.equal(found, wanted) and tokenprune.report(model).keep_lists == lists
+            assert (len(ran) == before) == (n > 0)
 
+
+def test_features_known_without_attention_are_computed_once_more_for_it() -> None:
     model = tiny.llava(layers=4)
-    inputs, memory = tiny.inputs(model, ROWS), Memory()
-    with tokenprune.pruned(model, Attention(), keep=0.5, layer=1), torch.no_grad():
-        wanted = model(**inputs).logits
-        with memory.features(model):
-            with tokenprune.override(model, method="random"):
-                model(**inputs)
-            assert torch.equal(model(**inputs).logits, wanted)
+    inputs, memory, ran = tiny.inputs(model, ROWS), Memory(), count(tower_of(model))
+    with tokenprune.pruned(model, "importance", keep=0.5, layer=1), torch.no_grad(), memory.features(model):
+        with tokenprune.override(model, method="none"):
+            model(**inputs)
+        model(**inputs)
+        assert len(ran) == 2
+        model(**inputs)
+        assert len(ran) == 2
 
 
 @pytest.mark.parametrize("build", [tiny.llava, tiny.qwen2_5_vl], ids=["llava", "qwen2_5_vl"])
@@ -115,11 +144,43 @@ def test_references_are_the_unpruned_models(build: Any) -> None:
     assert memory.misses == 2
 
 
-def test_right_padding_is_refused_and_old_entries_are_forgotten() -> None:
+def test_right_padding_is_refused() -> None:
     model = tiny.llava(layers=4)
-    memory = Memory(most_bytes=3000)
     with pytest.raises(ConfigError, match="on the left"):
-        memory.reference(model, tiny.inputs(model, ROWS, pad="right"))
-    for seed in range(10):
-        memory.reference(model, tiny.inputs(model, ROWS, pad="left", seed=seed))
-    assert 0 < memory.bytes <= 3000
+        Memory().reference(model, tiny.inputs(model, ROWS, pad="right"))
+
+
+def test_what_was_used_longest_ago_lies_in_files() -> None:
+    model = tiny.llava(layers=4)
+    memory, plenty = Memory(most_bytes=3000), Memory()
+    prompts = [tiny.inputs(model, ROWS, pad="left", seed=seed) for seed in range(10)]
+    for _ in range(2):
+        for inputs in prompts:
+            own, wanted = memory.reference(model, inputs), plenty.reference(model, inputs)
+            assert torch.equal(own.state, wanted.state) and torch.equal(own.logits, wanted.logits)
+    assert 0 < memory.bytes <= 3000 and memory.misses == 10
+    folder = memory._folder
+    assert folder is not None and len(list(Path(folder.name).iterdir())) >= 10
+    name = folder.name
+    del memory, own, folder
+    gc.collect()
+    assert not Path(name).exists()
+
+
+@pytest.mark.parametrize(
+    "build", [tiny.llava, tiny.qwen2_5_vl, tiny.internvl], ids=["llava", "qwen", "internvl"]
+)
+def test_batches_answer_as_their_prompts_do(build: Any) -> None:
+    model = build(layers=4)
+    rows = [["text:3", "image", "text:2"], ["text:1", "image", "text:7"], ["image", "text:1", "image"]]
+    calls = [tiny.inputs(model, [row], seed=seed) for seed, row in enumerate(rows)]
+    batches = list(batched(calls, 2, pad_id=1))
+    assert [len(batch["input_ids"]) for batch in batches] == [2, 1]
+    for batch, own in zip(batches, (calls[:2], calls[2:]), strict=True):
+        together = last_state(model, batch).state
+        alone = torch.cat([last_state(model, call).state for call in own])
+        torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+    other = {**calls[1], "pixel_values": calls[1]["pixel_values"][..., :-1]}
+    assert len(list(batched([calls[0], other], 8))) == 2
+    unmasked = [{k: v for k, v in call.items() if k != "attention_mask"} for call in calls[:2]]
+    assert len(list(batched(unmasked, 8))) == 2

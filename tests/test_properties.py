@@ -230,7 +230,7 @@ def test_budgets(plan: Budget) -> None:
     assert all(1 <= b <= a for a, b in pairwise([plan.n, *counts]))
     if plan.keep is None:
         return
-    target = plan.keep * plan.n if isinstance(plan.keep, Fraction) else plan.keep
+    target = plan.keep * plan.n if isinstance(plan.keep, Fraction) else min(plan.keep, plan.n)
     met = average_kept(plan.n, plan.layers, cuts, counts) if plan.budget == "average" else counts[-1]
     assert abs(met - target) < 1
     if plan.budget == "average" and len(cuts) == 1 and plan.n > 1 and target >= 1:

@@ -66,7 +66,8 @@ def plan_counts(
 
     With `budget="average"` the mean over decoder layers is the target and the last cut without a `keep` of its own
     is solved for it, kept = int((L * target - sum of earlier stages) / (L - K)), as EntropyPrune's release does
-    (arXiv 2602.17196); what earlier cuts have lost by rounding down, less than a token on average, may stay unspent.
+    (arXiv 2602.17196). A cut's own share is rounded to the nearest token, as VFlowOpt's release does (arXiv
+    2508.05211); what earlier cuts lose by it, less than a token on average, may stay unspent.
     With `"after_cut"` the target is what remains after that cut.
 
     Args:
@@ -88,7 +89,7 @@ def plan_counts(
         spent += (cut.layer - start) * previous
         start = cut.layer
         if cut.keep is not None:
-            count = max(1, _floor(tokens(cut.keep, n)))
+            count = max(1, _floor(tokens(cut.keep, n) + 0.5))
         else:
             assert keep is not None  # checked when the configuration was made
             count = _solve(n, num_layers, cut.layer, tokens(keep, n), spent, previous, budget, i > 0)
@@ -116,9 +117,7 @@ def _solve(
         return max(1, _floor(target))
     rest = num_layers - layer
     low, high = (spent + rest) / num_layers, (spent + rest * previous) / num_layers
-    if (
-        rounded and 0 < target - high < 1 - 1e-9
-    ):  # what earlier cuts lost by rounding down, less than one token
+    if rounded and 0 < target - high < 1 - 1e-9:  # what earlier cuts lost by rounding, less than one token
         return previous
     if target < low - 1e-9 or target > high + 1e-9:
         # A single image token cannot be halved: the budget still rounds to one token.

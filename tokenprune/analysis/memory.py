@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
+import tempfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +19,8 @@ from tokenprune.api import family_of, is_wrapped, override, runtime_of
 from tokenprune.errors import ConfigError
 from tokenprune.fingerprint import stamp
 from tokenprune.models import stock_model
-from tokenprune.tensors import plain_tensors
+from tokenprune.models.base import VisionCall
+from tokenprune.runtime.tower import TowerTap
 
 
 @dataclass(frozen=True)
@@ -37,21 +40,22 @@ class Memory:
     """Remembers by content: another picture, prompt, weight, dtype or config is computed anew.
 
     Args:
-        most_bytes: beyond it, what was used longest ago is forgotten.
+        most_bytes: beyond it, what was used longest ago lies in memory-mapped files, which go with this object.
     """
 
     def __init__(self, most_bytes: int = 2**31) -> None:
         self.most_bytes, self.bytes = most_bytes, 0
         self.hits = self.misses = 0
         self._held: OrderedDict[str, tuple[Any, int]] = OrderedDict()
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     @contextmanager
     def features(self, model: Any) -> Iterator[None]:
         """Inside, the vision tower computes once per pictures.
 
-        Pruning in the decoder cannot change what the tower returns, so answers are the same to the bit. A method that
-        looks into the tower has it computed every time. Only the tower's `forward` is replaced: hooks on the tower
-        still run, those inside it only when it computes.
+        Pruning in the decoder cannot change what the tower returns, so answers are the same to the bit. What a method
+        wants of the tower's attention is made of the states that were caught the first time it was looked into. Only
+        the tower's `forward` is replaced: hooks on the tower still run, those inside it only when it computes.
         """
         inner = stock_model(model)
         tower: Any = family_of(model).vision_tower(inner)
@@ -60,14 +64,19 @@ class Memory:
         original = tower.forward
 
         def remembered(*args: Any, **kwargs: Any) -> Any:
-            if _looks_inside(inner):
-                return original(*args, **kwargs)
             key = content_digest("features", stamp(tower), torch.is_autocast_enabled(), args, kwargs)
-            found = self._look_up(key)
-            if found is None:
-                found = original(*args, **kwargs)
-                self._keep(key, found)
-            return copy.copy(found)  # what is noted on an output is of its own call
+            looks, looked = _looks_inside(inner), key
+            if looks is not None:
+                looked = f"{key} {looks[1]}"
+            output, caught = self._look_up(key, looked if looks else None)
+            if output is None:
+                output = original(*args, **kwargs)
+                self._keep(key, output)
+                if looks is not None:
+                    self._keep(looked, looks[0].caught)
+            elif looks is not None:
+                looks[0].replay(caught)
+            return copy.copy(output)  # what is noted on an output is of its own call
 
         tower.forward = remembered
         try:
@@ -87,7 +96,7 @@ class Memory:
         """
         inner = stock_model(model)
         key = content_digest("reference", stamp(inner), torch.is_autocast_enabled(), dict(inputs))
-        found = self._look_up(key)
+        found, _ = self._look_up(key)
         if found is None:
             with override(model, method="none") if is_wrapped(model) else nullcontext():
                 found = last_state(inner, inputs)
@@ -95,23 +104,78 @@ class Memory:
         assert isinstance(found, LastState)
         return found
 
-    def _look_up(self, key: str) -> Any:
-        found = self._held.get(key)
-        if found is None:
+    def _look_up(self, key: str, beside: str | None = None) -> tuple[Any, Any]:
+        """What is held under a key, and under another that is needed beside it; nothing where either is missing."""
+        keys = [key] if beside is None else [key, beside]
+        if any(name not in self._held for name in keys):
             self.misses += 1
-            return None
+            return None, None
         self.hits += 1
-        self._held.move_to_end(key)
-        return found[0]
+        found = []
+        for name in keys:
+            self._held.move_to_end(name)
+            found.append(_each_tensor(self._held[name][0], _back))
+        return found[0], found[-1]
 
     def _keep(self, key: str, value: Any) -> None:
-        held = vars(value) if isinstance(value, LastState) else value
-        size = sum(t.nbytes for t in plain_tensors(held))
+        if key in self._held:
+            self.bytes -= self._held.pop(key)[1]
+        size = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal size
+            size += tensor.nbytes
+            return tensor
+
+        _each_tensor(value, count)
         self._held[key] = value, size
         self.bytes += size
-        while self.bytes > self.most_bytes and len(self._held) > 1:
-            _, (_, gone) = self._held.popitem(last=False)
-            self.bytes -= gone
+        for name, (own, held) in self._held.items():  # the oldest first
+            if self.bytes <= self.most_bytes or name == key:
+                break
+            if held:
+                self._held[name] = _each_tensor(own, self._map), 0
+                self.bytes -= held
+
+    def _map(self, tensor: Tensor) -> Tensor | _Mapped:
+        """A tensor's values in a file of its own."""
+        if not tensor.numel():
+            return tensor
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="tokenprune-")
+        handle, path = tempfile.mkstemp(dir=self._folder.name)
+        os.close(handle)
+        flat = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        flat.copy_(tensor.detach().flatten())
+        return _Mapped(flat.view(tensor.shape), tensor.device)
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """A tensor in a memory-mapped file, and the device it came from."""
+
+    tensor: Tensor
+    device: torch.device
+
+
+def _back(held: Tensor | _Mapped) -> Tensor:
+    return held.tensor.to(held.device) if isinstance(held, _Mapped) else held
+
+
+def _each_tensor(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The same with other tensors, whatever of ours or of transformers' holds them."""
+    if isinstance(value, Tensor | _Mapped):
+        return change(value)
+    if isinstance(value, LastState | VisionCall):
+        return replace(value, **{name: _each_tensor(own, change) for name, own in vars(value).items()})
+    if isinstance(value, MutableMapping):  # transformers' outputs too
+        same = copy.copy(value)
+        for name, own in value.items():
+            same[name] = _each_tensor(own, change)
+        return same
+    if isinstance(value, list | tuple):
+        return type(value)(_each_tensor(own, change) for own in value)
+    return value
 
 
 def last_state(model: Any, inputs: Mapping[str, Any]) -> LastState:
@@ -135,13 +199,15 @@ def last_state(model: Any, inputs: Mapping[str, Any]) -> LastState:
     return LastState(seen[-1].float().cpu(), logits.float().cpu())
 
 
-def _looks_inside(model: Any) -> bool:
-    """Whether the method of the call under way, or to come, wants the tower's attention."""
+def _looks_inside(model: Any) -> tuple[TowerTap, int | None] | None:
+    """Where the tower's attention is caught, and the layer, if the method of the call under way, or to come, asks."""
     runtime = runtime_of(model)
     if runtime is None:
-        return False
+        return None
     config = runtime.settings if runtime.call is None else runtime.call.config
-    return config.needs.vision is not None
+    if not config.scores or config.needs.vision is None:
+        return None
+    return runtime.tower, config.needs.vision_layer
 
 
 def content_digest(*parts: Any) -> str:

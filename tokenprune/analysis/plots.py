@@ -26,7 +26,7 @@ def plot_collapse(
     Raises:
         ConfigError: matplotlib is not installed, or the file cannot be written.
     """
-    figure = _figure(len(collapses))
+    figure = new_figure(len(collapses))
     for axes, (name, found) in zip(figure.axes, collapses.items(), strict=True):
         layers = np.arange(len(found.mean))
         axes.fill_between(layers, found.low, found.high, alpha=0.25, linewidth=0)
@@ -42,7 +42,7 @@ def plot_collapse(
         )
         axes.set(title=name, xlabel="entering layer", ylabel="diversity")
         axes.legend(fontsize=7)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_attention(statistics: LayerStatistics, path: Path) -> None:
@@ -51,7 +51,7 @@ def plot_attention(statistics: LayerStatistics, path: Path) -> None:
     Raises:
         ConfigError: matplotlib is not installed, or the file cannot be written.
     """
-    figure = _figure(2)
+    figure = new_figure(2)
     left, right = figure.axes
     entropy = np.nanmean(statistics.attention_entropy, 0)
     for head in range(entropy.shape[1]):
@@ -61,10 +61,15 @@ def plot_attention(statistics: LayerStatistics, path: Path) -> None:
     left.legend(fontsize=7)
     right.plot(np.nanmean(statistics.visual_share, 0), marker="o", markersize=3)
     right.set(title="attention on visual tokens", xlabel="layer", ylabel="share", ylim=(0, 1))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _figure(panels: int) -> Any:
+def new_figure(panels: int) -> Any:
+    """A figure of panels, three in a row.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure  # not pyplot: no display, no global state
     except ImportError:
@@ -78,7 +83,12 @@ def _figure(panels: int) -> Any:
     return figure
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write it; the suffix says the format.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:  # ValueError: an unknown suffix

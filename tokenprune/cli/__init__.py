@@ -1,4 +1,4 @@
-"""The command line: `tokenprune demo`, `run`, `ecl`, `methods`, `models`, `env`.
+"""The command line: `tokenprune demo`, `run`, `ecl`, `tune`, `drift`, `methods`, `models`, `env`.
 
 Nothing heavy is imported before a command needs it, so that `--help` answers at once.
 """
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tokenprune.cli import catalog, demo, ecl, environment, run, tune
+from tokenprune.cli import catalog, demo, drift, ecl, environment, run, tune
 from tokenprune.cli.shell import PROGRAM, OneLineErrors
 
 app = typer.Typer(
@@ -20,7 +20,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (demo.demo, run.run, ecl.ecl, tune.tune, catalog.methods, catalog.models, environment.env):
+for _command in (
+    demo.demo,
+    run.run,
+    ecl.ecl,
+    tune.tune,
+    drift.drift,
+    catalog.methods,
+    catalog.models,
+    environment.env,
+):
     app.command()(_command)
 
 

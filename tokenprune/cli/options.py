@@ -36,3 +36,6 @@ DeviceOption: TypeAlias = Annotated[
 JsonOption: TypeAlias = Annotated[
     bool, typer.Option("--json", help="Print one JSON document and nothing else.")
 ]
+MetricOption: TypeAlias = Annotated[
+    str, typer.Option("--metric", help="Drift: cosine, relative_l2, kl or cauchy_schwarz.")
+]

@@ -2,80 +2,266 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
 from tokenprune.cli.loading import load_model
-from tokenprune.cli.options import DataOption, DeviceOption, Dtype, DtypeOption, JsonOption, ModelArgument
+from tokenprune.cli.options import (
+    DataOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    MetricOption,
+    ModelArgument,
+)
 from tokenprune.cli.shell import InputError, console, print_json
 from tokenprune.files import given_path
 
 if TYPE_CHECKING:
+    from tokenprune.profiles.profile import Profile
     from tokenprune.tune.quick import Trial
+    from tokenprune.tune.search import Found, Progress
+
+
+class Cost(str, Enum):
+    """A second objective beside drift."""
+
+    flops = "flops"
+    latency = "latency"
+
+
+Budget: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--budget",
+        metavar="25%|0.25|192|LOW:HIGH",
+        help="Visual tokens to keep, on average over layers; a range of fractions with --cost.",
+    ),
+]
+Out: TypeAlias = Annotated[
+    Path | None, typer.Option("--out", metavar="JSON", help="Write the profile there too.")
+]
+Quick: TypeAlias = Annotated[
+    bool, typer.Option("--quick", help="A minute on 16 images: choose among forms, search no numbers.")
+]
+Methods: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option("--method", help="Search this method; may be repeated. [default: all of them]"),
+]
+Sampler: TypeAlias = Annotated[
+    str, typer.Option("--sampler", help="Optuna's: tpe, gp, cmaes, nsga2 or random.")
+]
+CostOption: TypeAlias = Annotated[
+    Cost | None, typer.Option("--cost", help="Search drift against this, over a range of budgets.")
+]
+Storage: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--storage",
+        metavar="URL",
+        help="A database (sqlite:///study.db, postgresql://...) or journal:PATH that machines share; cache: a file "
+        "in the cache folder.",
+    ),
+]
+Study: TypeAlias = Annotated[
+    str | None, typer.Option("--study", metavar="NAME", help="[default: made of what is asked]")
+]
+Worker: TypeAlias = Annotated[
+    int, typer.Option("--worker", min=0, help="Number of this process among those that share a study.")
+]
+ReportFolder: TypeAlias = Annotated[
+    Path | None, typer.Option("--report", metavar="FOLDER", help="Write report.md and report.png there.")
+]
 
 
 def tune(
     model: ModelArgument,
     data: DataOption,
-    budget: Annotated[
-        str,
-        typer.Option(
-            "--budget", metavar="25%|0.25|192", help="Visual tokens to keep, on average over layers."
-        ),
-    ],
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="JSON", help="Write the profile there too.")
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick/--full", help="A minute on 16 images; a full search is not built yet.")
-    ] = True,
-    metric: Annotated[
-        str, typer.Option("--metric", help="Drift: cosine, relative_l2, kl or cauchy_schwarz.")
-    ] = "cosine",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the samples drawn.")] = 0,
+    budget: Budget,
+    out: Out = None,
+    quick: Quick = False,
+    metric: MetricOption = "cosine",
+    samples: Annotated[int, typer.Option("--samples", min=4, help="Images (a search).")] = 30,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Settings tried in all (a search).")] = 100,
+    method: Methods = None,
+    sampler: Sampler = "tpe",
+    cost: CostOption = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts per forward.")] = 8,
+    storage: Storage = "cache",
+    study: Study = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the study of that name.")] = False,
+    worker: Worker = 0,
+    report: ReportFolder = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the samples drawn, and the sampler.")] = 0,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Choose a method and its form by drift on a few images, and keep it as a profile."""
+    """Choose a method and its parameters by drift on a few images, and keep them as a profile."""
     from tokenprune.analysis.calibration import calibration_calls, load_calibration
-    from tokenprune.arguments import read_keep
-    from tokenprune.profiles.known import remember_profile
-    from tokenprune.tune import quick as search
     from tokenprune.tune.drift import check_metric
 
-    if not quick:
-        raise InputError("a full search is not built yet; leave --full out")
-    keep = read_keep(budget)
+    keep = _budget(budget)
     check_metric(metric)
-    if out is not None and not given_path(out).parent.is_dir():
-        raise InputError(f"there is no folder {str(out.parent)!r}; make it first")
-    samples = load_calibration(data, 16, seed=seed)
+    if quick and (cost is not None or isinstance(keep, tuple)):
+        raise InputError("--quick takes one budget and no --cost; leave it out for a search")
+    for folder in (out and out.parent, report and report.parent):
+        if folder is not None and not given_path(folder).is_dir():
+            raise InputError(f"there is no folder {str(folder)!r}; make it first")
+    drawn = load_calibration(data, 16 if quick else samples, seed=seed)
     loaded, processor = load_model(model, dtype.value, device)
-    profile, trials = search(
-        loaded, list(calibration_calls(processor, samples, loaded.device)), keep, metric=metric
-    )
-    kept = remember_profile(profile)
-    if out is not None:
-        profile.save(out)
-    rows = [
-        {"setting": t.name(), "samples": len(t.drift), "drift": t.mean if len(t.drift) else None}
-        for t in trials
-    ]
-    document: dict[str, Any] = {
-        "profile": profile.model_dump(mode="json"),
-        "path": str(out or kept),
-        "trials": rows,
-    }
-    if as_json:
-        print_json(document)
+    calls = list(calibration_calls(processor, drawn, loaded.device))
+    if quick:
+        _quick(loaded, calls, keep, metric, budget, out, as_json)
         return
-    _show(trials, metric, budget, str(out or kept))
+    _needs_optuna()
+    from tokenprune.tune.report import write_report
+    from tokenprune.tune.search import search
+
+    with _progress(as_json) as told:
+        found = search(
+            loaded,
+            calls,
+            keep,
+            methods=method,
+            metric=metric,
+            cost=None if cost is None else cost.value,
+            sampler=sampler,
+            trials=trials,
+            seed=seed,
+            worker=worker,
+            batch_size=batch_size,
+            storage=storage,
+            study=study,
+            resume=resume,
+            told=told,
+        )
+    paths = _keep(found.profiles, out)
+    page = None if report is None else write_report(found, report)
+    if as_json:
+        print_json(_document(found, paths, page))
+    else:
+        _show_found(found, paths, page)
 
 
-def _show(trials: list[Trial], metric: str, budget: str, path: str) -> None:
+def _budget(text: str) -> Any:
+    from tokenprune.arguments import read_keep
+
+    low, colon, high = text.partition(":")
+    return (read_keep(low), read_keep(high)) if colon else read_keep(text)
+
+
+def _needs_optuna() -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("optuna") is None:
+        raise InputError("a search needs optuna: pip install 'tokenprune-vlm[tune]'; --quick does without")
+
+
+def _keep(profiles: list[Profile], out: Path | None) -> list[str]:
+    """Profiles kept for the model, and written beside `out`, the budget in their names where there are several."""
+    from tokenprune.profiles.known import remember_profile
+
+    paths = []
+    for profile in profiles:
+        path = remember_profile(profile)
+        if out is not None:
+            several = len(profiles) > 1
+            path = profile.save(out.with_stem(f"{out.stem}-{profile.keep:.4g}") if several else out)
+        paths.append(str(path))
+    return paths
+
+
+@contextmanager
+def _progress(quiet: bool) -> Any:
+    from rich import progress
+
+    shown = console(stderr=True)
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    hidden = quiet or not shown.is_terminal
+    with progress.Progress(*columns, console=shown, transient=True, disable=hidden) as bar:
+        task = bar.add_task("searching", total=None)
+
+        def told(now: Progress) -> None:
+            text = f"least drift so far {now.best:.4g}"
+            bar.update(task, total=now.trials, completed=now.done, description=text)
+
+        yield told
+
+
+def _document(found: Found, paths: list[str], page: Path | None) -> dict[str, Any]:
+    return {
+        "profile": found.profiles[0].model_dump(mode="json"),
+        "path": paths[0],
+        "paths": paths,
+        "study": found.study.study_name,
+        "passes": found.passes,
+        "report": None if page is None else str(page),
+        "trials": [
+            {
+                "number": t.number,
+                "arguments": t.arguments,
+                "samples": len(t.drift),
+                "drift": t.value,
+                "cost": t.cost,
+            }
+            for t in found.tried
+        ],
+    }
+
+
+def _show_found(found: Found, paths: list[str], page: Path | None) -> None:
+    from rich.table import Table
+
+    table = Table(
+        title=f"{len(found.tried)} trials on {found.samples} samples, {found.passes} prefills of a prompt",
+        title_justify="left",
+    )
+    for column in ("", "budget", "drift"):
+        table.add_column(column, justify="left" if not column else "right", overflow="fold")
+    for profile in found.profiles:
+        assert profile.measured is not None
+        own = ", ".join(f"{name}={value}" for name, value in profile.parameters.items())
+        table.add_row(f"{profile.method} {own}", f"{profile.keep:.4g}", f"{profile.measured.drift:.4f}")
+    for name, drift in found.controls.items():
+        table.add_row(f"{name}, before the LLM", f"{found.profiles[0].keep:.4g}", f"{drift.mean():.4f}")
+    out = console()
+    out.print(table)
+    for path in paths:
+        out.print(f"kept for this model; wrap(model, profile={path!r}) takes it anywhere", markup=False)
+    if page is not None:
+        out.print(f"report: {page}", markup=False)
+    out.print(f"study {found.study.study_name}; --resume goes on with it", markup=False)
+
+
+def _quick(
+    model: Any, calls: list[Any], keep: Any, metric: str, budget: str, out: Path | None, as_json: bool
+) -> None:
+    from tokenprune.tune.quick import quick
+
+    profile, trials = quick(model, calls, keep, metric=metric)
+    (path,) = _keep([profile], out)
+    if as_json:
+        rows = [
+            {"setting": t.name(), "samples": len(t.drift), "drift": t.mean if len(t.drift) else None}
+            for t in trials
+        ]
+        print_json({"profile": profile.model_dump(mode="json"), "path": path, "trials": rows})
+        return
+    _show_quick(trials, metric, budget, path)
+
+
+def _show_quick(trials: list[Trial], metric: str, budget: str, path: str) -> None:
     from rich.table import Table
 
     table = Table(

@@ -6,17 +6,19 @@ shorter tensors.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from tokenprune.budget import Cut, Keep
 from tokenprune.errors import ConfigError, TokenPruneError
+from tokenprune.space import Dimension, Point, Setting, Whole
 from tokenprune.tokens import Grid, Selection, State, VisionAttention
 
 
@@ -211,6 +213,16 @@ class Method(ABC):
             return (Cut(published),), f"published for {family}"
         return (Cut(max(1, round(num_layers / 16))),), "L / 16"
 
+    @classmethod
+    def search_space(cls, setting: Setting) -> Mapping[str, Dimension] | None:
+        """What `tokenprune tune` may vary, by name; None: nothing, and the method is left out of searches."""
+        return None
+
+    @classmethod
+    def arguments_at(cls, point: Point, setting: Setting) -> dict[str, Any]:
+        """A point of the search space as arguments of `wrap`, but for the method and the budget."""
+        return dict(point)
+
     def count(self, image: ImageTokens, planned: tuple[int, ...]) -> Tensor:
         """How many tokens an image is to keep after each cut, told before layer 0; only with `Needs.counts`.
 
@@ -298,3 +310,13 @@ class Choice:
     def check(self, name: str, value: object) -> None:
         if value not in self.values:
             raise ConfigError(f"{name} must be one of {', '.join(self.values)}, not {value!r}")
+
+
+def cut_layers(setting: Setting, lowest: int = 1) -> Whole:
+    """Layers at which a single cut can meet an average budget: K / L lies well below it."""
+    keep = setting.keep
+    highest = (
+        setting.num_layers // 2 if isinstance(keep, int) else math.floor(0.8 * keep * setting.num_layers)
+    )
+    highest = max(lowest, min(highest, setting.num_layers - 1))
+    return Whole(lowest, highest, min(max(lowest, setting.default_layer), highest))

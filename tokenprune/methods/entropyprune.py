@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from tokenprune.errors import ConfigError
 from tokenprune.estimators import ESTIMATORS, SpectralEstimator, make_estimator
-from tokenprune.methods.base import Choice, DecoderShape, ImageTokens, Needs, ScoreMethod
+from tokenprune.methods.base import Choice, DecoderShape, ImageTokens, Needs, ScoreMethod, cut_layers
+from tokenprune.space import Dimension, OneOf, Setting
 from tokenprune_kernels.dual_gram_entropy import dual_gram_entropy, reference
 from tokenprune_kernels.dual_gram_entropy.arguments import EIGENVALUE_FLOOR
 
@@ -56,6 +58,15 @@ class EntropyPrune(ScoreMethod):
         NORMALIZATION.check("normalization", self.normalization)
         GRAM.check("gram", self.gram)
         ESTIMATOR.check("estimator", self.estimator)
+
+    @classmethod
+    def search_space(cls, setting: Setting) -> Mapping[str, Dimension]:
+        return {
+            "layer": cut_layers(setting),
+            "source": OneOf(SOURCE.values),
+            "normalization": OneOf(NORMALIZATION.values),
+            "estimator": OneOf(ESTIMATOR.values),
+        }
 
     def needs(self) -> Needs:
         return Needs(states=(self.source,))  # type: ignore[arg-type]  # checked in __post_init__

@@ -9,7 +9,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tokenprune.methods.base import ImageTokens, Needs, ScoreMethod
+from tokenprune.methods.base import ImageTokens, Needs, ScoreMethod, cut_layers
+from tokenprune.space import Dimension, Setting
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,10 @@ class FastV(ScoreMethod):
     min_layer: ClassVar[int] = 1
     reads_text: ClassVar[bool] = True
     published_layers: ClassVar[Mapping[str, int]] = MappingProxyType({"llava": 2})
+
+    @classmethod
+    def search_space(cls, setting: Setting) -> Mapping[str, Dimension]:
+        return {"layer": cut_layers(setting)}
 
     def needs(self) -> Needs:
         return Needs(last_row=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar
 
 import torch
 
-from tokenprune.methods.base import ImageTokens, Method, Needs
+from tokenprune.methods.base import ImageTokens, Method, Needs, cut_layers
+from tokenprune.space import Dimension, Setting
 from tokenprune.tokens import Grid, Selection
 
 
@@ -25,6 +27,10 @@ class Uniform(Method):
 
     def needs(self) -> Needs:
         return Needs()
+
+    @classmethod
+    def search_space(cls, setting: Setting) -> Mapping[str, Dimension]:
+        return {"layer": cut_layers(setting, lowest=0)}
 
     def select(self, image: ImageTokens, k: int) -> Selection:
         ends = list(accumulate(grid.tokens for grid in image.grids))

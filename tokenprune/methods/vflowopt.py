@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from tokenprune.budget import Cut, Keep
 from tokenprune.errors import ConfigError
 from tokenprune.methods.base import ImageTokens, Method, Needs
 from tokenprune.methods.importance import ImportanceMap
 from tokenprune.methods.recycle import Recycle
+from tokenprune.space import Dimension, Point, Real, Setting
 from tokenprune.tokens import Selection
 
 
@@ -80,6 +83,45 @@ class VFlowOpt(Method):
         if self.r2 is None and isinstance(keep, float) and isinstance(first, float):
             second = min(first, max(second, (num_layers * keep - third * first) / rest))
         return tuple(map(Cut, layers, (first, second, None))), "L / 3"
+
+    @classmethod
+    def search_space(cls, setting: Setting) -> Mapping[str, Dimension] | None:
+        """The paper's five numbers: t, alpha, a, and R1 and R2 as `arguments_at` reads them."""
+        if setting.attention_peak is None:
+            return None
+        side = float(min(24, max(2, setting.grid_side)))
+        space: dict[str, Dimension] = {
+            "t": Real(0.0, max(1.0, setting.attention_peak), 0.0),
+            "alpha": Real(-1.0, 1.0, 0.0),
+            "a": Real(0.0, side, min(4.0, side)),
+        }
+        if setting.num_layers >= 3:
+            widest = 2.0 if isinstance(setting.keep, int) else min(2.0, 1 / setting.keep)
+            space |= {"first": Real(1.0, widest, min(1.2, widest)), "second": Real(0.0, 1.0, 0.5)}
+        return space
+
+    @classmethod
+    def arguments_at(cls, point: Point, setting: Setting) -> dict[str, Any]:
+        """Every point is feasible: R3 lies in [0.05 of the budget, 1].
+
+        "first" is R1 in multiples of the budget. "second" is where R1 R2 lies between the least that lets the third cut
+        meet the budget (0: the second and third keep the same) and the most that leaves something to the third (1).
+        Cells below the side of a token recycle nothing.
+        """
+        own: dict[str, Any] = {name: float(point[name]) for name in ("t", "alpha", "a")}
+        own["a"] = own["a"] if own["a"] >= 1 else 0.0
+        if "first" not in point:
+            return own
+        keep, layers = setting.keep, setting.num_layers
+        third = layers // 3
+        first = min(float(point["first"]) * keep, 1.0 if isinstance(keep, float) else math.inf)
+        left = layers * keep - third * first  # for the second and third stage, in layers times shares
+        least = left / (layers - third)
+        most = min(first, (left - 0.05 * keep * (layers - 2 * third)) / third)
+        second = least + float(point["second"]) * (most - least)
+        shares = [round(s) if isinstance(keep, int) else s for s in (first, second)]
+        own["cuts"] = [(0, shares[0]), (third, shares[1]), (2 * third, None)]
+        return own
 
     def select(self, image: ImageTokens, k: int) -> Selection:
         return self.chooser.select(image, k)

@@ -36,7 +36,8 @@ class Runtime(Wrapped):
 
     def __init__(self, model: nn.Module, family: Family, config: PruneConfig) -> None:
         super().__init__(model, family, config)
-        self.taps = Taps(self, TowerTap(self))
+        self.tower = TowerTap(self)
+        self.taps = Taps(self, self.tower)
         self._hooks = (CallHooks(self, self.taps), LayerHooks(self, self.taps), self.taps)
         self._overrides: set[Override] = set()  # in force, in any thread or task
         self._shadows: list[tuple[nn.Module, str]] = []

@@ -25,11 +25,13 @@ class _TowerCall:
         seen: what was caught of it; None once it has been read, or where nobody asks.
         outputs: of the tap's sources so far.
         vision: what the method made of each picture's attention.
+        caught: what that was made of.
     """
 
     seen: VisionCall | None = None
     outputs: dict[nn.Module, Tensor] = field(default_factory=dict)
     vision: list[Tensor] = field(default_factory=list)
+    caught: VisionCall | None = None
 
 
 class _Towers(threading.local):
@@ -102,15 +104,28 @@ class TowerTap:
             return
         tap = self._taps[layer]
         tower.outputs[module] = output
-        if len(tower.outputs) < len(tap.sources):
-            return
+        if len(tower.outputs) == len(tap.sources):
+            outputs = [tower.outputs[source] for source in tap.sources]
+            self._reduce(tower, needs, replace(tower.seen, outputs=outputs))
+
+    def _reduce(self, tower: _TowerCall, needs: Needs, caught: VisionCall) -> None:
         reduce = needs.vision
         assert reduce is not None
-        outputs = [tower.outputs[source] for source in tap.sources]
         with torch.no_grad():
-            for parts in tap.read(replace(tower.seen, outputs=outputs)):
+            for parts in self._taps[needs.vision_layer].read(caught):
                 tower.vision.append(torch.cat([reduce(own) for own in parts]))
-        tower.seen, tower.outputs = None, {}
+        tower.seen, tower.outputs, tower.caught = None, {}, caught
+
+    @property
+    def caught(self) -> VisionCall | None:
+        """What was caught of the tower's call under way in this thread, for a `replay` of the same call."""
+        return None if self._towers.current is None else self._towers.current.caught
+
+    def replay(self, caught: VisionCall) -> None:
+        """Inside a call of the tower whose output is known: what was caught of it then, instead of computing it."""
+        tower, needs = self._towers.current, self._needs()
+        if tower is not None and needs is not None and needs.vision is not None:
+            self._reduce(tower, needs, caught)
 
     def _leave_tower(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         tower, self._towers.current = self._towers.current, None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenprune.analysis.memory import LastState, Memory, last_state
-from tokenprune.api import pruned
+from tokenprune.api import pruned, report
 from tokenprune.errors import ConfigError, TokenPruneError
 
 
@@ -51,9 +53,53 @@ def check_metric(metric: str) -> None:
         raise ConfigError(f"unknown drift {metric!r}; choose one of {', '.join(METRICS)}")
 
 
+@dataclass(frozen=True)
+class BatchDrift:
+    """What one batch of prompts showed.
+
+    Attributes:
+        drift: (B,) what the metric says; NaN counts as the worst there is, 2 for "cosine" and infinity otherwise.
+        seconds: the pruned prefill took, all rows.
+        flops, flops_unpruned: of the decoder's prefill, all rows.
+    """
+
+    drift: NDArray[np.float64]
+    seconds: float
+    flops: int
+    flops_unpruned: int
+
+
+def drifts(
+    model: Any,
+    batches: Iterable[Mapping[str, Any]],
+    arguments: Mapping[str, Any],
+    memory: Memory,
+    metric: str = "cosine",
+) -> Iterator[BatchDrift]:
+    """Drift under a setting, batch by batch: the next is computed when it is asked for.
+
+    The model is wrapped from the first batch on until the iterator ends or is closed. Arguments and errors as for
+    `measure`.
+    """
+    check_metric(metric)
+    worst = 2.0 if metric == "cosine" else float("inf")
+    count = 0
+    with memory.features(model), pruned(model, **arguments):
+        for count, inputs in enumerate(batches, 1):  # noqa: B007
+            whole = memory.reference(model, inputs)
+            start = time.perf_counter()
+            own = last_state(model, inputs)
+            seconds = time.perf_counter() - start
+            told = report(model)
+            found = METRICS[metric](own, whole).nan_to_num(worst)
+            yield BatchDrift(found.numpy(), seconds, told.flops, told.flops_unpruned)
+    if not count:
+        raise TokenPruneError("there are no prompts to measure drift on")
+
+
 def measure(
     model: Any,
-    calls: Sequence[Mapping[str, Any]],
+    calls: Iterable[Mapping[str, Any]],
     arguments: Mapping[str, Any],
     memory: Memory,
     metric: str = "cosine",
@@ -68,18 +114,10 @@ def measure(
         metric: a name of `METRICS`.
 
     Returns:
-        (prompts,) what the metric says; NaN counts as the worst there is, 2 for "cosine" and infinity otherwise.
+        (prompts,), see `BatchDrift.drift`.
 
     Raises:
         ConfigError: a setting that cannot be, or no such metric.
+        TokenPruneError: no prompts.
     """
-    check_metric(metric)
-    found = []
-    with memory.features(model):
-        whole = [memory.reference(model, inputs) for inputs in calls]
-        with pruned(model, **arguments):
-            for inputs, reference in zip(calls, whole, strict=True):
-                found.append(METRICS[metric](last_state(model, inputs), reference))
-    if not found:
-        raise TokenPruneError("there are no prompts to measure drift on")
-    return torch.cat(found).nan_to_num(2.0 if metric == "cosine" else float("inf")).numpy()
+    return np.concatenate([batch.drift for batch in drifts(model, calls, arguments, memory, metric)])

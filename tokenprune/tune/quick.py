@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 from numpy.typing import NDArray
 
 from tokenprune.analysis.memory import Memory, content_digest
 from tokenprune.api import family_of
 from tokenprune.budget import Keep
 from tokenprune.errors import BudgetError, ConfigError, UnsupportedModelError
-from tokenprune.fingerprint import fingerprint
 from tokenprune.models import stock_model
-from tokenprune.profiles.profile import Made, Measured, Profile, ProfileCut
+from tokenprune.profiles.profile import Profile
+from tokenprune.tune.controls import CONTROLS
 from tokenprune.tune.drift import measure
+from tokenprune.tune.making import make_profile
 
 ROUNDS = (4, 8, 16)  # samples; after each round the better half goes on
-CONTROLS = ("random", "uniform")
 
 
 @dataclass
@@ -125,33 +121,17 @@ def _profile(
     model: Any, calls: Sequence[Mapping[str, Any]], keep: Keep, metric: str, ranked: list[Trial]
 ) -> Profile:
     best = ranked[0]
-    parameters = dict(best.arguments)
-    method, layer = parameters.pop("method"), parameters.pop("layer", None)
     controls = {
         name: min(t.mean for t in ranked if t.arguments["method"] == name and t.failed is None)
         for name in CONTROLS
     }
-    return Profile(
-        method=method,
-        parameters=parameters,
-        cuts=() if layer is None else (ProfileCut(layer=layer),),
-        keep=keep,
-        model=fingerprint(model),
-        family=family_of(model).name,
-        made=Made(
-            how="tokenprune tune --quick",
-            data=content_digest(*(dict(inputs) for inputs in calls)),
-            samples=len(calls),
-            sampler="successive halving",
-            trials=sum(t.failed is None for t in ranked),
-            versions={"torch": torch.__version__, "transformers": transformers.__version__},
-            hardware=platform.machine(),
-            date=date.today().isoformat(),
-        ),
-        measured=Measured(
-            metric=metric,
-            drift=best.mean,
-            quantiles={str(q): float(np.percentile(best.drift, q)) for q in (5, 50, 95)},
-            controls=controls,
-        ),
-    ).sealed()
+    made = {
+        "how": "tokenprune tune --quick",
+        "data": content_digest(*(dict(inputs) for inputs in calls)),
+        "samples": len(calls),
+        "sampler": "successive halving",
+        "trials": sum(t.failed is None for t in ranked),
+    }
+    return make_profile(
+        model, {**best.arguments, "keep": keep}, best.drift, metric=metric, controls=controls, made=made
+    )

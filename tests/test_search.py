@@ -1,0 +1,340 @@
+"""The search: every point meets the budget, studies repeat and resume, workers share, nobody loses a trial."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import tiny
+import tokenprune
+from search_worker import ROWS, STUDY
+from tokenprune import ConfigError
+from tokenprune.analysis.memory import Memory
+from tokenprune.budget import Cut, average_kept, plan_counts
+from tokenprune.methods import METHODS, EntropyPrune, VFlowOpt
+from tokenprune.profiles.profile import Profile
+from tokenprune.space import OneOf, Real, Setting, Whole
+from tokenprune.tune import measure
+from tokenprune.tune.search import Found, search
+from tokenprune.tune.space import setting_of
+
+WORKER = Path(__file__).with_name("search_worker.py")
+STATES = optuna.trial.TrialState
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TOKENPRUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny.llava(layers=6)
+
+
+@pytest.fixture(scope="module")
+def calls(model: Any) -> list[Any]:
+    return [tiny.inputs(model, ROWS, seed=seed) for seed in range(6)]
+
+
+@pytest.fixture(scope="module")
+def memory() -> Memory:
+    return Memory()
+
+
+def run(model: Any, calls: list[Any], memory: Memory, **more: Any) -> Found:
+    given = {"keep": 0.4, "methods": ["vflowopt"], "trials": 6, "batch_size": 3, **more}
+    return search(model, calls, given.pop("keep"), memory=memory, **given)
+
+
+# -- the space ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.data(), st.integers(3, 40), st.floats(0.05, 1.0), st.integers(64, 3000))
+def test_every_point_of_vflowopt_meets_the_budget(data: Any, layers: int, keep: float, n: int) -> None:
+    assume(keep * n >= 25)  # else 0.05 of the budget, what the third cut keeps at least, is less than a token
+    setting = Setting(layers, 1, keep, grid_side=24, attention_peak=30.0)
+    space = VFlowOpt.search_space(setting)
+    assert space is not None
+    point = {name: data.draw(st.floats(d.low, d.high)) for name, d in space.items() if isinstance(d, Real)}
+    assert set(point) == set(space)
+    cuts = [Cut(*cut) for cut in VFlowOpt.arguments_at(point, setting)["cuts"]]
+    counts = plan_counts(n, layers, cuts, keep)
+    assert counts == sorted(counts, reverse=True) and counts[-1] >= 1
+    assert average_kept(n, layers, cuts, counts) == pytest.approx(keep * n, abs=1.0)
+
+
+@pytest.mark.parametrize("layers", [6, 16, 28, 32])
+@pytest.mark.parametrize("keep", [0.11, 0.25, 0.5, 60])
+def test_single_cuts_of_a_space_can_meet_the_budget(layers: int, keep: float | int) -> None:
+    setting = Setting(layers, 2, keep, grid_side=24, attention_peak=3.0)
+    for name, cls in METHODS.items():
+        for dimension in (cls.search_space(setting) or {}).values():
+            if isinstance(dimension, Whole):
+                lowest = 1 if keep == 0.11 and layers == 6 else 0
+                assert max(lowest, cls.min_layer) <= dimension.low + 1 and dimension.low <= dimension.default
+                if dimension.high > 1:
+                    plan_counts(576, layers, [Cut(dimension.high)], keep if isinstance(keep, float) else 300)
+        assert name != "random" or cls.search_space(setting) is None
+    sources = EntropyPrune.search_space(setting)["source"]
+    assert isinstance(sources, OneOf) and sources.default == "query"
+
+
+def test_the_space_is_seen_on_the_calls(model: Any, calls: list[Any]) -> None:
+    before = Memory()
+    setting = setting_of(model, calls, 0.4, before)
+    assert (setting.num_layers, setting.grid_side, setting.default_layer) == (6, 5, 2)
+    assert setting.attention_peak is not None and setting.attention_peak > 1
+    assert not tokenprune.is_wrapped(model)
+    found = replace(setting, attention_peak=None)
+    assert VFlowOpt.search_space(found) is None
+
+
+# -- one study ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_is_what_measuring_says_and_becomes_a_profile(
+    model: Any, calls: list[Any], memory: Memory
+) -> None:
+    seen: list[Any] = []
+    found = run(model, calls, memory, trials=12, told=seen.append)
+    assert [p.done for p in seen] == list(range(1, 13)) and seen[-1].left == 0
+    best = found.front[0]
+    assert len(best.drift) == 6 and best.value == min(p.value for p in found.tried)
+    again = measure(model, calls, best.arguments, Memory())
+    np.testing.assert_allclose(best.drift, again, atol=1e-6)
+    (profile,) = found.profiles
+    assert profile.measured is not None and profile.measured.drift == pytest.approx(best.value)
+    assert profile.measured.controls.keys() == {"random", "uniform"}
+    assert profile.made.trials == 12 and profile.made.samples == 6 and profile.made.sampler == "tpe"
+    assert profile.measured.flops and profile.measured.seconds
+    with tokenprune.pruned(model, profile=profile):
+        np.testing.assert_allclose(best.drift, measure_wrapped(model, calls, memory), atol=1e-6)
+    assert found.passes == 6 + sum(len(one.drift) for one in found.tried)
+    assert not tokenprune.is_wrapped(model)
+
+
+def measure_wrapped(model: Any, calls: list[Any], memory: Memory) -> list[float]:
+    from tokenprune.analysis.memory import last_state
+    from tokenprune.tune.drift import cosine
+
+    return [float(cosine(last_state(model, c), memory.reference(model, c))) for c in calls]
+
+
+def test_defaults_come_first_and_are_never_beaten_by_worse(
+    model: Any, calls: list[Any], memory: Memory
+) -> None:
+    found = run(model, calls, memory, methods=None, trials=8)
+    first = [one.arguments["method"] for one in found.tried[:4]]
+    assert sorted(first) == ["entropyprune", "fastv", "uniform", "vflowopt"]
+    assert found.front[0].value <= min(one.value for one in found.tried[:4])
+
+
+def test_what_is_worse_is_stopped_and_never_called_the_best(
+    model: Any, calls: list[Any], memory: Memory
+) -> None:
+    more = [tiny.inputs(model, ROWS, seed=seed) for seed in range(6, 24)]
+    found = run(model, calls + more, memory, methods=None, trials=24, batch_size=4)
+    stopped = [one for one in found.tried if len(one.drift) < 24]
+    assert stopped and all(one.value >= found.front[0].value for one in stopped)
+    whole = run(model, calls + more, memory, methods=None, trials=24, batch_size=4, stop_early=False)
+    assert all(len(one.drift) == 24 for one in whole.tried) and whole.passes > found.passes
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes", "nsga2", "random"])
+def test_a_seed_repeats_its_trials(model: Any, calls: list[Any], memory: Memory, sampler: str) -> None:
+    trials = 8 if sampler == "gp" else 14
+    runs = [
+        [one.arguments for one in run(model, calls, memory, sampler=sampler, seed=seed, trials=trials).tried]
+        for seed in (3, 3, 4)
+    ]
+    assert runs[0] == runs[1] != runs[2]
+    assert len({str(arguments) for arguments in runs[0]}) == trials
+
+
+def test_drift_against_cost_has_a_front(model: Any, calls: list[Any], memory: Memory) -> None:
+    for cost, sampler in (("flops", "nsga2"), ("latency", "tpe")):
+        found = run(model, calls, memory, keep=(0.2, 0.8), cost=cost, sampler=sampler, trials=10)
+        points = [(one.value, one.cost) for one in found.front]
+        assert points == sorted(points) and len(found.profiles) == len(points) >= 1
+        every = [(one.value, one.cost) for one in found.tried]
+        assert not any(a <= v and b <= c and (a, b) != (v, c) for v, c in points for a, b in every)
+        assert all(isinstance(p, Profile) and 0.2 <= p.keep <= 0.8 for p in found.profiles)
+
+
+def test_a_finite_space_ends(model: Any, calls: list[Any], memory: Memory) -> None:
+    found = run(model, calls, memory, methods=["fastv"], trials=100)
+    layers = [one.arguments["layer"] for one in found.tried]
+    assert len(layers) == len(set(layers)) < 7
+
+
+def test_what_cannot_be_is_refused_before_anything_runs(model: Any, calls: list[Any], memory: Memory) -> None:
+    for more, message in (
+        ({"metric": "l3"}, "unknown drift"),
+        ({"sampler": "grid"}, "unknown sampler 'grid'; choose one of tpe"),
+        ({"sampler": "cmaes", "cost": "flops", "keep": (0.2, 0.5)}, "takes one objective"),
+        ({"cost": "flops"}, "go together"),
+        ({"keep": (0.5, 0.2), "cost": "flops"}, "the lower first"),
+        ({"trials": 0}, "at least 1"),
+        ({"methods": ["fastvv"]}, "unknown method 'fastvv'"),
+        ({"methods": ["random"]}, "'random' has nothing to search"),
+        ({"storage": "nowhere://x"}, "cannot open the storage"),
+        ({"storage": "postgresql://u@localhost/x"}, "cannot open the storage"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run(model, calls, memory, **more)
+    with pytest.raises(ConfigError, match="no samples"):
+        run(model, [], memory)
+    with pytest.raises(ConfigError, match="nothing here can meet the budget"):
+        run(model, calls, memory, methods=["fastv"], keep=0.05)
+    assert not tokenprune.is_wrapped(model)
+
+
+def test_an_interrupt_leaves_the_model_as_it_was(model: Any, calls: list[Any], memory: Memory) -> None:
+    def interrupt(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, calls, memory, told=interrupt)
+    assert not tokenprune.is_wrapped(model)
+
+
+def test_the_report_shows_what_was_found(
+    model: Any, calls: list[Any], memory: Memory, tmp_path: Path
+) -> None:
+    from tokenprune.tune.report import write_report
+
+    for name, more in (
+        ("one", {"trials": 12}),
+        ("front", {"keep": (0.2, 0.8), "cost": "flops"}),
+        ("few", {"trials": 1}),
+    ):
+        found = run(model, calls, memory, **more)
+        page = write_report(found, tmp_path / name)
+        text = page.read_text()
+        assert f"{found.front[0].drift.mean():.4g}" in text and "random" in text and "report.png" in text
+        assert (tmp_path / name / "report.png").stat().st_size > 10_000
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot write the report"):
+        write_report(found, tmp_path / "file")
+
+
+# -- storages ----------------------------------------------------------------------------------------------------------
+
+
+def storages(folder: Path) -> dict[str, str]:
+    return {
+        "sqlite": f"sqlite:///{folder / 'deep' / 'study.db'}",
+        "journal": f"journal:{folder / 'study.log'}",
+    }
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "journal"])
+def test_a_study_is_gone_on_with(
+    model: Any, calls: list[Any], memory: Memory, tmp_path: Path, kind: str
+) -> None:
+    more = {"storage": storages(tmp_path)[kind], "study": STUDY}
+    first = run(model, calls, memory, trials=5, **more)
+    assert [one.arguments for one in first.tried] == [
+        one.arguments for one in run(model, calls, memory, trials=5).tried
+    ]
+    with pytest.raises(ConfigError, match="there is a study 'shared' already"):
+        run(model, calls, memory, **more)
+    for wrong, message in (({"metric": "kl"}, "another metric"), ({"keep": 0.5}, "another keep;")):
+        with pytest.raises(ConfigError, match=message):
+            run(model, calls, memory, resume=True, **wrong, **more)
+    with pytest.raises(ConfigError, match="another data"):
+        run(model, [*calls[1:], calls[0]], memory, resume=True, **more)
+    second = run(model, calls, memory, trials=12, resume=True, **more)
+    numbers = [one.number for one in second.tried]
+    assert len(numbers) == 12 and numbers == sorted(set(numbers))
+    assert [one.arguments for one in second.tried[:5]] == [one.arguments for one in first.tried]
+    assert len({str(one.arguments) for one in second.tried}) == 12
+    done = run(model, calls, memory, trials=12, resume=True, **more)
+    assert [one.value for one in done.tried] == [one.value for one in second.tried]
+
+
+def test_the_cache_is_the_default_of_the_command_line(
+    model: Any, calls: list[Any], memory: Memory, cache: Path
+) -> None:
+    found = run(model, calls, memory, trials=2, storage="cache")
+    assert [path.stem for path in (cache / "studies").iterdir()] == [found.study.study_name]
+
+
+def start(storage: str, trials: int, worker: int, seed: int = 0) -> subprocess.Popen[bytes]:
+    arguments = [sys.executable, str(WORKER), storage, str(trials), str(seed), str(worker)]
+    root = WORKER.parents[1]
+    paths = [str(root / part) for part in ("tests", ".", "kernels")]
+    return subprocess.Popen(
+        arguments,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )
+
+
+def finished(storage: str) -> list[Any]:
+    from tokenprune.tune.studies import open_storage
+
+    study = optuna.load_study(study_name=STUDY, storage=open_storage(storage, 1))
+    return [t for t in study.get_trials() if t.state == STATES.COMPLETE]
+
+
+def count(storage: str) -> int:
+    """Finished trials, without optuna's own look at the database, which takes as long as a trial."""
+    try:
+        with sqlite3.connect(storage.removeprefix("sqlite:///")) as database:
+            return database.execute("select count(*) from trials where state = 'COMPLETE'").fetchone()[0]
+    except sqlite3.OperationalError:
+        return 0  # not made yet
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "workers"), [("sqlite", (0, 1)), ("journal", (0, 1)), ("sqlite", (0, 0))])
+def test_workers_share_a_study(tmp_path: Path, kind: str, workers: tuple[int, int]) -> None:
+    storage = storages(tmp_path)[kind]
+    running = [start(storage, 12, worker) for worker in workers]
+    for process in running:
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors.decode()
+    trials = finished(storage)
+    assert 12 <= len(trials) <= 13  # each may finish one more
+    assert len({str(t.params) for t in trials}) == len(trials)
+
+
+@pytest.mark.slow
+def test_a_killed_study_loses_the_running_trial_at_most(tmp_path: Path) -> None:
+    storage, rng = storages(tmp_path)["sqlite"], random.Random(0)
+    before: list[Any] = []
+    for _ in range(2):
+        process = start(storage, 1000, 0)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and count(storage) <= len(before) + 2:
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0.0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        after = finished(storage)
+        assert [t.params for t in after[: len(before)]] == [t.params for t in before]
+        assert all(len(t.user_attrs["tried"]["drift"]) for t in after)
+        before = after
+    process = start(storage, len(before) + 5, 0)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors.decode()
+    trials = finished(storage)
+    assert len(trials) == len(before) + 5 and len({str(t.params) for t in trials}) == len(trials)

@@ -1,0 +1,103 @@
+"""`tokenprune drift`: how far a profile moves a model's last state on somebody's pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tokenprune.cli.loading import load_model
+from tokenprune.cli.options import (
+    DataOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    MetricOption,
+    ModelArgument,
+)
+from tokenprune.cli.shell import InputError, console, print_json
+
+
+def drift(
+    model: ModelArgument,
+    data: DataOption,
+    profile: Annotated[
+        Path | None,
+        typer.Option("--profile", metavar="JSON", help="[default: the one known for the model and budget]"),
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option("--keep", metavar="25%|0.25|192", help="[default: the profile's]")
+    ] = None,
+    method: Annotated[str, typer.Option("--method", help="A method instead of a profile.")] = "auto",
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Images.")] = 32,
+    metric: MetricOption = "cosine",
+    worst: Annotated[int, typer.Option("--worst", min=0, help="Cases of largest drift to show.")] = 3,
+    pictures: Annotated[
+        Path | None,
+        typer.Option("--pictures", metavar="FOLDER", help="Draw what was kept in the worst cases there."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts per forward.")] = 8,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the samples drawn.")] = 0,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure drift on images without labels, with random and an even grid at the same budget beside it."""
+    from tokenprune.analysis.calibration import calibration_calls, load_calibration
+    from tokenprune.arguments import read_keep
+    from tokenprune.profiles.profile import Profile
+    from tokenprune.tune.drift import check_metric
+    from tokenprune.tune.inspect import inspect_drift
+
+    check_metric(metric)
+    loaded_profile = None if profile is None else Profile.load(profile)
+    if loaded_profile is not None and method != "auto":
+        raise InputError("give --profile or --method, not both")
+    budget = read_keep(keep) if keep is not None else loaded_profile and loaded_profile.keep
+    if budget is None:
+        raise InputError("say how much to keep, for example --keep 25%, or give a --profile")
+    if pictures is not None and not pictures.parent.is_dir():
+        raise InputError(f"there is no folder {str(pictures.parent)!r}; make it first")
+    arguments: dict[str, Any] = {"method": method} if loaded_profile is None else {"profile": loaded_profile}
+    drawn = load_calibration(data, samples, seed=seed)
+    loaded, processor = load_model(model, dtype.value, device)
+    calls = list(calibration_calls(processor, drawn, loaded.device))
+    found = inspect_drift(loaded, calls, {**arguments, "keep": budget}, metric=metric, batch_size=batch_size)
+    cases: list[dict[str, Any]] = []
+    for number in found.worst(worst):
+        case: dict[str, Any] = {
+            "sample": number,
+            "drift": float(found.drift[number]),
+            "prompt": drawn[number].prompt,
+        }
+        if pictures is not None:
+            from tokenprune.images import as_seen
+
+            pictures.mkdir(exist_ok=True)
+            seen = [as_seen(processor.image_processor, image) for image in drawn[number].images]
+            case["picture"] = str(pictures / f"{number:04d}.png")
+            found.draw(loaded, calls[number], seen).save(case["picture"])
+        cases.append(case)
+    if as_json:
+        print_json(
+            {"method": found.method, "keep": budget, "metric": metric, **found.to_dict(), "worst": cases}
+        )
+        return
+    _show(found, f"{metric} drift of {len(calls)} prompts at {budget}", cases)
+
+
+def _show(found: Any, title: str, cases: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in ("", "mean", "median", "95 %", "worst"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, spread in found.spreads().items():
+        table.add_row(name, *(f"{value:.4f}" for value in spread.values()))
+    out = console()
+    out.print(table)
+    for case in cases:
+        where = f"  {case['picture']}" if "picture" in case else ""
+        out.print(f"{case['drift']:.4f}  sample {case['sample']}: {case['prompt'][:80]}{where}", markup=False)

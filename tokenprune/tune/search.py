@@ -1,0 +1,356 @@
+"""The full search: Optuna over the methods' search spaces, drift as the objective, in studies that outlive a kill."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from optuna.trial import TrialState
+
+from tokenprune.analysis.batches import batched
+from tokenprune.analysis.memory import Memory, content_digest
+from tokenprune.budget import Keep
+from tokenprune.errors import BudgetError, ConfigError, UnsupportedModelError
+from tokenprune.fingerprint import fingerprint
+from tokenprune.profiles.profile import Profile
+from tokenprune.tune.controls import control_drifts
+from tokenprune.tune.drift import BatchDrift, check_metric, drifts
+from tokenprune.tune.making import make_profile
+from tokenprune.tune.samplers import check_sampler, make_sampler
+from tokenprune.tune.space import Range, Space, setting_of
+from tokenprune.tune.studies import cached_storage, open_storage, open_study
+
+Cost = Literal["flops", "latency"]
+_TRIED = "tried"  # a trial's attribute: what was measured
+_IN_VAIN = 50  # trials in a row that were known or impossible end a search
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A setting that was measured.
+
+    Attributes:
+        number: of the trial.
+        arguments: of `wrap`.
+        drift: (samples,) as far as it was measured.
+        value: mean drift; of a trial that was stopped early, what was to be expected.
+        cost: FLOPs of the prefill as a share of the unpruned one's, or seconds per prompt; None where not searched.
+        flops, seconds: of a prompt's prefill, mean.
+    """
+
+    number: int
+    arguments: dict[str, Any]
+    drift: NDArray[np.float64]
+    value: float
+    cost: float | None
+    flops: float
+    seconds: float
+
+    @classmethod
+    def of(cls, trial: Any) -> Tried:
+        held = trial.user_attrs[_TRIED]
+        return cls(
+            trial.number,
+            json.loads(json.dumps(held["arguments"])),  # as a storage gives it back, from every storage
+            np.asarray(held["drift"]),
+            trial.values[0],
+            trial.values[1] if len(trial.values) > 1 else None,
+            held["flops"],
+            held["seconds"],
+        )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search has found.
+
+    Attributes:
+        profiles: of the best setting, or of the Pareto front, the least drift first.
+        tried: every finished trial, in order.
+        front: those on the Pareto front, as in `profiles`; the best alone where drift was the only objective.
+        controls: drift of each sample, by control, at the budget of the first profile.
+        samples: prompts.
+        passes: prefills of a prompt that this study cost, references included.
+        study: Optuna's own.
+    """
+
+    profiles: list[Profile]
+    tried: list[Tried]
+    front: list[Tried]
+    controls: dict[str, NDArray[np.float64]]
+    samples: int
+    passes: int
+    study: Any
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a search is: trials done and asked for, the least drift so far, seconds passed and to come."""
+
+    done: int
+    trials: int
+    best: float
+    seconds: float
+    left: float
+
+
+def search(
+    model: Any,
+    calls: Sequence[Mapping[str, Any]],
+    keep: Keep | Range,
+    *,
+    methods: Sequence[str] | None = None,
+    metric: str = "cosine",
+    cost: Cost | None = None,
+    sampler: str = "tpe",
+    trials: int = 100,
+    seed: int = 0,
+    worker: int = 0,
+    batch_size: int = 8,
+    stop_early: bool = True,
+    storage: str | None = None,
+    study: str | None = None,
+    resume: bool = False,
+    heartbeat: int = 30,
+    memory: Memory | None = None,
+    told: Callable[[Progress], None] | None = None,
+) -> Found:
+    """Search the methods' parameters and cuts for the least drift of the last prompt position.
+
+    References and the vision tower are computed once per sample; a trial is stopped as soon as it is worse than the
+    best one on the samples seen so far (Wilcoxon signed-rank test, p < 0.1). Every point of the space meets the
+    budget. The methods' defaults are tried first.
+
+    Source: VFlowOpt, arXiv 2508.05211, section 3.4, whose release recomputes everything at every trial.
+
+    Args:
+        model: stock, not wrapped.
+        calls: inputs of one prompt each; no answers are needed. 30 are enough (the paper's number).
+        keep: the budget, an average over layers; with `cost` a range (low, high) that is searched too.
+        methods: which to search; None: all that have a search space.
+        metric: of drift, see `METRICS`.
+        cost: a second objective: "flops" (share of the unpruned prefill's) or "latency" (seconds of a prompt's).
+        sampler: a name of `SAMPLERS`.
+        trials: finished ones that the study shall have in all.
+        seed: the sampler's follows from it, the trials in the storage, and `worker`.
+        worker: number of this process among those that share a study.
+        batch_size: prompts per forward.
+        stop_early: whether trials are stopped that are worse; never with `cost`.
+        storage: see `open_storage`; "cache": an SQLite file in the user's cache folder.
+        study: its name; None: made of what is asked.
+        resume: go on with a study of that name.
+        heartbeat: see `open_storage`.
+        memory: to share with other searches on the same model.
+        told: called after every trial.
+
+    Returns:
+        Profiles and what they were chosen from.
+
+    Raises:
+        ConfigError: a wrong argument, before anything is computed; a budget that nothing can meet.
+    """
+    _check(keep, calls, metric, cost, sampler, trials)
+    memory = memory or Memory()
+    low = keep[0] if isinstance(keep, tuple) else keep
+    space = Space.of(setting_of(model, calls, low, memory), methods, keep)
+    asked = {
+        "model": fingerprint(model),
+        "data": content_digest(*(dict(call) for call in calls)),
+        "samples": len(calls),
+        "keep": keep,
+        "metric": metric,
+        "cost": cost,
+        "methods": space.describe(),
+    }
+    name = study or f"tokenprune-{content_digest(asked)[:16]}"
+    with _quietly():
+        held = open_storage(cached_storage(name) if storage == "cache" else storage, heartbeat)
+        opened = open_study(name, asked, ["minimize"] * (1 + (cost is not None)), held, resume)
+        known = len(opened.get_trials(deepcopy=False))
+        opened.sampler = make_sampler(sampler, seed, known, worker, space.defaults())
+        opened.pruner = optuna.pruners.WilcoxonPruner(p_threshold=0.1, n_startup_steps=2)
+        batches = list(batched(calls, batch_size))
+        objective = _Objective(model, batches, space, metric, cost, memory, stop_early and cost is None)
+        _run(opened, objective, trials, told)
+        return _found(model, opened, objective, asked, sampler, seed)
+
+
+def _check(
+    keep: Keep | Range,
+    calls: Sequence[Mapping[str, Any]],
+    metric: str,
+    cost: Cost | None,
+    sampler: str,
+    trials: int,
+) -> None:
+    check_metric(metric)
+    check_sampler(sampler, 1 + (cost is not None))
+    if isinstance(keep, tuple) != (cost is not None):
+        raise ConfigError("a range of budgets and a cost go together: the front says what each budget costs")
+    if isinstance(keep, tuple) and not 0 < keep[0] < keep[1] <= 1:
+        raise ConfigError(f"a range of budgets is two fractions, the lower first, not {keep}")
+    if not calls:
+        raise ConfigError("there are no samples to search on")
+    if trials < 1:
+        raise ConfigError(f"trials must be at least 1, not {trials}")
+
+
+class _Objective:
+    """Drift (and cost) of a trial's setting."""
+
+    def __init__(
+        self,
+        model: Any,
+        batches: Sequence[Mapping[str, Any]],
+        space: Space,
+        metric: str,
+        cost: Cost | None,
+        memory: Memory,
+        stop_early: bool,
+    ) -> None:
+        self.model, self.batches, self.space, self.metric = model, batches, space, metric
+        self.cost, self.memory, self.stop_early = cost, memory, stop_early
+
+    def __call__(self, trial: Any) -> float | tuple[float, float]:
+        arguments = self.space.ask(trial)
+        _refuse_known(trial)
+        seen: list[BatchDrift] = []
+        stopped = False
+        try:
+            for batch in drifts(self.model, self.batches, arguments, self.memory, self.metric):
+                seen.append(batch)
+                if self.stop_early and self._is_worse(trial, seen) and len(seen) < len(self.batches):
+                    stopped = True
+                    break
+        except (BudgetError, ConfigError, UnsupportedModelError) as error:
+            trial.set_user_attr("refused", str(error))
+            raise optuna.TrialPruned(str(error)) from None
+        _refuse_known(trial)  # where another worker was not done writing down what it tries
+        drift = np.concatenate([batch.drift for batch in seen])
+        flops, unpruned = sum(b.flops for b in seen), sum(b.flops_unpruned for b in seen)
+        seconds = statistics.median(b.seconds / len(b.drift) for b in seen)
+        trial.set_user_attr(
+            _TRIED,
+            {
+                "arguments": arguments,
+                "drift": drift.tolist(),
+                "flops": flops / len(drift),
+                "seconds": seconds,
+            },
+        )
+        if self.cost is not None:
+            return float(drift.mean()), flops / unpruned if self.cost == "flops" else seconds
+        return self._expected(trial, drift) if stopped else float(drift.mean())
+
+    def _is_worse(self, trial: Any, seen: Sequence[BatchDrift]) -> bool:
+        start = sum(len(batch.drift) for batch in seen[:-1])
+        for step, value in enumerate(seen[-1].drift, start):
+            trial.report(float(value), step)
+        return trial.should_prune()
+
+    def _expected(self, trial: Any, drift: NDArray[np.float64]) -> float:
+        """Of a trial that was stopped: the best one's drift, and how much worse this one was on the same samples.
+
+        A mean over the few samples it has seen would flatter it where those are easy ones.
+        """
+        best = np.asarray(trial.study.best_trial.user_attrs[_TRIED]["drift"])
+        return float(best.mean() + max(0.0, (drift - best[: len(drift)]).mean()))
+
+
+def _refuse_known(trial: Any) -> None:
+    """Give a trial up where an earlier one has, or is measuring, the same parameters."""
+    known = trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING))
+    if any(other.number < trial.number and other.params == trial.params for other in known):
+        trial.study.sampler.reseed_rng()  # another worker may have the same numbers
+        raise optuna.TrialPruned("these parameters were tried already")
+
+
+def _run(study: Any, objective: _Objective, trials: int, told: Callable[[Progress], None] | None) -> None:
+    start, before, in_vain = time.monotonic(), len(_finished(study)), 0
+
+    def after(study: Any, trial: Any) -> None:
+        nonlocal in_vain
+        in_vain = in_vain + 1 if trial.state == TrialState.PRUNED else 0
+        finished = _finished(study)
+        if len(finished) >= trials or in_vain >= _IN_VAIN:
+            study.stop()
+        if told is not None and finished:
+            seconds, done = time.monotonic() - start, len(finished)
+            left = seconds / max(1, done - before) * max(0, trials - done)
+            told(Progress(done, trials, min(t.values[0] for t in finished), seconds, left))
+
+    if before < trials:
+        study.optimize(objective, n_trials=None, callbacks=[after])
+    if not _finished(study):
+        refused = [t.user_attrs["refused"] for t in study.get_trials() if "refused" in t.user_attrs]
+        raise ConfigError(
+            f"nothing here can meet the budget: {refused[0] if refused else 'no trial finished'}"
+        )
+
+
+def _finished(study: Any) -> list[Any]:
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def _found(
+    model: Any, study: Any, objective: _Objective, asked: Mapping[str, Any], sampler: str, seed: int
+) -> Found:
+    tried = [Tried.of(trial) for trial in _finished(study)]
+    whole = [one for one in tried if len(one.drift) == asked["samples"]]
+    if objective.cost is None:
+        front = [min(whole, key=lambda one: one.value)]
+    else:
+        on_it = {trial.number for trial in study.best_trials}
+        front = sorted((one for one in whole if one.number in on_it), key=lambda one: one.value)
+    made = {
+        "how": "tokenprune tune",
+        "data": asked["data"],
+        "samples": asked["samples"],
+        "sampler": sampler,
+        "seed": seed,
+        "trials": len(tried),
+    }
+    profiles: list[Profile] = []
+    shown: dict[str, NDArray[np.float64]] = {}
+    for keep, group in groupby(front, key=lambda one: one.arguments["keep"]):
+        controls = control_drifts(model, objective.batches, keep, objective.memory, objective.metric)
+        shown = shown or controls
+        profiles += [
+            make_profile(
+                model,
+                one.arguments,
+                one.drift,
+                metric=objective.metric,
+                controls={name: float(drift.mean()) for name, drift in controls.items()},
+                made=made,
+                flops=one.flops,
+                seconds=one.seconds,
+            )
+            for one in group
+        ]
+    passes = asked["samples"] + sum(len(one.drift) for one in tried)
+    return Found(profiles, tried, front, shown, asked["samples"], passes, study)
+
+
+@contextmanager
+def _quietly() -> Any:
+    """Optuna's own lines on stderr are not ours; errors are raised anyway."""
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            warnings.filterwarnings("ignore", module="optuna")
+            yield
+    finally:
+        optuna.logging.set_verbosity(level)

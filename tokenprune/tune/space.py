@@ -1,0 +1,145 @@
+"""The search space of a model and budget: what its methods declare, as Optuna asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenprune.analysis.memory import Memory
+from tokenprune.api import family_of, pruned, report
+from tokenprune.budget import Keep
+from tokenprune.errors import ConfigError, UnsupportedModelError
+from tokenprune.methods import METHODS
+from tokenprune.methods.base import ImageTokens, Method, Needs
+from tokenprune.models import stock_model
+from tokenprune.space import Dimension, OneOf, Point, Real, Setting, Whole
+from tokenprune.tokens import Selection, VisionAttention
+
+_PICTURES = 8  # calls that are looked at
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class _Peaks(Method):
+    """Keeps everything, and notes how peaked the tower's attention is."""
+
+    peaks: list[float] = field(default_factory=list)
+    cls: list[bool] = field(default_factory=list)
+
+    name = "peaks"
+
+    def needs(self) -> Needs:
+        return Needs(vision=self._note)
+
+    def _note(self, attention: VisionAttention) -> Tensor:
+        received = attention.received()
+        self.peaks.append(float(received.max() / received.mean()))
+        self.cls.append(attention.has_cls)
+        return received
+
+    def select(self, image: ImageTokens, k: int) -> Selection:
+        raise NotImplementedError("a budget of 1.0 asks for none")
+
+
+def setting_of(model: Any, calls: Iterable[Mapping[str, Any]], keep: Keep, memory: Memory) -> Setting:
+    """What search spaces depend on, seen on a few calls of the model (stock, not wrapped)."""
+    inner, family = stock_model(model), family_of(model)
+    layers = len(family.layers(inner))
+    probe, side, looked = _Peaks(), 1, True
+    for inputs in islice(calls, _PICTURES):
+        arguments: dict[str, Any] = {"method": probe} if looked else {"method": "random"}
+        with memory.features(model), torch.inference_mode():
+            try:
+                side = max(side, _longest(model, inputs, arguments))
+            except UnsupportedModelError:  # a tower that cannot be looked into
+                looked = False
+                side = max(side, _longest(model, inputs, {"method": "random"}))
+    return Setting(
+        num_layers=layers,
+        default_layer=METHODS["uniform"]().default_cuts(family.name, layers)[0][0].layer,
+        keep=keep,
+        grid_side=side,
+        attention_peak=float(np.quantile(probe.peaks, 0.99)) if probe.peaks else None,
+        has_cls=any(probe.cls),
+    )
+
+
+def _longest(model: Any, inputs: Mapping[str, Any], arguments: dict[str, Any]) -> int:
+    with pruned(model, **arguments, keep=1.0, layer=0):
+        stock_model(model)(**inputs, use_cache=False, logits_to_keep=1)
+        grids = [grid for image in report(model).images for grid in image.grids]
+    return max((max(height, width) for _, height, width in grids), default=1)
+
+
+@dataclass(frozen=True)
+class Space:
+    """Methods with their dimensions, and the budget where it is searched too.
+
+    Attributes:
+        setting: of the model, at the least budget.
+        methods: each method's dimensions by name.
+        keep: the budget, or the range it is searched in.
+    """
+
+    setting: Setting
+    methods: Mapping[str, Mapping[str, Dimension]]
+    keep: Keep | Range
+
+    @classmethod
+    def of(cls, setting: Setting, methods: Sequence[str] | None, keep: Keep | Range) -> Space:
+        """The space of the methods named, or of all that have one.
+
+        Raises:
+            ConfigError: a method that is none, or has nothing to search here.
+        """
+        unknown = [name for name in methods or () if name not in METHODS]
+        if unknown:
+            raise ConfigError(f"unknown method {unknown[0]!r}; choose from {', '.join(sorted(METHODS))}")
+        found = {
+            name: space
+            for name, own in METHODS.items()
+            if methods is None or name in methods
+            if (space := own.search_space(setting)) is not None
+        }
+        missing = [name for name in methods or () if name not in found]
+        if missing:
+            raise ConfigError(f"method {missing[0]!r} has nothing to search on this model; leave it out")
+        return cls(setting, found, keep)
+
+    def ask(self, trial: Any) -> dict[str, Any]:
+        """A point of the space as arguments of `wrap`, asked of an Optuna trial."""
+        names = list(self.methods)
+        method = names[0] if len(names) == 1 else trial.suggest_categorical("method", names)
+        point = {name: _suggest(trial, f"{method}.{name}", d) for name, d in self.methods[method].items()}
+        keep = trial.suggest_float("keep", *self.keep) if isinstance(self.keep, tuple) else self.keep
+        own = METHODS[method].arguments_at(point, replace(self.setting, keep=keep))
+        return {"method": method, "keep": keep, **own}
+
+    def defaults(self) -> list[Point]:
+        """Each method's default, as a point of the study."""
+        points = []
+        for method, space in self.methods.items():
+            point: Point = {"method": method} if len(self.methods) > 1 else {}
+            points.append(
+                point | {f"{method}.{name}": dimension.default for name, dimension in space.items()}
+            )
+        return points
+
+    def describe(self) -> dict[str, Any]:
+        """What a study is about, as plain types."""
+        return {method: {n: repr(d) for n, d in space.items()} for method, space in self.methods.items()}
+
+
+def _suggest(trial: Any, name: str, dimension: Dimension) -> Any:
+    if isinstance(dimension, OneOf):
+        return trial.suggest_categorical(name, dimension.values)
+    if isinstance(dimension, Whole):
+        return trial.suggest_int(name, dimension.low, dimension.high)
+    assert isinstance(dimension, Real)
+    return trial.suggest_float(name, dimension.low, dimension.high)
