@@ -18,18 +18,23 @@ from tokenprune.methods import (
     Grid,
     ImageTokens,
     ImportanceMap,
+    Random,
     Recycle,
+    Spread,
     VFlowOpt,
     VisionAttention,
 )
 from tokenprune.methods.importance import FALLBACK, grey_entropy
-from tokenprune.methods.recycle import ENLARGED, cells, recycle
+from tokenprune.methods.recycle import ENLARGED, cells, recycle, retrieve
+from tokenprune.methods.uniform import even_tokens
+from tokenprune.tokens import Selection
 
 RAGGED = (["text:5", "image", "text:3", "image", "text:4"], ["text:7"], ["text:1", "image", "text:2"])
 BUDGETS: list[dict[str, Any]] = [
     {"keep": 0.5},
     {"keep": 0.3, "r1": 0.4, "r2": 0.8},
-    {"keep": 0.5, "a": 2, "protect_recycled": True},
+    {"keep": 0.5, "recycling": "cells", "even": 0.0, "a": 2, "protect_recycled": True},
+    {"keep": 0.4, "recycling": "none", "even": 1.0},
 ]
 
 
@@ -186,6 +191,65 @@ def test_cells_grow_until_they_fit() -> None:
     assert cells((Grid(9, 2, 2),), 36, 4, 2.0) == ((0,) * 36, True)  # more frames than tokens
 
 
+def test_retrieval_is_the_reference() -> None:
+    """softmax(beta cos) of each dropped token over the two kept ones most like it; the mean of what is taken up."""
+    rng = np.random.default_rng(0)
+    for n, k, beta in ((20, 7, 100.0), (30, 1, 5.0), (9, 8, 0.0)):
+        x = rng.normal(size=(n, 6))
+        keep = np.sort(rng.permutation(n)[:k])
+        image = ImageTokens(
+            n=n, raster=torch.arange(n), grids=(Grid(1, 1, n),), features=torch.tensor(x, dtype=torch.float32)
+        )
+        found = retrieve(image, Selection(torch.tensor(keep)), beta, size_term=True)
+        unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+        mass, total = dict.fromkeys(keep.tolist(), 1.0), {j: x[j].copy() for j in keep.tolist()}
+        for j in sorted(set(range(n)) - set(keep.tolist())):
+            near = sorted(keep.tolist(), key=lambda i: -float(unit[i] @ unit[j]))[:2]
+            share = np.exp([beta * float(unit[i] @ unit[j] - unit[near[0]] @ unit[j]) for i in near])
+            for i, p in zip(near, share / share.sum(), strict=True):
+                mass[i] += p
+                total[i] += p * x[j]
+        assert found.merges is not None and found.weights is not None and found.bias is not None
+        merged = np.zeros((n, 6))
+        for (source, slot), weight in zip(found.merges.tolist(), found.weights.tolist(), strict=True):
+            merged[slot] += weight * x[source]
+        for place, j in enumerate(keep.tolist()):
+            np.testing.assert_allclose(merged[j], total[j] / mass[j], atol=1e-5)
+            assert float(found.bias[place]) == pytest.approx(math.log(mass[j]), abs=1e-5)
+
+
+@pytest.mark.parametrize("grids", [(Grid(1, 12, 12),), (Grid(1, 3, 3), Grid(1, 5, 8)), (Grid(4, 3, 4),)])
+def test_spread_keeps_an_even_grid_and_the_best_of_the_others(grids: Any) -> None:
+    n = sum(g.tokens for g in grids)
+    score = torch.randn(n, generator=torch.Generator().manual_seed(0))
+
+    class Given(ImportanceMap):
+        def score(self, image: ImageTokens) -> Tensor:
+            return score[image.raster]
+
+    for share in (0.0, 0.3, 0.5, 1.0):
+        method = Spread(Given(), share)
+        for k in (1, 5, n // 2, n - 1):
+            grid = set(even_tokens(grids, round(share * k)))
+            others = sorted(set(range(n)) - grid, key=lambda j: -float(score[j]))
+            wanted = sorted(grid | set(others[: k - len(grid)]))
+            image = ImageTokens(n=n, raster=torch.arange(n), grids=grids, vision=torch.zeros(n, 2))
+            assert method.select(image, k).keep.tolist() == wanted
+            left = torch.tensor(
+                wanted
+            )  # at a later cut: what of the smaller grid is still there, then the best
+            later = ImageTokens(n=k, raster=left, grids=grids, cut=1, vision=torch.zeros(k, 2))
+            if k > 2:
+                grid = set(even_tokens(grids, round(share * (k - 2)))) & set(wanted)
+                others = sorted(set(wanted) - grid, key=lambda j: -float(score[j]))
+                kept = sorted(grid | set(others[: k - 2 - len(grid)]))
+                assert left[method.select(later, k - 2).keep].tolist() == kept
+    with pytest.raises(tokenprune.ConfigError, match="from 0 to 1, not 2"):
+        Spread(Random(), 2)
+    with pytest.raises(tokenprune.ConfigError, match="scores tokens"):
+        Spread(tokenprune.methods.Uniform())  # type: ignore[arg-type]
+
+
 # -- the method --------------------------------------------------------------------------------------------------------
 
 
@@ -200,10 +264,11 @@ def test_it_is_judged_and_keeps_its_budget(name: str, arguments: dict[str, Any])
         report = tokenprune.report(model)
         model(**tiny.inputs(model, [["text:6"]]))  # text only
     assert report.layers_cut == (0, 2, 4)
+    recycled = arguments.get("recycling") != "none"
     for image in report.images:
         assert abs(image.average - arguments["keep"] * image.tokens) <= 1.5
         assert image.kept == tuple(sorted(image.kept, reverse=True))
-        assert image.merged[0] == image.tokens - image.kept[0] and not any(image.merged[1:])
+        assert image.merged[0] == (image.tokens - image.kept[0]) * recycled and not any(image.merged[1:])
     assert judge.prefill_difference(model, inputs, method="vflowopt", **arguments) <= judge.TOLERANCE
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     with tokenprune.pruned(model, "vflowopt", **arguments):
@@ -213,10 +278,11 @@ def test_it_is_judged_and_keeps_its_budget(name: str, arguments: dict[str, Any])
 
 
 @pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl", "internvl", "smolvlm"])
-def test_videos_recycle_too(name: str) -> None:
+@pytest.mark.parametrize("how", ["hopfield", "cells"])
+def test_videos_recycle_too(name: str, how: str) -> None:
     model = tiny.build(name, layers=6)
     inputs = tiny.inputs(model, [["text:2", "video", "text:3"]])
-    arguments: dict[str, Any] = {"method": "vflowopt", "keep": 0.5, "a": 2}
+    arguments: dict[str, Any] = {"method": "vflowopt", "keep": 0.5, "recycling": how, "a": 2}
     assert judge.prefill_difference(model, inputs, **arguments) <= judge.TOLERANCE
     with tokenprune.pruned(model, **arguments), torch.no_grad():
         model(**inputs)
@@ -266,14 +332,15 @@ def test_its_parts_go_with_other_methods() -> None:
     parts: list[dict[str, Any]] = [
         {"method": Recycle(EntropyPrune(source="hidden"), side=2), "layer": 1, "keep": 0.5},
         {"method": ImportanceMap(t=1.0), "layer": 2, "keep": 0.5},
+        {"method": Recycle(Spread(Random()), how="hopfield"), "layer": 2, "keep": 0.5},
         {
             "method": Recycle(ImportanceMap(), side=3, size_term=True, protect=True),
             "cuts": [(0, 0.6), (3, 0.4)],
         },
     ]
-    for arguments in parts[:2]:
+    for arguments in parts[:3]:
         assert judge.prefill_difference(model, inputs, **arguments) <= judge.TOLERANCE
-    with tokenprune.pruned(model, **parts[2]), torch.no_grad():
+    with tokenprune.pruned(model, **parts[3]), torch.no_grad():
         model(**inputs)
         report = tokenprune.report(model)
     for key, (index, values) in report.biases[0].items():
@@ -294,6 +361,9 @@ def test_its_parts_go_with_other_methods() -> None:
         ({"alpha": "x"}, "alpha must be a number"),
         ({"voters": "all"}, "voters must be one of attended, cls"),
         ({"a": 0.5}, "side of recycling cells"),
+        ({"beta": float("inf")}, "beta must be a number of at least 0"),
+        ({"recycling": "grid"}, "recycling must be one of hopfield, cells, none"),
+        ({"even": 1.5}, "even grid must be a number from 0 to 1"),
         ({"r1": 2.0}, r"r1 must be a float in \(0, 1\]"),
         ({"r2": 1}, r"r2 must be a float in \(0, 1\]"),
     ],

@@ -234,8 +234,8 @@ def test_a_layer_of_the_tower_is_that_layer() -> None:
 
 
 def merging(image: ImageTokens, k: int) -> Selection:
-    """Keeps the first k; the two behind them go into the first, the last into the second."""
-    pairs = torch.tensor([[0, 0], [k, 0], [k + 1, 0], [1, 1], [image.n - 1, 1]])
+    """Keeps the first k; the one behind them goes into the first, the last into both of the first."""
+    pairs = torch.tensor([[0, 0], [k, 0], [image.n - 1, 0], [1, 1], [image.n - 1, 1]])
     return Selection(torch.arange(k), pairs, torch.full((5,), 0.3))
 
 
@@ -247,9 +247,9 @@ def test_earlier_merges_sizes_and_the_cuts_number(model: Any, inputs: Any) -> No
         first, second, third = (probe.seen[cut * len(images) + n] for cut in range(3))
         assert (first.cut, second.cut, third.cut) == (0, 1, 2)
         assert first.sizes.tolist() == [1] * first.n
-        assert second.sizes.tolist() == [3, 2] + [1] * (second.n - 2)
+        assert second.sizes.tolist() == [2.5, 1.5] + [1] * (second.n - 2)  # half of the last for each
         k = third.n
-        by_hand = [3 + second.sizes[k] + second.sizes[k + 1], 2 + second.sizes[second.n - 1]]
+        by_hand = [2.5 + second.sizes[k] + second.sizes[-1] / 2, 1.5 + second.sizes[-1] / 2]
         assert third.sizes.tolist() == [float(x) for x in by_hand] + [1] * (k - 2)
 
 

@@ -338,7 +338,8 @@ def _keep_lists(outcome: Outcome) -> list[list[list[list[int]]]]:
 
 def _merged(pairs: Tensor) -> int:
     """Tokens that were merged into others."""
-    return int((pairs[:, 0] != pairs[:, 1]).sum())
+    source, slot = pairs.unbind(1)
+    return len(source[source != slot].unique())
 
 
 def _notes(outcome: Outcome) -> dict[tuple[int, int], dict[str, int]]:

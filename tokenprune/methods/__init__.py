@@ -13,6 +13,7 @@ from tokenprune.methods.importance import ImportanceMap
 from tokenprune.methods.none import NoPruning
 from tokenprune.methods.random import Random
 from tokenprune.methods.recycle import Recycle
+from tokenprune.methods.spread import Spread
 from tokenprune.methods.uniform import Uniform
 from tokenprune.methods.vflowopt import VFlowOpt
 from tokenprune.tokens import Grid, Selection, VisionAttention
@@ -60,6 +61,7 @@ __all__ = [
     "Recycle",
     "ScoreMethod",
     "Selection",
+    "Spread",
     "Text",
     "Uniform",
     "VFlowOpt",

@@ -272,8 +272,13 @@ class ScoreMethod(Method):
         """What is to be told of an image in the report; see `Selection.notes`."""
         return {}
 
+    def ranked(self, image: ImageTokens, score: Tensor, k: int) -> Tensor:
+        """(n,) by what k tokens are chosen: the score, unless a method takes some of them for another reason."""
+        return score
+
     def best(self, image: ImageTokens, score: Tensor, k: int) -> Selection:
-        """The k tokens of largest score."""
+        """The k tokens of largest score, as `ranked` has it."""
+        score = self.ranked(image, score, k)
         # Ascending order puts NaN last; whole numbers have none, and the least of them no negative.
         floats = score.is_floating_point()
         order = (

@@ -12,29 +12,40 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import ConfigError
-from tokenprune.methods.base import DecoderShape, ImageTokens, Method, Needs, ScoreMethod
+from tokenprune.methods.base import Choice, DecoderShape, ImageTokens, Method, Needs, ScoreMethod
 from tokenprune.tokens import Grid, Selection
 
 ENLARGED = "recycling cells were enlarged to fit the budget"
+HOW = Choice(("hopfield", "cells"))
+_PATTERNS = (
+    2  # kept tokens that take one up in "hopfield"; at its temperatures the third gets next to nothing
+)
 
 
 @dataclass(frozen=True)
 class Recycle(Method):
-    """Keeps the best tokens of another method, and at its first cut one merged token for each cell of dropped ones.
+    """Keeps the best tokens of another method, and merges those that its first cut drops.
 
-    Each grid is divided into cells of `side` x `side` tokens, (floor(row / side), floor(column / side)). The least
-    important tokens are dropped; those of one cell are merged into the weighted mean of their states, weights
+    "cells": each grid is divided into cells of `side` x `side` tokens, (floor(row / side), floor(column / side)). The
+    least important tokens are dropped; those of one cell are merged into the weighted mean of their states, weights
     proportional to max(score, 0) (equal where a cell sums to 0), in the place of the best of them. As few are dropped
     as make what is kept and what is merged exactly k together; where there are more cells than k, cells are enlarged,
-    and the report says so. At later cuts the other method chooses alone.
+    and the report says so. Source: VFlowOpt, arXiv 2508.05211, section 3, whose release overshoots its budget; exact
+    counts are ours.
 
-    Source: VFlowOpt, arXiv 2508.05211, section 3, whose release overshoots its budget; exact counts are ours.
+    "hopfield": one step of Hopfield retrieval (arXiv 2008.02217): each dropped token is a query, the k kept ones are
+    the stored patterns, and p = softmax(beta cos) over the most similar two says how much of it each takes up; a kept
+    token becomes the mean of itself and what it took up. Similarity is that of the projector's features.
+
+    At later cuts the other method chooses alone.
 
     Args:
         method: a method that scores tokens.
         side: of a cell, in tokens, at least 1; it need not be whole.
         protect: whether merged tokens stay at later cuts.
         size_term: whether log(number of tokens merged) is added to the attention logits of merged ones, as in ToMe.
+        how: "cells" or "hopfield".
+        beta: inverse temperature of "hopfield".
     """
 
     name: ClassVar[str] = "recycle"
@@ -43,21 +54,22 @@ class Recycle(Method):
     side: float = 4.0
     protect: bool = False
     size_term: bool = False
+    how: str = "cells"
+    beta: float = 100.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, ScoreMethod):
             raise ConfigError(f"Recycle goes around a method that scores tokens, not {self.method!r}")
-        if (
-            isinstance(self.side, bool)
-            or not isinstance(self.side, int | float)
-            or not 1 <= self.side < math.inf
-        ):
-            raise ConfigError(
-                f"the side of recycling cells must be a number of at least 1, not {self.side!r}"
-            )
+        HOW.check("how", self.how)
+        for what, least in (("side", 1.0), ("beta", 0.0)):
+            value = getattr(self, what)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+                of = "the side of recycling cells" if what == "side" else what
+                raise ConfigError(f"{of} must be a number of at least {least:g}, not {value!r}")
 
     def needs(self) -> Needs:
-        return replace(self.method.needs(), bias=self.size_term)
+        needs = self.method.needs()
+        return replace(needs, bias=self.size_term, features=needs.features or self.how == "hopfield")
 
     def check(self, shape: DecoderShape) -> None:
         self.method.check(shape)
@@ -68,11 +80,38 @@ class Recycle(Method):
             if self.protect and image.merged_sizes is not None:
                 score = torch.where(image.merged_sizes > 1, torch.inf, score.float())
             return self.method.best(image, score, k)
-        kept = recycle(image, score, k, self.side, self.size_term)
+        if self.how == "hopfield":
+            best = self.method.best(image, score, k)
+            return retrieve(image, best, self.beta, self.size_term)
+        kept = recycle(image, score, k, self.side, self.size_term, self.method.ranked(image, score, k))
         return replace(kept, notes={**kept.notes, **self.method.notes(image)})
 
 
-def recycle(image: ImageTokens, score: Tensor, k: int, side: float, size_term: bool = False) -> Selection:
+def retrieve(image: ImageTokens, best: Selection, beta: float, size_term: bool = False) -> Selection:
+    """What is kept, with what is dropped taken up into it; see `Recycle`, "hopfield"."""
+    assert image.features is not None
+    keep, n, k = best.keep, image.n, len(best.keep)
+    gone = torch.ones(n, dtype=torch.long, device=keep.device).index_fill_(0, keep, 0)
+    drop = gone.sort(descending=True, stable=True).indices[: n - k]
+    unit = torch.nn.functional.normalize(image.features.float().to(keep.device), dim=1)
+    near, pattern = (unit[drop] @ unit[keep].T).topk(min(_PATTERNS, k), dim=1)
+    taken = (beta * near).softmax(1)  # (n - k, patterns)
+    mass = torch.ones(k, device=keep.device).index_add_(0, pattern.flatten(), taken.flatten())
+    source = torch.cat([keep, drop[:, None].expand_as(pattern).flatten()])
+    slot = torch.cat([torch.arange(k, device=keep.device), pattern.flatten()])
+    weights = torch.cat([torch.ones(k, device=keep.device), taken.flatten()]) / mass[slot]
+    merges = torch.stack([source, keep[slot]], dim=1)
+    return Selection(keep, merges, weights, mass.log() if size_term else None, best.notes)
+
+
+def recycle(
+    image: ImageTokens,
+    score: Tensor,
+    k: int,
+    side: float,
+    size_term: bool = False,
+    ranked: Tensor | None = None,
+) -> Selection:
     """k tokens: the best ones, and one for each cell of the others; see `Recycle`.
 
     Args:
@@ -81,13 +120,17 @@ def recycle(image: ImageTokens, score: Tensor, k: int, side: float, size_term: b
         k: tokens in all, 1 <= k < n.
         side: of a cell.
         size_term: whether the selection biases attention by the log of the sizes.
+        ranked: (n,) by what tokens are dropped, where that is not the score.
     """
     n, device = image.n, score.device
     layout, number, enlarged = _layout(image.grids, n, k, side)
     cell = layout.to(device, non_blocking=True)
     # Ranks from the least important on; equal scores: the higher index goes first. NaN counts as least.
-    value = score.double().nan_to_num(-torch.inf, torch.inf, -torch.inf)
-    order = n - 1 - value.flip(0).sort(stable=True).indices
+    value, by = (
+        x.double().nan_to_num(-torch.inf, torch.inf, -torch.inf)
+        for x in (score, score if ranked is None else ranked)
+    )
+    order = n - 1 - by.flip(0).sort(stable=True).indices
     place = torch.arange(n, device=device)
     rank = torch.empty_like(place).index_copy_(0, order, place)
     first = torch.full((number,), n, device=device).scatter_reduce_(0, cell, rank, "amin")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar
@@ -33,15 +33,20 @@ class Uniform(Method):
         return {"layer": cut_layers(setting, lowest=0)}
 
     def select(self, image: ImageTokens, k: int) -> Selection:
-        ends = list(accumulate(grid.tokens for grid in image.grids))
-        if image.n != ends[-1]:
+        if image.n != sum(grid.tokens for grid in image.grids):
             return Selection(_spread(k, image.n).to(image.raster.device, non_blocking=True))
-        keep, before, start = [], 0, 0
-        for grid, end in zip(image.grids, ends, strict=True):
-            share = round(k * end / image.n)
-            keep += [start + index for index in _even(grid, share - before)]
-            before, start = share, end
-        return Selection(torch.tensor(keep).to(image.raster.device, non_blocking=True))
+        return Selection(torch.tensor(even_tokens(image.grids, k)).to(image.raster.device, non_blocking=True))
+
+
+def even_tokens(grids: Sequence[Grid], k: int) -> list[int]:
+    """k raster indices of an image, spread evenly over its views by their size."""
+    ends = list(accumulate(grid.tokens for grid in grids))
+    keep, before, start = [], 0, 0
+    for grid, end in zip(grids, ends, strict=True):
+        share = round(k * end / ends[-1])
+        keep += [start + index for index in _even(grid, share - before)]
+        before, start = share, end
+    return keep
 
 
 def _even(grid: Grid, k: int) -> list[int]:

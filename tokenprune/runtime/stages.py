@@ -160,7 +160,9 @@ class Stages:
             self.merged[-1][key] = (raster[selection.merges], selection.weights)
             source, slot = selection.merges.unbind(1)
             before = torch.ones(len(raster), device=raster.device) if sizes is None else sizes
-            total = torch.zeros_like(before).index_add_(0, slot, before[source])
+            # What goes into several stands in equal parts for them; how much of it each has is the method's.
+            times = torch.zeros_like(before).index_add_(0, source, torch.ones_like(before[source]))
+            total = torch.zeros_like(before).index_add_(0, slot, (before / times.clamp(min=1))[source])
             sizes = torch.where(_marked(slot, len(raster)), total, before)
         self.raster[key] = raster.index_select(0, selection.keep)
         if sizes is not None:

@@ -45,17 +45,17 @@ class Trial:
         return f"{self.arguments['method']} ({own})" if own else str(self.arguments["method"])
 
 
+_FORMS = (("recycling", "none"), ("t", 1.5), ("t", 5.0), ("size_term", True), ("voters", "cls"))
+
+
 def candidates(num_layers: int) -> list[dict[str, Any]]:
     """The forms that are tried: every source of EntropyPrune, VFlowOpt's cells and voters, FastV, and the controls."""
     early = max(1, round(num_layers / 16))
     layers = sorted({early, min(2, num_layers - 1)})
     found: list[dict[str, Any]] = [{"method": "uniform", "layer": 0}, {"method": "random", "layer": 0}]
-    found += [{"method": "vflowopt", "a": float(a)} for a in (0, 2, 3, 4, 6)]
-    found += [{"method": "vflowopt", "a": 4.0, "t": t} for t in (1.5, 5.0)]
-    found += [
-        {"method": "vflowopt", "a": 4.0, "size_term": True},
-        {"method": "vflowopt", "a": 4.0, "voters": "cls"},
-    ]
+    found += [{"method": "vflowopt", "even": even} for even in (0.0, 0.3, 0.5, 0.7)]
+    found += [{"method": "vflowopt", "recycling": "cells", "a": a, "even": 0.0} for a in (2.0, 3.0, 4.0, 6.0)]
+    found += [{"method": "vflowopt", name: value} for name, value in _FORMS]
     for layer in layers:
         found += [{"method": "uniform", "layer": layer}, {"method": "fastv", "layer": layer}]
         found += [
