@@ -7,7 +7,8 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 import tiny
 import tokenprune
 from tokenprune import ConfigError, Profile
+from tokenprune.budget import Cut, average_kept, plan_counts
 from tokenprune.fingerprint import fingerprint
 from tokenprune.profiles.profile import Made, Measured, ProfileCut
 
@@ -196,3 +198,97 @@ def test_a_method_or_parameter_that_does_not_exist(model: Any, profile: Profile)
     ):
         with pytest.raises(ConfigError, match=text):
             tokenprune.wrap(model, profile=profile.model_copy(update=update).sealed())
+
+
+# -- presets, other budgets, the hub -----------------------------------------------------------------------------------
+
+
+def test_a_papers_presets_are_there_and_say_that_they_are_untested(model: Any) -> None:
+    for keep, kept in ((0.5, (5273, 3948, 1923)), (0.25, (1933, 1900, 1667)), (0.1, (850, 850, 511))):
+        profile = Profile.published(f"llava-onevision-qwen2-7b-{keep:.2f}")
+        assert "published, untested here" in profile.made.how and profile.measured is None
+        cuts = [Cut(cut.layer, cut.keep) for cut in profile.cuts]
+        assert tuple(plan_counts(7290, 28, cuts, None)) == kept
+        assert average_kept(7290, 28, cuts, list(kept)) / 7290 == pytest.approx(keep, abs=1e-3)
+        with pytest.raises(ConfigError, match="no model in particular"):
+            tokenprune.wrap(model, profile=profile)
+    with pytest.raises(ConfigError, match=r"choose one of llava-onevision-qwen2-7b-0\.10"):
+        Profile.published("../bundled/x")
+
+
+def test_another_budget_scales_the_cuts() -> None:
+    profile = Profile(
+        method="vflowopt",
+        cuts=(ProfileCut(layer=0, keep=0.5), ProfileCut(layer=3, keep=0.4), ProfileCut(layer=6, keep=0.1)),
+        keep=0.4,
+    )
+    assert profile.arguments()["keep"] is None
+    said = profile.arguments(0.2)
+    assert said["keep"] == 0.2 and said["cuts"] == [(0, 0.25), (3, 0.2), (6, None)]
+    assert profile.arguments(0.8)["cuts"] == [(0, 1.0), (3, 0.8), (6, None)]
+    assert profile.arguments(64)["cuts"] is None and profile.arguments(64)["keep"] == 64
+    counts = Profile(method="random", cuts=(ProfileCut(layer=0, keep=100), ProfileCut(layer=3)), keep=80)
+    assert counts.arguments(40)["cuts"] == [(0, 50), (3, None)]
+    with pytest.raises(ValueError, match="only the last cut"):
+        Profile(method="random", cuts=(ProfileCut(layer=0), ProfileCut(layer=3)), keep=80)
+
+
+class FakeHub:
+    """A hub in a folder."""
+
+    files: ClassVar[dict[tuple[str, str], bytes]] = {}
+
+    def __init__(self, **options: Any) -> None:
+        assert set(options) <= {"token", "endpoint"}
+
+    def create_repo(self, repo_id: str, exist_ok: bool) -> None:
+        if repo_id == "not/mine":
+            raise PermissionError("403 Forbidden\nsee the docs")
+
+    def upload_file(
+        self, path_or_fileobj: bytes, path_in_repo: str, repo_id: str, commit_message: str
+    ) -> str:
+        self.files[repo_id, path_in_repo] = path_or_fileobj
+        return f"https://hub/{repo_id}/commit/1"
+
+    def get_paths_info(self, repo_id: str, paths: str, revision: str | None) -> list[Any]:
+        content = self.files.get((repo_id, paths))
+        return [] if content is None else [SimpleNamespace(size=len(content))]
+
+    def hf_hub_download(self, repo_id: str, filename: str, revision: str | None) -> str:
+        if (repo_id, filename) not in self.files:
+            raise FileNotFoundError(f"no {filename}")
+        path = self.folder / filename
+        path.write_bytes(self.files[repo_id, filename])
+        return str(path)
+
+    folder: ClassVar[Path]
+
+
+def test_a_profile_goes_to_the_hub_and_back(
+    profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    FakeHub.folder = tmp_path
+    FakeHub.files.clear()
+    monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert profile.push_to_hub("me/model", token="x").endswith("commit/1")
+    assert Profile.from_hub("me/model", revision="main") == profile.sealed()
+    with pytest.raises(
+        ConfigError, match="cannot put the profile into 'not/mine': 403 Forbidden see the docs"
+    ):
+        profile.push_to_hub("not/mine")
+    with pytest.raises(ConfigError, match=r"cannot read tokenprune.json from 'no/where': no tokenprune.json"):
+        Profile.from_hub("no/where")
+    for name in ("../x.json", "a/b.json", "x.pkl", "", ".json", "x" * 200 + ".json"):
+        for call in (Profile.from_hub, profile.push_to_hub):
+            with pytest.raises(ConfigError, match=r"plain name that ends in \.json"):
+                call("me/model", name)
+    FakeHub.files["me/model", "big.json"] = b" " * (2**20 + 1)
+    with pytest.raises(ConfigError, match="too large for a pruning profile"):
+        Profile.from_hub("me/model", "big.json")
+    FakeHub.files["me/model", "bad.json"] = b'{"version": 1}'
+    with pytest.raises(ConfigError, match="no pruning profile"):
+        Profile.from_hub("me/model", "bad.json")

@@ -137,6 +137,19 @@ def measure_wrapped(model: Any, calls: list[Any], memory: Memory) -> list[float]
     return [float(cosine(last_state(model, c), memory.reference(model, c))) for c in calls]
 
 
+def test_the_last_choice_is_made_on_fresh_samples(model: Any, calls: list[Any], memory: Memory) -> None:
+    fresh = [tiny.inputs(model, ROWS, seed=seed) for seed in range(20, 29)]
+    plain, found = run(model, calls, memory, trials=12), run(model, calls, memory, trials=12, fresh=fresh)
+    assert [one.arguments for one in plain.tried] == [one.arguments for one in found.tried]
+    finalists = sorted((t for t in found.tried if len(t.drift) == 6), key=lambda t: t.value)[:5]
+    both = [measure(model, calls + fresh, one.arguments, memory).mean() for one in finalists]
+    assert found.front == [finalists[int(np.argmin(both))]]
+    measured = found.profiles[0].measured
+    assert measured is not None
+    assert measured.drift == pytest.approx(measure(model, fresh, found.front[0].arguments, memory).mean())
+    assert found.passes == plain.passes + 9 * (len(finalists) + 1)
+
+
 def test_defaults_come_first_and_are_never_beaten_by_worse(
     model: Any, calls: list[Any], memory: Memory
 ) -> None:

@@ -196,7 +196,7 @@ def _from_profile(given: Mapping[str, Any]) -> dict[str, Any]:
         profile = Profile.load(profile)
     if not isinstance(profile, Profile):
         raise ConfigError(f"profile must be a tokenprune.Profile or the path of one, not {profile!r:.80}")
-    said = profile.arguments()
+    said = profile.arguments(check_keep(given["keep"]) if given.get("keep") is not None else None)
     if {"layer", "cuts"} & given.keys():
         said.pop("cuts")
     given = {name: value for name, value in given.items() if name != "method" or value != AUTO}

@@ -96,15 +96,14 @@ def _chosen(model: nn.Module, family: Family, arguments: Arguments) -> tuple[Arg
             stacklevel=2,
         )
         return published, "; untested on this model: see tokenprune tune"
-    said = profile.arguments()
-    scale = 1.0
-    if isinstance(profile.keep, float) and isinstance(arguments.keep, float):
-        scale = arguments.keep / profile.keep
-    cuts = said["cuts"] and [
-        (layer, min(1.0, own * scale) if isinstance(own, float) else own) for layer, own in said["cuts"]
-    ]
+    said = profile.arguments(arguments.keep)
     chosen = dataclasses.replace(
-        arguments, method=profile.method, cuts=cuts, profile=profile, parameters=dict(profile.parameters)
+        arguments,
+        method=profile.method,
+        keep=said["keep"],
+        cuts=said["cuts"],
+        profile=profile,
+        parameters=dict(profile.parameters),
     )
     return chosen, f"; profile {profile.hash[:8]} for {profile.keep}"
 

@@ -55,16 +55,18 @@ def drift(
     loaded_profile = None if profile is None else Profile.load(profile)
     if loaded_profile is not None and method != "auto":
         raise InputError("give --profile or --method, not both")
-    budget = read_keep(keep) if keep is not None else loaded_profile and loaded_profile.keep
-    if budget is None:
+    if keep is None and loaded_profile is None:
         raise InputError("say how much to keep, for example --keep 25%, or give a --profile")
+    budget = loaded_profile.keep if keep is None and loaded_profile is not None else read_keep(keep or "")
     if pictures is not None and not pictures.parent.is_dir():
         raise InputError(f"there is no folder {str(pictures.parent)!r}; make it first")
     arguments: dict[str, Any] = {"method": method} if loaded_profile is None else {"profile": loaded_profile}
+    if loaded_profile is None or keep is not None:
+        arguments["keep"] = budget
     drawn = load_calibration(data, samples, seed=seed)
     loaded, processor = load_model(model, dtype.value, device)
     calls = list(calibration_calls(processor, drawn, loaded.device))
-    found = inspect_drift(loaded, calls, {**arguments, "keep": budget}, metric=metric, batch_size=batch_size)
+    found = inspect_drift(loaded, calls, arguments, budget, metric=metric, batch_size=batch_size)
     cases: list[dict[str, Any]] = []
     for number in found.worst(worst):
         case: dict[str, Any] = {

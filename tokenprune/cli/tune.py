@@ -86,7 +86,9 @@ def tune(
     out: Out = None,
     quick: Quick = False,
     metric: MetricOption = "cosine",
-    samples: Annotated[int, typer.Option("--samples", min=4, help="Images (a search).")] = 30,
+    samples: Annotated[
+        int, typer.Option("--samples", min=4, help="Images to search on; half as many again choose.")
+    ] = 30,
     trials: Annotated[int, typer.Option("--trials", min=1, help="Settings tried in all (a search).")] = 100,
     method: Methods = None,
     sampler: Sampler = "tpe",
@@ -113,7 +115,8 @@ def tune(
     for folder in (out and out.parent, report and report.parent):
         if folder is not None and not given_path(folder).is_dir():
             raise InputError(f"there is no folder {str(folder)!r}; make it first")
-    drawn = load_calibration(data, 16 if quick else samples, seed=seed)
+    # A search takes half as many again, which the best few are measured on in the end.
+    drawn = load_calibration(data, 16 if quick else samples + samples // 2, seed=seed)
     loaded, processor = load_model(model, dtype.value, device)
     calls = list(calibration_calls(processor, drawn, loaded.device))
     if quick:
@@ -123,11 +126,13 @@ def tune(
     from tokenprune.tune.report import write_report
     from tokenprune.tune.search import search
 
+    used = max(4, 2 * len(calls) // 3)
     with _progress(as_json) as told:
         found = search(
             loaded,
-            calls,
+            calls[:used],
             keep,
+            fresh=calls[used:],
             methods=method,
             metric=metric,
             cost=None if cost is None else cost.value,

@@ -11,8 +11,10 @@ from pydantic import Field, model_validator
 
 from tokenprune.errors import ConfigError
 from tokenprune.files import given_path
+from tokenprune.profiles import hub
 from tokenprune.profiles.store import Document, Fingerprint, Line, Number, read_document, write_document
 
+PUBLISHED = Path(__file__).with_name("published")
 Name = Annotated[str, Field(max_length=64, pattern=r"^[a-z][a-z0-9_]*$")]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -80,6 +82,12 @@ class Profile(Document):
     hash: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
 
     @model_validator(mode="after")
+    def _check_cuts(self) -> Profile:
+        if any(cut.keep is None for cut in self.cuts[:-1]):
+            raise ValueError("only the last cut can be left to the budget")
+        return self
+
+    @model_validator(mode="after")
     def _check_hash(self) -> Profile:
         if self.hash and self.hash != self.content_hash():
             raise ValueError("the hash is not that of the content: the file was changed after it was made")
@@ -94,17 +102,37 @@ class Profile(Document):
         """The same with its hash."""
         return self.model_copy(update={"hash": self.content_hash()})
 
-    def arguments(self) -> dict[str, Any]:
-        """As keyword arguments of `wrap`."""
+    def arguments(self, keep: float | int | None = None) -> dict[str, Any]:
+        """As keyword arguments of `wrap`.
+
+        Args:
+            keep: another budget; the shares of its cuts are scaled to it and the last is solved anew. Between a
+                fraction and a count nothing can be scaled, and the method's default cuts are taken.
+        """
         cuts = [(cut.layer, cut.keep) for cut in self.cuts] or None
+        if keep is not None and keep != self.keep and cuts is not None:
+            cuts = self._scaled(keep)
         solved = cuts is None or cuts[-1][1] is None
         return {
             "method": self.method,
-            "keep": self.keep if solved else None,
+            "keep": (self.keep if keep is None else keep) if solved else None,
             "cuts": cuts,
             "budget": self.budget,
             **self.parameters,
         }
+
+    def _scaled(self, keep: float | int) -> list[tuple[int, float | int | None]] | None:
+        if type(keep) is not type(self.keep):
+            return None
+        times = keep / self.keep
+        cuts: list[tuple[int, float | int | None]] = []
+        for cut in self.cuts[:-1]:
+            own = cut.keep
+            assert own is not None  # only the last has none
+            cuts.append(
+                (cut.layer, max(1, round(own * times)) if isinstance(own, int) else min(1.0, own * times))
+            )
+        return [*cuts, (self.cuts[-1].layer, None)]
 
     def save(self, path: str | Path) -> Path:
         """Write it, sealed, as JSON.
@@ -131,3 +159,26 @@ class Profile(Document):
                 f"{path} is no pruning profile (hash: missing); make it with Profile.save or tokenprune tune"
             )
         return found
+
+    def push_to_hub(self, repo_id: str, file: str = hub.FILE, **options: Any) -> str:
+        """Put it, sealed, into a model repository of the Hugging Face hub; see `tokenprune.profiles.hub.upload`."""
+        return hub.upload(self.sealed().model_dump_json(indent=1).encode(), repo_id, file, **options)
+
+    @classmethod
+    def from_hub(
+        cls, repo_id: str, file: str = hub.FILE, *, revision: str | None = None, **options: Any
+    ) -> Profile:
+        """Read one from a repository; errors as for `load`, and see `tokenprune.profiles.hub.download`."""
+        return cls.load(hub.download(repo_id, file, revision, **options))
+
+    @classmethod
+    def published(cls, name: str) -> Profile:
+        """A preset from a paper, untested here: wrap takes it with allow_mismatch=True.
+
+        Raises:
+            ConfigError: no such preset; names those there are.
+        """
+        names = sorted(path.stem for path in PUBLISHED.glob("*.json"))
+        if name not in names:
+            raise ConfigError(f"there is no published profile {name!r}; choose one of {', '.join(names)}")
+        return cls.load(PUBLISHED / f"{name}.json")

@@ -24,7 +24,7 @@ class Document(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
 
-_LARGEST = 2**20  # bytes
+LARGEST = 2**20  # bytes
 
 
 def stored_path(kind: str, model: str) -> Path:
@@ -79,7 +79,7 @@ def read_document(kind: type[DocumentT], path: Path, what: str) -> DocumentT:
         ConfigError: no such file, or something else in it; names the file and the field.
     """
     try:
-        if path.stat().st_size > _LARGEST:
+        if path.stat().st_size > LARGEST:
             raise ConfigError(f"{path} is too large for a {what}; remove it and make it again")
         return kind.model_validate_json(path.read_bytes())
     except OSError as error:

@@ -14,8 +14,8 @@ from PIL import Image
 from tokenprune.analysis.batches import batched
 from tokenprune.analysis.memory import Memory
 from tokenprune.api import pruned, report
+from tokenprune.budget import Keep
 from tokenprune.draw import draw_report, tile
-from tokenprune.errors import ConfigError
 from tokenprune.models import stock_model
 from tokenprune.tune.controls import control_drifts
 from tokenprune.tune.drift import measure
@@ -69,30 +69,31 @@ def inspect_drift(
     model: Any,
     calls: Sequence[Mapping[str, Any]],
     arguments: Mapping[str, Any],
+    keep: Keep,
     *,
     metric: str = "cosine",
     batch_size: int = 8,
     memory: Memory | None = None,
 ) -> Inspection:
-    """Measure a setting and the controls at its budget.
+    """Measure a setting, and the controls at a budget.
 
     Args:
         model: stock, not wrapped.
         calls: inputs of one prompt each; no answers are needed.
-        arguments: of `wrap`, `keep` among them.
+        arguments: of `wrap`.
+        keep: average budget of the controls, the setting's own.
         metric: see `METRICS`.
         batch_size: prompts per forward.
         memory: to share.
 
     Raises:
-        ConfigError: a setting that cannot be, or one without `keep`.
+        ConfigError: a setting that cannot be.
+        TokenPruneError: no prompts.
     """
-    if arguments.get("keep") is None:
-        raise ConfigError("say how much to keep, so that controls can keep as much: keep=0.25")
     memory, batches = memory or Memory(), list(batched(calls, batch_size))
     drift = measure(model, batches, arguments, memory, metric)
     with memory.features(model), pruned(model, **arguments), torch.inference_mode():
         stock_model(model)(**calls[0], use_cache=False, logits_to_keep=1)
         method = report(model).method
-    controls = control_drifts(model, batches, arguments["keep"], memory, metric)
+    controls = control_drifts(model, batches, keep, memory, metric)
     return Inspection(method, dict(arguments), drift, controls)

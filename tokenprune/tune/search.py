@@ -24,7 +24,7 @@ from tokenprune.errors import BudgetError, ConfigError, UnsupportedModelError
 from tokenprune.fingerprint import fingerprint
 from tokenprune.profiles.profile import Profile
 from tokenprune.tune.controls import control_drifts
-from tokenprune.tune.drift import BatchDrift, check_metric, drifts
+from tokenprune.tune.drift import BatchDrift, check_metric, drifts, measure
 from tokenprune.tune.making import make_profile
 from tokenprune.tune.samplers import check_sampler, make_sampler
 from tokenprune.tune.space import Range, Space, setting_of
@@ -32,6 +32,7 @@ from tokenprune.tune.studies import cached_storage, open_storage, open_study
 
 Cost = Literal["flops", "latency"]
 _TRIED = "tried"  # a trial's attribute: what was measured
+_FINALISTS = 5
 _IN_VAIN = 50  # trials in a row that were known or impossible end a search
 
 
@@ -104,39 +105,11 @@ class Progress:
     left: float
 
 
-def search(
-    model: Any,
-    calls: Sequence[Mapping[str, Any]],
-    keep: Keep | Range,
-    *,
-    methods: Sequence[str] | None = None,
-    metric: str = "cosine",
-    cost: Cost | None = None,
-    sampler: str = "tpe",
-    trials: int = 100,
-    seed: int = 0,
-    worker: int = 0,
-    batch_size: int = 8,
-    stop_early: bool = True,
-    storage: str | None = None,
-    study: str | None = None,
-    resume: bool = False,
-    heartbeat: int = 30,
-    memory: Memory | None = None,
-    told: Callable[[Progress], None] | None = None,
-) -> Found:
-    """Search the methods' parameters and cuts for the least drift of the last prompt position.
+@dataclass(frozen=True)
+class SearchOptions:
+    """How to search.
 
-    References and the vision tower are computed once per sample; a trial is stopped as soon as it is worse than the
-    best one on the samples seen so far (Wilcoxon signed-rank test, p < 0.1). Every point of the space meets the
-    budget. The methods' defaults are tried first.
-
-    Source: VFlowOpt, arXiv 2508.05211, section 3.4, whose release recomputes everything at every trial.
-
-    Args:
-        model: stock, not wrapped.
-        calls: inputs of one prompt each; no answers are needed. 30 are enough (the paper's number).
-        keep: the budget, an average over layers; with `cost` a range (low, high) that is searched too.
+    Attributes:
         methods: which to search; None: all that have a search space.
         metric: of drift, see `METRICS`.
         cost: a second objective: "flops" (share of the unpruned prefill's) or "latency" (seconds of a prompt's).
@@ -150,8 +123,63 @@ def search(
         study: its name; None: made of what is asked.
         resume: go on with a study of that name.
         heartbeat: see `open_storage`.
+
+    Raises:
+        ConfigError: says what it may be.
+    """
+
+    methods: Sequence[str] | None = None
+    metric: str = "cosine"
+    cost: Cost | None = None
+    sampler: str = "tpe"
+    trials: int = 100
+    seed: int = 0
+    worker: int = 0
+    batch_size: int = 8
+    stop_early: bool = True
+    storage: str | None = None
+    study: str | None = None
+    resume: bool = False
+    heartbeat: int = 30
+
+    def __post_init__(self) -> None:
+        check_metric(self.metric)
+        check_sampler(self.sampler, self.objectives)
+        if self.trials < 1:
+            raise ConfigError(f"trials must be at least 1, not {self.trials}")
+
+    @property
+    def objectives(self) -> int:
+        return 1 + (self.cost is not None)
+
+
+def search(
+    model: Any,
+    calls: Sequence[Mapping[str, Any]],
+    keep: Keep | Range,
+    *,
+    fresh: Sequence[Mapping[str, Any]] = (),
+    memory: Memory | None = None,
+    told: Callable[[Progress], None] | None = None,
+    **options: Any,
+) -> Found:
+    """Search the methods' parameters and cuts for the least drift of the last prompt position.
+
+    References and the vision tower are computed once per sample; a trial is stopped as soon as it is worse than the
+    best one on the samples seen so far (Wilcoxon signed-rank test, p < 0.1). Every point of the space meets the
+    budget. The methods' defaults are tried first.
+
+    Source: VFlowOpt, arXiv 2508.05211, section 3.4, whose release recomputes everything at every trial.
+
+    Args:
+        model: stock, not wrapped.
+        calls: inputs of one prompt each; no answers are needed. 30 are enough (the paper's number).
+        keep: the budget, an average over layers; with `cost` a range (low, high) that is searched too.
+        fresh: other prompts. The best few are measured on them too, and the least drift over both is chosen: what a
+            hundred settings were chosen by flatters the best. The profile says what was measured on these.
         memory: to share with other searches on the same model.
         told: called after every trial.
+        **options: see `SearchOptions`.
 
     Returns:
         Profiles and what they were chosen from.
@@ -159,50 +187,47 @@ def search(
     Raises:
         ConfigError: a wrong argument, before anything is computed; a budget that nothing can meet.
     """
-    _check(keep, calls, metric, cost, sampler, trials)
+    asked_for = SearchOptions(**options)
+    _check(keep, calls, asked_for.cost)
     memory = memory or Memory()
     low = keep[0] if isinstance(keep, tuple) else keep
-    space = Space.of(setting_of(model, calls, low, memory), methods, keep)
+    space = Space.of(setting_of(model, calls, low, memory), asked_for.methods, keep)
     asked = {
         "model": fingerprint(model),
         "data": content_digest(*(dict(call) for call in calls)),
         "samples": len(calls),
         "keep": keep,
-        "metric": metric,
-        "cost": cost,
+        "metric": asked_for.metric,
+        "cost": asked_for.cost,
         "methods": space.describe(),
     }
-    name = study or f"tokenprune-{content_digest(asked)[:16]}"
     with _quietly():
-        held = open_storage(cached_storage(name) if storage == "cache" else storage, heartbeat)
-        opened = open_study(name, asked, ["minimize"] * (1 + (cost is not None)), held, resume)
-        known = len(opened.get_trials(deepcopy=False))
-        opened.sampler = make_sampler(sampler, seed, known, worker, space.defaults())
-        opened.pruner = optuna.pruners.WilcoxonPruner(p_threshold=0.1, n_startup_steps=2)
-        batches = list(batched(calls, batch_size))
-        objective = _Objective(model, batches, space, metric, cost, memory, stop_early and cost is None)
-        _run(opened, objective, trials, told)
-        return _found(model, opened, objective, asked, sampler, seed)
+        study = _opened(asked, asked_for, space)
+        batches = list(batched(calls, asked_for.batch_size))
+        objective = _Objective(model, batches, space, asked_for, memory)
+        _run(study, objective, asked_for.trials, told)
+        return _found(study, objective, list(batched(fresh, asked_for.batch_size)), asked)
 
 
-def _check(
-    keep: Keep | Range,
-    calls: Sequence[Mapping[str, Any]],
-    metric: str,
-    cost: Cost | None,
-    sampler: str,
-    trials: int,
-) -> None:
-    check_metric(metric)
-    check_sampler(sampler, 1 + (cost is not None))
+def _check(keep: Keep | Range, calls: Sequence[Mapping[str, Any]], cost: Cost | None) -> None:
     if isinstance(keep, tuple) != (cost is not None):
         raise ConfigError("a range of budgets and a cost go together: the front says what each budget costs")
     if isinstance(keep, tuple) and not 0 < keep[0] < keep[1] <= 1:
         raise ConfigError(f"a range of budgets is two fractions, the lower first, not {keep}")
     if not calls:
         raise ConfigError("there are no samples to search on")
-    if trials < 1:
-        raise ConfigError(f"trials must be at least 1, not {trials}")
+
+
+def _opened(asked: Mapping[str, Any], options: SearchOptions, space: Space) -> Any:
+    """The study, with its sampler and pruner."""
+    name = options.study or f"tokenprune-{content_digest(dict(asked))[:16]}"
+    url = cached_storage(name) if options.storage == "cache" else options.storage
+    storage = open_storage(url, options.heartbeat)
+    study = open_study(name, asked, ["minimize"] * options.objectives, storage, options.resume)
+    known = len(study.get_trials(deepcopy=False))
+    study.sampler = make_sampler(options.sampler, options.seed, known, options.worker, space.defaults())
+    study.pruner = optuna.pruners.WilcoxonPruner(p_threshold=0.1, n_startup_steps=2)
+    return study
 
 
 class _Objective:
@@ -213,13 +238,27 @@ class _Objective:
         model: Any,
         batches: Sequence[Mapping[str, Any]],
         space: Space,
-        metric: str,
-        cost: Cost | None,
+        options: SearchOptions,
         memory: Memory,
-        stop_early: bool,
     ) -> None:
-        self.model, self.batches, self.space, self.metric = model, batches, space, metric
-        self.cost, self.memory, self.stop_early = cost, memory, stop_early
+        self.model, self.batches, self.space, self.options, self.memory = (
+            model,
+            batches,
+            space,
+            options,
+            memory,
+        )
+        self.stop_early = options.stop_early and options.cost is None
+
+    def measure(
+        self, batches: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]
+    ) -> NDArray[np.float64]:
+        """Drift of a setting on any prompts."""
+        return measure(self.model, batches, arguments, self.memory, self.options.metric)
+
+    def controls(self, batches: Sequence[Mapping[str, Any]], keep: Keep) -> dict[str, NDArray[np.float64]]:
+        """Drift of what looks at nothing, at the same budget."""
+        return control_drifts(self.model, batches, keep, self.memory, self.options.metric)
 
     def __call__(self, trial: Any) -> float | tuple[float, float]:
         arguments = self.space.ask(trial)
@@ -227,7 +266,7 @@ class _Objective:
         seen: list[BatchDrift] = []
         stopped = False
         try:
-            for batch in drifts(self.model, self.batches, arguments, self.memory, self.metric):
+            for batch in drifts(self.model, self.batches, arguments, self.memory, self.options.metric):
                 seen.append(batch)
                 if self.stop_early and self._is_worse(trial, seen) and len(seen) < len(self.batches):
                     stopped = True
@@ -248,8 +287,8 @@ class _Objective:
                 "seconds": seconds,
             },
         )
-        if self.cost is not None:
-            return float(drift.mean()), flops / unpruned if self.cost == "flops" else seconds
+        if self.options.cost is not None:
+            return float(drift.mean()), flops / unpruned if self.options.cost == "flops" else seconds
         return self._expected(trial, drift) if stopped else float(drift.mean())
 
     def _is_worse(self, trial: Any, seen: Sequence[BatchDrift]) -> bool:
@@ -303,42 +342,52 @@ def _finished(study: Any) -> list[Any]:
 
 
 def _found(
-    model: Any, study: Any, objective: _Objective, asked: Mapping[str, Any], sampler: str, seed: int
+    study: Any, objective: _Objective, fresh: Sequence[Mapping[str, Any]], asked: Mapping[str, Any]
 ) -> Found:
+    options = objective.options
     tried = [Tried.of(trial) for trial in _finished(study)]
-    whole = [one for one in tried if len(one.drift) == asked["samples"]]
-    if objective.cost is None:
-        front = [min(whole, key=lambda one: one.value)]
-    else:
+    whole = sorted((t for t in tried if len(t.drift) == asked["samples"]), key=lambda one: one.value)
+    passes = asked["samples"] + sum(len(one.drift) for one in tried)
+    checked: dict[int, NDArray[np.float64]] = {}
+    if options.cost is not None:
         on_it = {trial.number for trial in study.best_trials}
-        front = sorted((one for one in whole if one.number in on_it), key=lambda one: one.value)
+        front = [one for one in whole if one.number in on_it]
+    elif not fresh:
+        front = whole[:1]
+    else:
+        for one in whole[:_FINALISTS]:
+            checked[one.number] = objective.measure(fresh, one.arguments)
+            passes += len(checked[one.number])
+        front = [min(whole[:_FINALISTS], key=lambda t: np.concatenate([t.drift, checked[t.number]]).mean())]
+        passes += len(checked[front[0].number])  # their references
     made = {
         "how": "tokenprune tune",
         "data": asked["data"],
         "samples": asked["samples"],
-        "sampler": sampler,
-        "seed": seed,
+        "sampler": options.sampler,
+        "seed": options.seed,
         "trials": len(tried),
     }
     profiles: list[Profile] = []
     shown: dict[str, NDArray[np.float64]] = {}
     for keep, group in groupby(front, key=lambda one: one.arguments["keep"]):
-        controls = control_drifts(model, objective.batches, keep, objective.memory, objective.metric)
-        shown = shown or controls
+        own = objective.controls(objective.batches, keep)
+        shown = shown or own
+        if checked:
+            own = objective.controls(fresh, keep)
         profiles += [
             make_profile(
-                model,
+                objective.model,
                 one.arguments,
-                one.drift,
-                metric=objective.metric,
-                controls={name: float(drift.mean()) for name, drift in controls.items()},
+                checked.get(one.number, one.drift),
+                metric=options.metric,
+                controls={name: float(drift.mean()) for name, drift in own.items()},
                 made=made,
                 flops=one.flops,
                 seconds=one.seconds,
             )
             for one in group
         ]
-    passes = asked["samples"] + sum(len(one.drift) for one in tried)
     return Found(profiles, tried, front, shown, asked["samples"], passes, study)
 
 

@@ -1,0 +1,91 @@
+"""A testbed model, its held-out questions, and what a setting of pruning does to both: drift and accuracy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import tokenprune
+from tokenprune.analysis.batches import batched
+from tokenprune.analysis.calibration import calibration_calls, load_calibration
+from tokenprune.analysis.memory import Memory
+from tokenprune.testbed import Result, evaluate, evaluation_set, load
+from tokenprune.testbed.language import make_inputs
+from tokenprune.tune import measure
+from tokenprune_eval import machine
+from tokenprune_eval.cached import CachedProcessor
+
+BATCH = 50
+DRIFT_BATCH = 8
+
+
+class Bench:
+    """Args:
+    name: of `tokenprune.testbed.load`.
+    questions: held-out ones, for accuracy.
+    prompts: held-out ones, for drift: the first of those with one image.
+    """
+
+    def __init__(self, name: str, questions: int, prompts: int = 96) -> None:
+        self.name = name
+        self.model, processor = load(name)
+        self.processor = CachedProcessor(processor)
+        self.memory = Memory()
+        self.samples = evaluation_set(questions, seed=0)
+        one = [sample for sample in self.samples if len(sample.images) == 1][:prompts]
+        self.held_out = list(
+            batched([dict(make_inputs(self.processor, [sample])) for sample in one], DRIFT_BATCH)
+        )
+        self.answered: dict[str, Result] = {}
+
+    def calibration(self, count: int, seed: int) -> list[Any]:
+        """Inputs of training scenes, one prompt each."""
+        samples = load_calibration("testbed", count, seed=seed)
+        return list(calibration_calls(self.processor, samples))
+
+    def drift(self, arguments: Mapping[str, Any]) -> npt.NDArray[np.float64]:
+        """Of the held-out prompts."""
+        return measure(self.model, self.held_out, arguments, self.memory)
+
+    def answers(self, arguments: Mapping[str, Any]) -> Result:
+        """To the held-out questions, under arguments of `wrap`; asked once per setting."""
+        key = setting(arguments)
+        if key not in self.answered:
+            with tokenprune.pruned(self.model, **arguments), self.memory.features(self.model):
+                self.answered[key] = evaluate(self.model, self.processor, self.samples, BATCH)
+        return self.answered[key]
+
+    def row(self, arguments: Mapping[str, Any]) -> dict[str, str]:
+        """Held-out drift and accuracy as columns of a CSV, with the machine."""
+        overall, drift = self.answers(arguments).overall, self.drift(arguments)
+        return {
+            "held_out_drift": f"{drift.mean():.6g}",
+            "questions": str(overall.total),
+            "accuracy": f"{overall.accuracy:.4f}",
+            "low": f"{overall.low:.4f}",
+            "high": f"{overall.high:.4f}",
+            "setting": setting(arguments),
+            **machine.describe(),
+        }
+
+
+ROW = ("held_out_drift", "questions", "accuracy", "low", "high", "setting", *machine.FIELDS)
+
+
+def setting(arguments: Mapping[str, Any]) -> str:
+    """Arguments of `wrap` as one line of JSON, numbers to four digits."""
+    return json.dumps(_short(dict(arguments)), sort_keys=True)
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, Mapping):
+        return {name: _short(own) for name, own in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_short(own) for own in value]
+    return value

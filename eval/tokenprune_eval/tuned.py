@@ -1,0 +1,115 @@
+"""Is a tuned profile better on scenes it has not seen? ``python -m tokenprune_eval.tuned``.
+
+For every seed and budget: VFlowOpt untuned; the best of TPE; and the best that random search finds in as many prefills.
+Drift on the samples searched on and on held-out prompts, accuracy on held-out questions. Then settings that were
+tried, spread over their ranks, with drift and accuracy: whether one follows the other (Spearman).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from tokenprune.tune.search import Tried, search
+from tokenprune_eval.results import Results
+from tokenprune_eval.settings import ROW, Bench
+
+COLUMNS = ["key", "model", "keep", "seed", "arm", "samples", "passes", "drift", *ROW]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is not in the CSV yet, and print what is."""
+    parser = argparse.ArgumentParser(description="Tuned profiles on scenes they have not seen.")
+    parser.add_argument("--model", default="small")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.11])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=30, help="that are searched on")
+    parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--questions", type=int, default=500)
+    parser.add_argument("--spread", type=int, default=30, help="settings for the rank correlation")
+    parser.add_argument("--csv", type=Path, help="(default: eval/results/tuned_MODEL.csv)")
+    options = parser.parse_args(argv)
+    results = Results(options.csv or Path(f"eval/results/tuned_{options.model}.csv"), COLUMNS)
+    results.load()
+    bench = Bench(options.model, options.questions)
+    for keep in options.budgets:
+        for seed in range(options.seeds):
+            compare(bench, results, keep, seed, options.samples, options.trials, options.spread)
+    summarise(results)
+
+
+def compare(
+    bench: Bench, results: Results, keep: float, seed: int, samples: int, trials: int, spread: int
+) -> None:
+    """The rows of one budget and seed; the settings that are spread over ranks with the first seed only."""
+    place = f"{bench.name} {keep} {seed}"
+    if f"{place} random search" in results.rows:
+        return
+    drawn = bench.calibration(samples + samples // 2, seed)
+    calls, fresh = drawn[:samples], drawn[samples:]
+
+    def add(arm: str, one: Tried, passes: int) -> None:
+        print(f"{place} {arm}: {one.value:.4g}", flush=True)
+        results.add(
+            {
+                "key": f"{place} {arm}",
+                "model": bench.name,
+                "keep": str(keep),
+                "seed": str(seed),
+                "arm": arm,
+                "samples": str(samples),
+                "passes": str(passes),
+                "drift": f"{one.value:.6g}",
+                **bench.row(one.arguments),
+            }
+        )
+
+    given: dict[str, Any] = {"methods": ["vflowopt"], "seed": seed, "memory": bench.memory}
+    found = search(bench.model, calls, keep, fresh=fresh, trials=trials, **given)
+    add("untuned", found.tried[0], 2 * samples)
+    add("tuned", found.front[0], found.passes)
+    if seed == 0:
+        whole = sorted((one for one in found.tried if len(one.drift) == samples), key=lambda one: one.value)
+        more = search(bench.model, calls, keep, trials=spread, sampler="random", stop_early=False, **given)
+        picked = sorted([*whole[:: max(1, len(whole) // 8)], *more.tried], key=lambda one: one.value)
+        for number, one in enumerate(picked):
+            add(f"tried {number}", one, 0)
+    allowed = found.passes - samples
+    drawn = search(bench.model, calls, keep, trials=2 * trials, sampler="random", **given).tried
+    spent = np.cumsum([len(one.drift) for one in drawn])
+    within = [
+        one for one, cost in zip(drawn, spent, strict=True) if cost <= allowed and len(one.drift) == samples
+    ]
+    add("random search", min(within, key=lambda one: one.value), int(spent[spent <= allowed][-1]) + samples)
+
+
+def summarise(results: Results) -> None:
+    """Medians and ranges over seeds, and the rank correlation."""
+    rows = list(results.rows.values())
+    for keep in sorted({row["keep"] for row in rows}, reverse=True):
+        own = [row for row in rows if row["keep"] == keep]
+        print(f"\naverage retention {float(keep):.0%}")
+        for arm in ("untuned", "random search", "tuned"):
+            same = [row for row in own if row["arm"] == arm]
+            for what in ("drift", "held_out_drift", "accuracy", "passes"):
+                values = [float(row[what]) for row in same]
+                print(
+                    f"  {arm:<14}{what:<15}{np.median(values):>9.4g} [{min(values):.4g}, {max(values):.4g}] "
+                    f"of {len(values)}"
+                )
+        tried = [row for row in own if row["arm"].startswith("tried")]
+        pairs = [(float(row["held_out_drift"]), float(row["accuracy"])) for row in tried]
+        if len(pairs) > 2:
+            found = stats.spearmanr(*zip(*pairs, strict=True))
+            print(
+                f"  Spearman of held-out drift and accuracy over {len(pairs)} settings: {found.statistic:.3f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
