@@ -29,6 +29,7 @@ from tokenprune.cli.loading import load_model, load_testbed
 from tokenprune.cli.shell import InputError, short_warnings
 from tokenprune.errors import ConfigError, NothingPrunedWarning
 from tokenprune.estimators import ESTIMATORS
+from tokenprune.fingerprint import fingerprint
 from tokenprune.images import as_seen
 from tokenprune.methods import METHODS
 from tokenprune.models import FAMILIES
@@ -656,3 +657,73 @@ def test_the_command_line_itself_imports_nothing_heavy() -> None:
 def test_the_library_does_not_import_the_command_lines_packages() -> None:
     code = "import tokenprune\nprint([n for n in ('typer', 'rich', 'tokenprune.cli') if n in sys.modules])"
     assert run_python(code).strip() == "[]"
+
+
+# -- tune and drift ----------------------------------------------------------------------------------------------------
+
+SMALL_SEARCH = ("tune", "small", "--data", "testbed", "--samples", 4, "--trials", 6, "--method", "vflowopt")
+
+
+@pytest.mark.slow
+def test_tune_searches_keeps_resumes_and_reports(model: Path, tmp_path: Path, cache: Path) -> None:
+    out = tmp_path / "profile.json"
+    found = read(*SMALL_SEARCH, "--budget", "25%", "--out", out, "--report", tmp_path / "report")
+    assert len(found["trials"]) == 6 and found["path"] == str(out) and found["passes"] > 6
+    profile = tokenprune.Profile.load(out)
+    assert profile.keep == 0.25 and profile.method == "vflowopt" and profile.made.trials == 6
+    assert (tmp_path / "report" / "report.png").is_file() and found["report"].endswith("report.md")
+    assert [path.name for path in (cache / "profiles").iterdir()] == [f"{profile.model}-0.25.json"]
+    assert "there is a study" in refused(*SMALL_SEARCH, "--budget", "25%")
+    result = call(*SMALL_SEARCH[:7], 8, *SMALL_SEARCH[8:], "--budget", "25%", "--resume")
+    assert result.exit_code == 0 and "8 trials" in result.stdout and "--resume goes on" in result.stdout
+    assert "uniform, before the LLM" in result.stdout and str(cache) in result.stdout.replace("\n", "")
+
+
+def test_tune_against_a_cost_leaves_a_front(model: Path, tmp_path: Path, cache: Path) -> None:
+    found = read(*SMALL_SEARCH, "--budget", "20%:60%", "--cost", "flops", "--out", tmp_path / "p.json")
+    assert len(found["paths"]) >= 1 and all(Path(path).is_file() for path in found["paths"])
+    assert len({trial["cost"] for trial in found["trials"]}) == 6
+
+
+@pytest.mark.slow
+def test_tune_quick(model: Path, cache: Path) -> None:
+    found = read("tune", "small", "--data", "testbed", "--budget", "25%", "--quick")
+    assert found["profile"]["made"]["how"] == "tokenprune tune --quick"
+    assert Path(found["path"]).parent == cache / "profiles"
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        (["--budget", "2"], "nothing here can meet the budget"),
+        (["--budget", "200%"], "more than all tokens"),
+        (["--budget", "20%:60%"], "go together"),
+        (["--budget", "20%", "--cost", "flops"], "go together"),
+        (["--budget", "20%:60%", "--quick"], "--quick takes one budget"),
+        (["--budget", "20%", "--sampler", "grid"], "choose one of tpe"),
+        (["--budget", "20%", "--method", "fastvv"], "unknown method 'fastvv'"),
+        (["--budget", "20%", "--metric", "l3"], "choose one of cosine"),
+        (["--budget", "20%", "--out", "nowhere/p.json"], "there is no folder 'nowhere'"),
+        (["--budget", "20%", "--storage", "nowhere://"], "give a database's URL"),
+    ],
+)
+def test_tune_refuses(model: Path, cache: Path, options: list[str], advice: str) -> None:
+    given = list(SMALL_SEARCH) if "--method" not in options else list(SMALL_SEARCH[:8])
+    if options == ["--budget", "2"]:
+        given[-1] = "entropyprune"
+    assert advice in refused(*given, *options)
+
+
+def test_drift_shows_controls_and_the_worst_cases(model: Path, tmp_path: Path, cache: Path) -> None:
+    common = ("drift", "small", "--data", "testbed", "--samples", 6)
+    profile = tokenprune.Profile(method="vflowopt", keep=0.25, model=fingerprint(load_testbed("small")[0]))
+    profile.save(tmp_path / "p.json")
+    found = read(*common, "--profile", tmp_path / "p.json", "--pictures", tmp_path / "pictures", "--worst", 2)
+    assert set(found["spreads"]) == {"vflowopt", "random", "uniform"} and len(found["drift"]) == 6
+    assert found["spreads"]["vflowopt"]["worst"] == max(found["drift"]) == found["worst"][0]["drift"]
+    assert [Image.open(case["picture"]).width > 100 for case in found["worst"]] == [True, True]
+    shown = call(*common, "--method", "fastv", "--keep", "25%")
+    assert shown.exit_code == 0 and "fastv" in shown.stdout and "sample" in shown.stdout
+    assert "say how much to keep" in refused(*common)
+    assert "not both" in refused(*common, "--profile", tmp_path / "p.json", "--method", "fastv")
+    assert "cannot read" in refused(*common, "--profile", tmp_path / "none.json")
