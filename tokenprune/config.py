@@ -91,11 +91,12 @@ def _chosen(model: nn.Module, family: Family, arguments: Arguments) -> tuple[Arg
     if profile is None:
         warnings.warn(
             f"no profile is known for this model: EntropyPrune as published for {family.name} models is taken, "
-            f"untested on it; 'tokenprune tune MODEL --data pictures/ --budget {arguments.keep}' measures in a minute",
+            f"untested on it; 'tokenprune tune MODEL --data pictures/ --budget {arguments.keep} --quick' chooses "
+            f"in a minute, 'tokenprune drift MODEL --data pictures/ --keep {arguments.keep}' shows what this one does",
             UntestedWarning,
             stacklevel=2,
         )
-        return published, "; untested on this model: see tokenprune tune"
+        return published, "; untested on this model: see tokenprune tune and tokenprune drift"
     said = profile.arguments(arguments.keep)
     chosen = dataclasses.replace(
         arguments,
