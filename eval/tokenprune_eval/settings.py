@@ -32,8 +32,8 @@ class Bench:
 
     def __init__(self, name: str, questions: int, prompts: int = 96) -> None:
         self.name = name
-        self.model, processor = load(name)
-        self.processor = CachedProcessor(processor)
+        self.model, self.templates = load(name)
+        self.processor = CachedProcessor(self.templates)
         self.memory = Memory()
         self.samples = evaluation_set(questions, seed=0)
         one = [sample for sample in self.samples if len(sample.images) == 1][:prompts]
@@ -45,7 +45,7 @@ class Bench:
     def calibration(self, count: int, seed: int) -> list[Any]:
         """Inputs of training scenes, one prompt each."""
         samples = load_calibration("testbed", count, seed=seed)
-        return list(calibration_calls(self.processor, samples))
+        return list(calibration_calls(self.templates, samples))
 
     def drift(self, arguments: Mapping[str, Any]) -> npt.NDArray[np.float64]:
         """Of the held-out prompts."""

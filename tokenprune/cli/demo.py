@@ -25,8 +25,17 @@ if TYPE_CHECKING:
     from tokenprune.testbed.questions import Sample
 
 BUDGETS = (0.33, 0.22, 0.11)  # average retention over the decoder layers
-FORM = {"source": "hidden", "normalization": "trace"}  # of EntropyPrune: the best on both testbeds
-METHODS = ("vflowopt", "uniform", "entropyprune", "random")  # what works best on the testbeds first
+METHODS = (
+    "auto",
+    "uniform",
+    "random",
+    "vflowopt",
+    "entropyprune",
+)  # the default, the controls, the papers' forms
+FORMS: dict[str, dict[str, Any]] = {
+    "vflowopt": {"recycling": "cells", "even": 0.0},
+    "entropyprune": {"source": "query", "normalization": "none"},
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,7 @@ class Setting:
     """How a testbed model is shown.
 
     Attributes:
-        layer: the cut's.
+        layer: of EntropyPrune's cut.
         scenes, quick_scenes: how many are asked about.
         repeats, quick_repeats: timed forwards of each variant.
     """
@@ -219,11 +228,12 @@ def _choose_shown(samples: list[Sample], families: tuple[str, ...]) -> list[int]
 def make_variants(setting: Setting, seed: int) -> list[Variant]:
     """The unpruned model, then every method at every budget."""
     variants = [Variant("none", None)]
-    parameters: dict[str, dict[str, Any]] = {"random": {"seed": seed}, "entropyprune": FORM}
+    parameters = {**FORMS, "random": {"seed": seed}}
+    # Controls lose least before the LLM; auto and vflowopt have cuts of their own.
+    layers = {"entropyprune": setting.layer, "uniform": 0, "random": 0}
     for method in METHODS:
         given = parameters.get(method, {})
-        layer = None if method == "vflowopt" else setting.layer  # which has cuts of its own
-        variants += [Variant(method, budget, layer, given) for budget in BUDGETS]
+        variants += [Variant(method, budget, layers.get(method), given) for budget in BUDGETS]
     return variants
 
 
@@ -383,7 +393,7 @@ def _document(
         "scenes": len({id(s.images) for s in samples}),
         "model": name,
         "layer": SETTINGS[name].layer,
-        "parameters": FORM,
+        "parameters": FORMS,
         "rows": rows,
         "shown": [_shown(variants, samples[i], i) for i in shown],
         "pictures": pictures,
@@ -423,9 +433,9 @@ def _show(document: dict[str, Any], variants: list[Variant], samples: list[Sampl
     _add_costs(table, variants)
     out.print(table)
     out.print(
-        f"Accuracy is good to about ± {100 * half:.0f} points (95 %). Cut before decoder layer {document['layer']}, "
-        f"vflowopt before the LLM and at two depths; "
-        f"the columns are the average over layers, as papers count."
+        f"Accuracy is good to about ± {100 * half:.0f} points (95 %). auto is wrap(model, keep=...): the profile known "
+        f"for this model; vflowopt and entropyprune are as published, the latter cut before decoder layer "
+        f"{document['layer']}, controls before the LLM; the columns are the average over layers, as papers count."
     )
     out.print(f"Kept tokens over the image: {', '.join(document['pictures'])}")
     out.print(document["measured"], markup=False)
