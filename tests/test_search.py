@@ -72,7 +72,7 @@ def test_every_point_of_vflowopt_meets_the_budget(data: Any, layers: int, keep: 
     space = VFlowOpt.search_space(setting)
     assert space is not None
     point = {name: data.draw(st.floats(d.low, d.high)) for name, d in space.items() if isinstance(d, Real)}
-    point["recycling"] = "cells"
+    point |= {"recycling": "cells", "size_term": True}
     assert set(point) == set(space)
     cuts = [Cut(*cut) for cut in VFlowOpt.arguments_at(point, setting)["cuts"]]
     counts = plan_counts(n, layers, cuts, keep)

@@ -149,7 +149,7 @@ def _check_needs(model: nn.Module, family: Family, method: Method) -> None:
     if needs.bias and not takes_biases(text):
         raise ConfigError(
             f"method {method.name!r} adds biases to attention, which {attention_backend(text)} does not take; load the "
-            f"model with attn_implementation='sdpa' or 'eager'"
+            f"model with attn_implementation='sdpa' or 'eager', or ask for no bias (vflowopt: size_term=False)"
         )
     if needs.counts and type(method).count is Method.count:
         raise ConfigError(

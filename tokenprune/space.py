@@ -51,7 +51,7 @@ class Setting:
         grid_side: tokens along the longest side of a view, in the calibration images.
         attention_peak: 0.99 quantile over them of max(c) / mean(c), c being the attention a patch receives in the
             vision layer that yields the features; None where the tower cannot be looked into.
-        has_cls: whether the tower has a CLS token.
+        biases: whether the text model's attention takes biases.
     """
 
     num_layers: int
@@ -59,4 +59,4 @@ class Setting:
     keep: Keep
     grid_side: int
     attention_peak: float | None = None
-    has_cls: bool = False
+    biases: bool = True

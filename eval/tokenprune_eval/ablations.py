@@ -14,22 +14,22 @@ from tokenprune_eval.results import Results
 from tokenprune_eval.settings import ROW, Bench
 
 COLUMNS = ["key", "model", "keep", "changed", *ROW]
-PAPER = {"recycling": "cells", "even": 0.0, "a": 3.0}
+PAPER = {"recycling": "cells", "even": 0.0, "a": 3.0, "size_term": False}
 ARMS: dict[str, dict[str, Any]] = {
     "default": {},
     "as in the paper: cells, no even grid": PAPER,
     "the same without recycling": {**PAPER, "recycling": "none"},
     "without recycling": {"recycling": "none"},
+    "without the size term": {"size_term": False},
     "cells": {"recycling": "cells", "a": 3.0},
     "no even grid": {"even": 0.0},
-    "nothing but the even grid": {"even": 1.0},
+    "nothing but the even grid, retrieval and size term": {"even": 1.0},
     "voters: t = 1.5": {"t": 1.5},
     "voters: t = 3": {"t": 3.0},
     "voters: CLS": {"voters": "cls"},
     "entropy: alpha = 0.2": {"alpha": 0.2},
     "entropy: alpha = -0.2": {"alpha": -0.2},
     "recycled tokens protected (cells)": {**PAPER, "protect_recycled": True},
-    "size term": {"size_term": True},
     "size term (cells)": {**PAPER, "size_term": True},
     "softer retrieval: beta = 10": {"beta": 10.0},
     "one cut, before the LLM": {"layer": 0},

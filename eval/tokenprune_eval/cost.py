@@ -52,6 +52,7 @@ def recipe(bench: Bench, calls: Sequence[Any], keep: float, trials: int, seed: i
             "method": "vflowopt",
             "recycling": "cells",
             "even": 0.0,
+            "size_term": False,
             "t": own.suggest_float("t", 0.0, 50.0),
             "a": own.suggest_float("a", 3.0, 24.0),
             "alpha": own.suggest_float("alpha", -1.0, 1.0),

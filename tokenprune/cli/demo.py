@@ -33,7 +33,7 @@ METHODS = (
     "entropyprune",
 )  # the default, the controls, the papers' forms
 FORMS: dict[str, dict[str, Any]] = {
-    "vflowopt": {"recycling": "cells", "even": 0.0},
+    "vflowopt": {"recycling": "cells", "even": 0.0, "size_term": False},
     "entropyprune": {"source": "query", "normalization": "none"},
 }
 

@@ -45,7 +45,7 @@ class Trial:
         return f"{self.arguments['method']} ({own})" if own else str(self.arguments["method"])
 
 
-_FORMS = (("recycling", "none"), ("t", 1.5), ("t", 5.0), ("size_term", True), ("voters", "cls"))
+_FORMS = (("recycling", "none"), ("t", 1.5), ("t", 5.0), ("size_term", False), ("voters", "cls"))
 
 
 def candidates(num_layers: int) -> list[dict[str, Any]]:
@@ -54,7 +54,10 @@ def candidates(num_layers: int) -> list[dict[str, Any]]:
     layers = sorted({early, min(2, num_layers - 1)})
     found: list[dict[str, Any]] = [{"method": "uniform", "layer": 0}, {"method": "random", "layer": 0}]
     found += [{"method": "vflowopt", "even": even} for even in (0.0, 0.3, 0.5, 0.7)]
-    found += [{"method": "vflowopt", "recycling": "cells", "a": a, "even": 0.0} for a in (2.0, 3.0, 4.0, 6.0)]
+    found += [
+        {"method": "vflowopt", "recycling": "cells", "a": a, "even": 0.0, "size_term": False}
+        for a in (2.0, 3.0, 4.0, 6.0)
+    ]
     found += [{"method": "vflowopt", name: value} for name, value in _FORMS]
     for layer in layers:
         found += [{"method": "uniform", "layer": layer}, {"method": "fastv", "layer": layer}]

@@ -18,6 +18,7 @@ from tokenprune.errors import ConfigError, UnsupportedModelError
 from tokenprune.methods import METHODS
 from tokenprune.methods.base import ImageTokens, Method, Needs
 from tokenprune.models import stock_model
+from tokenprune.models.decoders import takes_biases
 from tokenprune.space import Dimension, OneOf, Point, Real, Setting, Whole
 from tokenprune.tokens import Selection, VisionAttention
 
@@ -30,7 +31,6 @@ class _Peaks(Method):
     """Keeps everything, and notes how peaked the tower's attention is."""
 
     peaks: list[float] = field(default_factory=list)
-    cls: list[bool] = field(default_factory=list)
 
     name = "peaks"
 
@@ -40,7 +40,6 @@ class _Peaks(Method):
     def _note(self, attention: VisionAttention) -> Tensor:
         received = attention.received()
         self.peaks.append(float(received.max() / received.mean()))
-        self.cls.append(attention.has_cls)
         return received
 
     def select(self, image: ImageTokens, k: int) -> Selection:
@@ -66,7 +65,7 @@ def setting_of(model: Any, calls: Iterable[Mapping[str, Any]], keep: Keep, memor
         keep=keep,
         grid_side=side,
         attention_peak=float(np.quantile(probe.peaks, 0.99)) if probe.peaks else None,
-        has_cls=any(probe.cls),
+        biases=takes_biases(family.text_model(inner).config),
     )
 
 
