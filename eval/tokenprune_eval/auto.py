@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", default=["small", "smol"])
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.33, 0.22, 0.11])
     parser.add_argument("--questions", type=int, default=1000)
+    parser.add_argument("--arms", nargs="+", choices=["none", *ARMS], default=["none", *ARMS])
     parser.add_argument("--csv", type=Path, default=Path("eval/results/auto.csv"))
     parser.add_argument("--summary", action="store_true", help="only print what is there")
     options = parser.parse_args(argv)
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for arm, own in ARMS.items()
         ]
         for key, arm, keep, arguments in cells:
-            if key in results.rows:
+            if key in results.rows or arm not in options.arms:
                 continue
             row = bench.row(arguments)
             results.add({"key": key, "model": model, "keep": str(keep or ""), "arm": arm, **row})

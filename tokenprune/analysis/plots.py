@@ -64,8 +64,8 @@ def plot_attention(statistics: LayerStatistics, path: Path) -> None:
     save_figure(figure, path)
 
 
-def new_figure(panels: int) -> Any:
-    """A figure of panels, three in a row.
+def new_figure(panels: int, columns: int = 3) -> Any:
+    """A figure of panels, so many in a row.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -74,7 +74,7 @@ def new_figure(panels: int) -> Any:
         from matplotlib.figure import Figure  # not pyplot: no display, no global state
     except ImportError:
         raise ConfigError("figures need matplotlib: pip install 'tokenprune-vlm[plot]'") from None
-    columns = min(3, panels)
+    columns = min(columns, panels)
     rows = -(-panels // columns)
     figure = Figure(figsize=(4.2 * columns, 3.1 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)

@@ -31,7 +31,7 @@ def write_report(found: Found, folder: Path) -> Path:
         ConfigError: matplotlib is missing, or the folder cannot be written to.
     """
     importances = _importances(found.study)
-    figure = new_figure(4)
+    figure = new_figure(4, columns=2)
     convergence, important, cost, samples = figure.axes
     _draw_convergence(convergence, found)
     important.barh(list(importances)[::-1], list(importances.values())[::-1])
