@@ -283,6 +283,20 @@ def test_a_study_is_gone_on_with(
     assert [one.value for one in done.tried] == [one.value for one in second.tried]
 
 
+@pytest.mark.slow
+def test_a_trial_without_a_sign_of_life_fails(
+    model: Any, calls: list[Any], memory: Memory, tmp_path: Path
+) -> None:
+    more = {"storage": storages(tmp_path)["sqlite"], "study": STUDY, "heartbeat": 1}
+    study = run(model, calls, memory, trials=2, **more).study
+    lost = study.ask()
+    study._storage.record_heartbeat(lost._trial_id)
+    time.sleep(4.5)
+    found = run(model, calls, memory, trials=3, resume=True, **more)
+    assert found.study.get_trials()[lost.number].state == STATES.FAIL
+    assert [one.number for one in found.tried] == [0, 1, 3]
+
+
 def test_the_cache_is_the_default_of_the_command_line(
     model: Any, calls: list[Any], memory: Memory, cache: Path
 ) -> None:
