@@ -291,7 +291,7 @@ def test_a_trial_without_a_sign_of_life_fails(
     study = run(model, calls, memory, trials=2, **more).study
     lost = study.ask()
     study._storage.record_heartbeat(lost._trial_id)
-    time.sleep(4.5)
+    time.sleep(6)  # four heartbeats, and what a database rounds
     found = run(model, calls, memory, trials=3, resume=True, **more)
     assert found.study.get_trials()[lost.number].state == STATES.FAIL
     assert [one.number for one in found.tried] == [0, 1, 3]
