@@ -88,7 +88,7 @@ def tune(
     metric: MetricOption = "cosine",
     samples: Annotated[
         int, typer.Option("--samples", min=4, help="Images to search on; half as many again choose.")
-    ] = 30,
+    ] = 96,
     trials: Annotated[int, typer.Option("--trials", min=1, help="Settings tried in all (a search).")] = 100,
     method: Methods = None,
     sampler: Sampler = "tpe",

@@ -173,7 +173,8 @@ def search(
 
     Args:
         model: stock, not wrapped.
-        calls: inputs of one prompt each; no answers are needed. 30 are enough (the paper's number).
+        calls: inputs of one prompt each; no answers are needed. About 100: with the paper's 30 the best
+            setting fitted the samples (README).
         keep: the budget, an average over layers; with `cost` a range (low, high) that is searched too.
         fresh: other prompts. The best few are measured on them too, and the least drift over both is chosen: what a
             hundred settings were chosen by flatters the best. The profile says what was measured on these.
