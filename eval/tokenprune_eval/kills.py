@@ -8,7 +8,6 @@ parameters twice, and the best of the killed studies among those of the others.
 from __future__ import annotations
 
 import argparse
-import csv
 import random
 import signal
 import sqlite3
@@ -28,9 +27,21 @@ from tokenprune.testbed import load
 from tokenprune.tune.search import search
 from tokenprune.tune.studies import open_storage
 from tokenprune_eval import machine
+from tokenprune_eval.results import Results
 
 STUDY, KEEP, SAMPLES = "kills", 0.22, 12
-COLUMNS = ["seed", "arm", "kills", "finished", "distinct", "lost", "best_drift", "seconds", *machine.FIELDS]
+COLUMNS = [
+    "key",
+    "seed",
+    "arm",
+    "kills",
+    "finished",
+    "distinct",
+    "lost",
+    "best_drift",
+    "seconds",
+    *machine.FIELDS,
+]
 
 
 def work(url: str, trials: int, seed: int) -> None:
@@ -112,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Studies that are killed.")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--trials", type=int, default=84)
+    parser.add_argument("--trials", type=int, default=63)
     parser.add_argument("--csv", type=Path, default=Path("eval/results/kills.csv"))
     parser.add_argument("--work", metavar="URL", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
@@ -120,17 +131,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.work:
         work(options.work, options.trials, options.seed)
         return
-    rows = []
+    results = Results(options.csv, COLUMNS)
+    results.load()
+    described = machine.describe()
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(options.seeds):
             for kills in (0, options.kills):
-                rows.append(run(Path(folder), options.trials, seed, kills))
-                print(rows[-1], flush=True)
-    described = machine.describe()
-    with options.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**row, **described} for row in rows)
+                key = f"{seed} {kills} {options.trials}"
+                if key not in results.rows:
+                    row = run(Path(folder), options.trials, seed, kills)
+                    results.add(
+                        {"key": key, **{name: str(value) for name, value in row.items()}, **described}
+                    )
+                print(results.rows[key], flush=True)
+    rows = list(results.rows.values())
     best = {arm: [float(r["best_drift"]) for r in rows if r["arm"] == arm] for arm in ("killed", "whole")}
     print(
         f"median best of the killed: {statistics.median(best['killed']):.4g}; of the others "

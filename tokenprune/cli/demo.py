@@ -71,7 +71,7 @@ SETTINGS = {
         quick_repeats=5,
     ),
 }
-TIMED_PROMPTS = 8  # prompts in the batch that is timed
+TIMED_PROMPTS = 4  # prompts in the batch that is timed
 # What is shown is settled before anything is asked: the first question of each of these families.
 SHOWN, QUICK_SHOWN = ("attribute", "position", "reading"), ("attribute", "position")
 
