@@ -544,12 +544,6 @@ def test_other_commands_refuse_on_one_line(tmp_path: Path) -> None:
 # -- ecl ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TOKENPRUNE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 @pytest.mark.slow
 def test_ecl_measures_and_keeps_the_layer(model: Path, tmp_path: Path, cache: Path, image: Path) -> None:
     names = ["curve.png", "attention.png", "maps.png"]

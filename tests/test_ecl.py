@@ -15,10 +15,7 @@ from tokenprune.analysis.collapse import find_collapse
 from tokenprune.fingerprint import fingerprint
 from tokenprune.profiles.collapse import Collapse, collapse_path, read_collapse
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TOKENPRUNE_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def curves(drops, images=40, noise=0.01, seed=0):

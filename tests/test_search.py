@@ -34,12 +34,7 @@ from tokenprune.tune.space import setting_of
 
 WORKER = Path(__file__).with_name("search_worker.py")
 STATES = optuna.trial.TrialState
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TOKENPRUNE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")

@@ -21,12 +21,7 @@ from tokenprune.profiles.profile import Measured, ProfileCut
 from tokenprune.tune import METRICS, measure, quick
 
 ROWS = [["text:4", "image", "text:5"]]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TOKENPRUNE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")

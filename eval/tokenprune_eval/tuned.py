@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=96, help="that are searched on")
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--questions", type=int, default=200)
-    parser.add_argument("--spread", type=int, default=12, help="settings for the rank correlation")
+    parser.add_argument("--spread", type=int, default=12, help="settings for the rank correlation; 0: none")
     parser.add_argument("--csv", type=Path, help="(default: eval/results/tuned_MODEL.csv)")
     options = parser.parse_args(argv)
     results = Results(options.csv or Path(f"eval/results/tuned_{options.model}.csv"), COLUMNS)
@@ -74,7 +74,7 @@ def compare(
     found = search(bench.model, calls, keep, fresh=fresh, trials=trials, **given)
     add("untuned", found.tried[0], 2 * samples)
     add("tuned", found.front[0], found.passes)
-    if seed == 0:
+    if seed == 0 and spread:
         whole = sorted((one for one in found.tried if len(one.drift) == samples), key=lambda one: one.value)
         more = search(bench.model, calls, keep, trials=spread, sampler="random", stop_early=False, **given)
         picked = sorted([*whole[:: max(1, len(whole) // 8)], *more.tried], key=lambda one: one.value)

@@ -115,6 +115,21 @@ def tune(
     for folder in (out and out.parent, report and report.parent):
         if folder is not None and not given_path(folder).is_dir():
             raise InputError(f"there is no folder {str(folder)!r}; make it first")
+    options: dict[str, Any] = {
+        "methods": method,
+        "metric": metric,
+        "cost": None if cost is None else cost.value,
+        "sampler": sampler,
+        "trials": trials,
+        "seed": seed,
+        "worker": worker,
+        "batch_size": batch_size,
+        "storage": storage,
+        "study": study,
+        "resume": resume,
+    }
+    if not quick:
+        _check_search(options)
     # A search takes half as many again, which the best few are measured on in the end.
     drawn = load_calibration(data, 16 if quick else samples + samples // 2, seed=seed)
     loaded, processor = load_model(model, dtype.value, device)
@@ -122,30 +137,12 @@ def tune(
     if quick:
         _quick(loaded, calls, keep, metric, budget, out, as_json)
         return
-    _needs_optuna()
     from tokenprune.tune.report import write_report
     from tokenprune.tune.search import search
 
     used = max(4, 2 * len(calls) // 3)
     with _progress(as_json) as told:
-        found = search(
-            loaded,
-            calls[:used],
-            keep,
-            fresh=calls[used:],
-            methods=method,
-            metric=metric,
-            cost=None if cost is None else cost.value,
-            sampler=sampler,
-            trials=trials,
-            seed=seed,
-            worker=worker,
-            batch_size=batch_size,
-            storage=storage,
-            study=study,
-            resume=resume,
-            told=told,
-        )
+        found = search(loaded, calls[:used], keep, fresh=calls[used:], told=told, **options)
     paths = _keep(found.profiles, out)
     page = None if report is None else write_report(found, report)
     if as_json:
@@ -161,11 +158,15 @@ def _budget(text: str) -> Any:
     return (read_keep(low), read_keep(high)) if colon else read_keep(text)
 
 
-def _needs_optuna() -> None:
+def _check_search(options: dict[str, Any]) -> None:
+    """Refuse what a search cannot be asked, before a large model is loaded."""
     import importlib.util
 
     if importlib.util.find_spec("optuna") is None:
         raise InputError("a search needs optuna: pip install 'tokenprune-vlm[tune]'; --quick does without")
+    from tokenprune.tune.search import SearchOptions
+
+    SearchOptions(**options)
 
 
 def _keep(profiles: list[Profile], out: Path | None) -> list[str]:

@@ -14,7 +14,7 @@ from tokenprune.files import given_path
 from tokenprune.profiles import hub
 from tokenprune.profiles.store import Document, Fingerprint, Line, Number, read_document, write_document
 
-PUBLISHED = Path(__file__).with_name("published")
+PRESETS = Path(__file__).with_name("published")
 Name = Annotated[str, Field(max_length=64, pattern=r"^[a-z][a-z0-9_]*$")]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -178,7 +178,7 @@ class Profile(Document):
         Raises:
             ConfigError: no such preset; names those there are.
         """
-        names = sorted(path.stem for path in PUBLISHED.glob("*.json"))
+        names = sorted(path.stem for path in PRESETS.glob("*.json"))
         if name not in names:
             raise ConfigError(f"there is no published profile {name!r}; choose one of {', '.join(names)}")
-        return cls.load(PUBLISHED / f"{name}.json")
+        return cls.load(PRESETS / f"{name}.json")

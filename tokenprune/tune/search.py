@@ -81,7 +81,8 @@ class Found:
         front: those on the Pareto front, as in `profiles`; the best alone where drift was the only objective.
         controls: drift of each sample, by control, at the budget of the first profile.
         samples: prompts.
-        passes: prefills of a prompt that this study cost, references included.
+        passes: prefills of a prompt that this study cost, references included, but not the look at the first few that
+            its space is made from.
         study: Optuna's own.
     """
 
@@ -242,13 +243,8 @@ class _Objective:
         options: SearchOptions,
         memory: Memory,
     ) -> None:
-        self.model, self.batches, self.space, self.options, self.memory = (
-            model,
-            batches,
-            space,
-            options,
-            memory,
-        )
+        self.model, self.batches, self.space = model, batches, space
+        self.options, self.memory = options, memory
         self.stop_early = options.stop_early and options.cost is None
 
     def measure(

@@ -16,23 +16,22 @@ from tokenprune.api import family_of, pruned, report
 from tokenprune.budget import Keep
 from tokenprune.errors import ConfigError, UnsupportedModelError
 from tokenprune.methods import METHODS
-from tokenprune.methods.base import ImageTokens, Method, Needs
+from tokenprune.methods.base import Needs
+from tokenprune.methods.uniform import Uniform
 from tokenprune.models import stock_model
 from tokenprune.models.decoders import takes_biases
 from tokenprune.space import Dimension, OneOf, Point, Real, Setting, Whole
-from tokenprune.tokens import Selection, VisionAttention
+from tokenprune.tokens import VisionAttention
 
 _PICTURES = 8  # calls that are looked at
 Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class _Peaks(Method):
-    """Keeps everything, and notes how peaked the tower's attention is."""
+class _Peaks(Uniform):
+    """Notes how peaked the tower's attention is."""
 
     peaks: list[float] = field(default_factory=list)
-
-    name = "peaks"
 
     def needs(self) -> Needs:
         return Needs(vision=self._note)
@@ -41,9 +40,6 @@ class _Peaks(Method):
         received = attention.received()
         self.peaks.append(float(received.max() / received.mean()))
         return received
-
-    def select(self, image: ImageTokens, k: int) -> Selection:
-        raise NotImplementedError("a budget of 1.0 asks for none")
 
 
 def setting_of(model: Any, calls: Iterable[Mapping[str, Any]], keep: Keep, memory: Memory) -> Setting:
