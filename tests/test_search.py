@@ -361,3 +361,16 @@ def test_a_killed_study_loses_the_running_trial_at_most(tmp_path: Path) -> None:
     assert process.returncode == 0, errors.decode()
     trials = finished(storage)
     assert len(trials) == len(before) + 5 and len({str(t.params) for t in trials}) == len(trials)
+
+
+def test_passes_end_a_search(model: Any, calls: list[Any], memory: Memory) -> None:
+    whole = run(model, calls, memory, fresh=calls[:2], trials=8)
+    limit = whole.passes - 7
+    found = run(model, calls, memory, fresh=calls[:2], trials=8, passes=limit)
+    before = found.passes - len(found.tried[-1].drift)
+    assert before < limit <= found.passes
+    assert [one.arguments for one in found.tried] == [
+        one.arguments for one in whole.tried[: len(found.tried)]
+    ]
+    with pytest.raises(ConfigError, match="at least 1"):
+        run(model, calls, memory, passes=0)

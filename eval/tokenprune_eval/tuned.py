@@ -1,7 +1,7 @@
 """Is a tuned profile better on scenes it has not seen? ``python -m tokenprune_eval.tuned``.
 
-For every seed and budget: VFlowOpt untuned; the best of TPE; and the best that random search finds in twice the trials,
-but no more prefills (its trials are stopped sooner, so that it may need fewer).
+For every seed and budget: VFlowOpt untuned; the best of TPE; and what the same search finds with random sampling in as
+many prefills (its trials are stopped sooner, so that it has more of them).
 Drift on the samples searched on and on held-out prompts, accuracy on held-out questions. Then settings that were
 tried, spread over their ranks, with drift and accuracy: whether one follows the other (Spearman).
 """
@@ -49,8 +49,6 @@ def compare(
 ) -> None:
     """The rows of one budget and seed; the settings that are spread over ranks with the first seed only."""
     place = f"{bench.name} {keep} {seed}"
-    if f"{place} random search" in results.rows:
-        return
     drawn = bench.calibration(samples + samples // 2, seed)
     calls, fresh = drawn[:samples], drawn[samples:]
 
@@ -71,22 +69,22 @@ def compare(
         )
 
     given: dict[str, Any] = {"methods": ["vflowopt"], "seed": seed, "memory": bench.memory}
-    found = search(bench.model, calls, keep, fresh=fresh, trials=trials, **given)
-    add("untuned", found.tried[0], 2 * samples)
-    add("tuned", found.front[0], found.passes)
-    if seed == 0 and spread:
-        whole = sorted((one for one in found.tried if len(one.drift) == samples), key=lambda one: one.value)
-        more = search(bench.model, calls, keep, trials=spread, sampler="random", stop_early=False, **given)
-        picked = sorted([*whole[:: max(1, len(whole) // 8)], *more.tried], key=lambda one: one.value)
-        for number, one in enumerate(picked):
-            add(f"tried {number}", one, 0)
-    allowed = found.passes - samples
-    drawn = search(bench.model, calls, keep, trials=2 * trials, sampler="random", **given).tried
-    spent = np.cumsum([len(one.drift) for one in drawn])
-    within = [
-        one for one, cost in zip(drawn, spent, strict=True) if cost <= allowed and len(one.drift) == samples
-    ]
-    add("random search", min(within, key=lambda one: one.value), int(spent[spent <= allowed][-1]) + samples)
+    if f"{place} tuned" not in results.rows:
+        found = search(bench.model, calls, keep, fresh=fresh, trials=trials, **given)
+        add("untuned", found.tried[0], 2 * samples)
+        if seed == 0 and spread:
+            whole = sorted((t for t in found.tried if len(t.drift) == samples), key=lambda one: one.value)
+            given_to_random = {**given, "sampler": "random", "stop_early": False}
+            more = search(bench.model, calls, keep, trials=spread, **given_to_random)
+            picked = sorted([*whole[:: max(1, len(whole) // 8)], *more.tried], key=lambda one: one.value)
+            for number, one in enumerate(picked):
+                add(f"tried {number}", one, 0)
+        add("tuned", found.front[0], found.passes)
+    if f"{place} random search" not in results.rows:
+        passes = int(results.rows[f"{place} tuned"]["passes"])
+        of_random = {**given, "sampler": "random", "trials": passes, "passes": passes}
+        found = search(bench.model, calls, keep, fresh=fresh, **of_random)
+        add("random search", found.front[0], found.passes)
 
 
 def summarise(results: Results) -> None:

@@ -116,6 +116,7 @@ class SearchOptions:
         cost: a second objective: "flops" (share of the unpruned prefill's) or "latency" (seconds of a prompt's).
         sampler: a name of `SAMPLERS`.
         trials: finished ones that the study shall have in all.
+        passes: prefills of a prompt after which no further trial begins, as `Found.passes` counts them; None: no limit.
         seed: the sampler's follows from it, the trials in the storage, and `worker`.
         worker: number of this process among those that share a study.
         batch_size: prompts per forward.
@@ -134,6 +135,7 @@ class SearchOptions:
     cost: Cost | None = None
     sampler: str = "tpe"
     trials: int = 100
+    passes: int | None = None
     seed: int = 0
     worker: int = 0
     batch_size: int = 8
@@ -148,6 +150,8 @@ class SearchOptions:
         check_sampler(self.sampler, self.objectives)
         if self.trials < 1:
             raise ConfigError(f"trials must be at least 1, not {self.trials}")
+        if self.passes is not None and self.passes < 1:
+            raise ConfigError(f"passes must be at least 1, not {self.passes}")
 
     @property
     def objectives(self) -> int:
@@ -207,7 +211,8 @@ def search(
         study = _opened(asked, asked_for, space)
         batches = list(batched(calls, asked_for.batch_size))
         objective = _Objective(model, batches, space, asked_for, memory)
-        _run(study, objective, asked_for.trials, told)
+        spent_anyway = len(calls) + (1 + _FINALISTS) * len(fresh)
+        _run(study, objective, spent_anyway, told)
         return _found(study, objective, list(batched(fresh, asked_for.batch_size)), asked)
 
 
@@ -311,21 +316,29 @@ def _refuse_known(trial: Any) -> None:
         raise optuna.TrialPruned("these parameters were tried already")
 
 
-def _run(study: Any, objective: _Objective, trials: int, told: Callable[[Progress], None] | None) -> None:
+def _run(
+    study: Any, objective: _Objective, spent_anyway: int, told: Callable[[Progress], None] | None
+) -> None:
+    """Try until enough trials are finished or passes spent; of these `spent_anyway` are not any trial's."""
+    trials, limit = objective.options.trials, objective.options.passes
     start, before, in_vain = time.monotonic(), len(_finished(study)), 0
+
+    def is_done(finished: Sequence[Any]) -> bool:
+        spent = spent_anyway + _passes_of(finished)
+        return len(finished) >= trials or (limit is not None and spent >= limit and len(finished) > 0)
 
     def after(study: Any, trial: Any) -> None:
         nonlocal in_vain
         in_vain = in_vain + 1 if trial.state == TrialState.PRUNED else 0
         finished = _finished(study)
-        if len(finished) >= trials or in_vain >= _IN_VAIN:
+        if is_done(finished) or in_vain >= _IN_VAIN:
             study.stop()
         if told is not None and finished:
             seconds, done = time.monotonic() - start, len(finished)
             left = seconds / max(1, done - before) * max(0, trials - done)
             told(Progress(done, trials, min(t.values[0] for t in finished), seconds, left))
 
-    if before < trials:
+    if not is_done(_finished(study)):
         study.optimize(objective, n_trials=None, callbacks=[after])
     if not _finished(study):
         refused = [t.user_attrs["refused"] for t in study.get_trials() if "refused" in t.user_attrs]
@@ -338,13 +351,18 @@ def _finished(study: Any) -> list[Any]:
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
 
+def _passes_of(trials: Sequence[Any]) -> int:
+    return sum(len(trial.user_attrs[_TRIED]["drift"]) for trial in trials)
+
+
 def _found(
     study: Any, objective: _Objective, fresh: Sequence[Mapping[str, Any]], asked: Mapping[str, Any]
 ) -> Found:
     options = objective.options
-    tried = [Tried.of(trial) for trial in _finished(study)]
+    finished = _finished(study)
+    tried = [Tried.of(trial) for trial in finished]
     whole = sorted((t for t in tried if len(t.drift) == asked["samples"]), key=lambda one: one.value)
-    passes = asked["samples"] + sum(len(one.drift) for one in tried)
+    passes = asked["samples"] + _passes_of(finished)
     checked: dict[int, NDArray[np.float64]] = {}
     if options.cost is not None:
         on_it = {trial.number for trial in study.best_trials}
