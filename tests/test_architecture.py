@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1] / "tokenprune"
 # From the ground up: a module imports only from those above it here, or from its own line. Lazy imports and those for
 # type checkers count.
 FLOORS = (
-    ("errors", "tensors", "hashing", "cache"),
+    ("errors", "tensors", "hashing", "cache", "machine", "timing"),
     ("files", "budget", "tokens", "estimators"),
     ("space",),
     ("images", "draw"),
@@ -29,6 +29,7 @@ FLOORS = (
     ("testbed",),
     ("analysis",),
     ("tune",),
+    ("compare",),
     ("cli",),
 )
 # `import tokenprune` names what is further in at its first use; that is its purpose.

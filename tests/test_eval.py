@@ -12,20 +12,20 @@ import pytest
 import torch
 
 import tokenprune
+from tokenprune.compare.statistics import difference
 from tokenprune.runtime.flops import decoder_flops
 from tokenprune.testbed import evaluation_set
 from tokenprune.testbed.evaluate import wilson_interval
 from tokenprune.testbed.language import make_inputs
 from tokenprune.testbed.modeling import build_model, build_processor
+from tokenprune.timing import Arm, interleave, ratio
 from tokenprune_eval import separation, table
 from tokenprune_eval.bench import Bench, append, parse_batch, verdict
 from tokenprune_eval.cells import SOURCES, Cell, grid
 from tokenprune_eval.geometry import GEOMETRIES, build, fix_features, prompts
 from tokenprune_eval.ideal import prepare
 from tokenprune_eval.memory import peak_bytes
-from tokenprune_eval.paired import difference
 from tokenprune_eval.results import Results, pack, unpack
-from tokenprune_eval.timing import Arm, interleave, ratio
 
 TINY = GEOMETRIES["tiny"]
 

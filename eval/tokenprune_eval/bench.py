@@ -28,11 +28,11 @@ from rich.table import Table
 from torch import Tensor
 
 import tokenprune
-from tokenprune_eval import machine
+from tokenprune import machine
+from tokenprune.timing import CLOCKS, Arm, Ratio, interleave, milliseconds, ratio
 from tokenprune_eval.geometry import GEOMETRIES, Geometry, build, fix_features, prompts, with_budget
 from tokenprune_eval.ideal import prepare
 from tokenprune_eval.memory import peak_bytes
-from tokenprune_eval.timing import CLOCKS, Arm, Ratio, interleave, milliseconds, ratio
 
 LAUNCH_BOUND = 1.2
 PASS = 0.95

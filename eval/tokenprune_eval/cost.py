@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import optuna
 
+from tokenprune import machine
 from tokenprune.analysis.batches import batched
 from tokenprune.analysis.memory import Memory
 from tokenprune.analysis.plots import new_figure, save_figure
 from tokenprune.tune import measure
 from tokenprune.tune.search import search
-from tokenprune_eval import machine
 from tokenprune_eval.settings import DRIFT_BATCH, Bench, setting
 
 COLUMNS = ["model", "keep", "arm", "seed", "passes", "seconds", "best_drift", "setting", *machine.FIELDS]

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tokenprune import machine
 from tokenprune.analysis.calibration import CalibrationSample, calibration_calls, load_calibration
 from tokenprune.analysis.collapse import find_collapse
 from tokenprune.analysis.layers import read_layers
@@ -25,7 +26,6 @@ from tokenprune.analysis.plots import plot_collapse
 from tokenprune.estimators import ESTIMATORS
 from tokenprune.profiles.collapse import Collapse
 from tokenprune.testbed import load
-from tokenprune_eval import machine
 
 CASES = ("trained", "untrained", "trained, images of noise")
 COLUMNS = (

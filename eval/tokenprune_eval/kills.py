@@ -23,10 +23,10 @@ from typing import Any
 import optuna
 import torch
 
+from tokenprune import machine
 from tokenprune.testbed import load
 from tokenprune.tune.search import search
 from tokenprune.tune.studies import open_storage
-from tokenprune_eval import machine
 from tokenprune_eval.results import Results
 
 STUDY, KEEP, SAMPLES = "kills", 0.22, 12

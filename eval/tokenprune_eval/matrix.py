@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from tokenprune_eval.machine import describe
+from tokenprune.machine import describe
 
 TESTS = ("tests/test_matrix.py", "tests/test_generation.py", "tests/test_backends.py")
 # (test, position of the family's name in its parameters, position of what is told apart, its names in the table)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenprune.machine import describe
 from tokenprune.methods import EntropyPrune
 from tokenprune.testbed import load
 from tokenprune.testbed.dense import BACKGROUND, patch_objects
@@ -27,7 +28,6 @@ from tokenprune.testbed.language import make_inputs
 from tokenprune.testbed.questions import Sample, ask
 from tokenprune.testbed.scenes import DEFAULT_SCENES, SCENE_KINDS, Scene, make_scene
 from tokenprune_eval.cells import NORMALIZATIONS, SOURCES
-from tokenprune_eval.machine import describe
 from tokenprune_eval.recorded import images_at
 
 LAYERS = (1, 2, 3, 4, 6, 8, 10, 12, 15)

@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 import tokenprune
+from tokenprune import machine
 from tokenprune.analysis.batches import batched
 from tokenprune.analysis.calibration import calibration_calls, load_calibration
 from tokenprune.analysis.memory import Memory
 from tokenprune.testbed import Result, evaluate, evaluation_set, load
 from tokenprune.testbed.language import make_inputs
 from tokenprune.tune import measure
-from tokenprune_eval import machine
 from tokenprune_eval.cached import CachedProcessor
 
 BATCH = 50

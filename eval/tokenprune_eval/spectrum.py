@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenprune.machine import describe
 from tokenprune.tokens import State
 from tokenprune_eval.cells import SOURCES
-from tokenprune_eval.machine import describe
 from tokenprune_eval.recorded import images_at
 from tokenprune_kernels.dual_gram_entropy.reference import matrix_entropy, spectrum
 

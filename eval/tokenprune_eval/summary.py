@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tokenprune.compare.statistics import Difference, difference
 from tokenprune.testbed import evaluation_set
 from tokenprune.testbed.questions import families_of
-from tokenprune_eval.paired import Difference, difference
 from tokenprune_eval.results import Results
 
 Row = dict[str, str]

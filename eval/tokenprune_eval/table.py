@@ -23,17 +23,17 @@ from typing import Any
 import torch
 
 import tokenprune
+from tokenprune import machine
 from tokenprune.analysis.memory import Memory
 from tokenprune.budget import average_floor
 from tokenprune.testbed import FAMILIES, evaluate, evaluation_set, load
 from tokenprune.testbed.language import make_inputs
 from tokenprune.testbed.scenes import DEFAULT_SCENES, SCENE_KINDS, SceneKind
-from tokenprune_eval import machine
+from tokenprune.timing import Arm, interleave, milliseconds, ratio
 from tokenprune_eval.cached import CachedProcessor
 from tokenprune_eval.cells import METHODS, NORMALIZATIONS, SOURCES, Cell, grid
 from tokenprune_eval.results import Results
 from tokenprune_eval.summary import compact, summarise
-from tokenprune_eval.timing import Arm, interleave, milliseconds, ratio
 
 QUESTION_SEED = 0
 COLUMNS = [

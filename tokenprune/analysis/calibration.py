@@ -23,14 +23,17 @@ if TYPE_CHECKING:
 PROMPT = "Describe the image."
 _HUB = "hf:"
 _IMAGE_NAMES, _PROMPT_NAMES = ("image", "images"), ("prompt", "question", "text")
+_ANSWER_NAMES, _FAMILY_NAMES = ("answers", "answer"), ("family", "category", "question_type")
 
 
 @dataclass(frozen=True)
 class CalibrationSample:
-    """RGB images and the prompt about them."""
+    """RGB images and the prompt about them; where the source says so, right answers and the kind of question."""
 
     images: tuple[Image.Image, ...]
     prompt: str = PROMPT
+    answers: tuple[str, ...] = ()
+    family: str = ""
 
 
 def load_calibration(source: str | Path, limit: int = 64, *, seed: int = 0) -> list[CalibrationSample]:
@@ -38,8 +41,9 @@ def load_calibration(source: str | Path, limit: int = 64, *, seed: int = 0) -> l
 
     Args:
         source: "testbed" (training scenes of the bundled model); a folder of images; a .jsonl file with {"image":
-            path or list of paths, "prompt": text} per line, paths relative to it; a folder that datasets'
-            save_to_disk wrote; or "hf:OWNER/NAME", "hf:OWNER/NAME:SPLIT" for a dataset on the hub (needs `datasets`).
+            path or list of paths, "prompt": text} per line and perhaps "answer" and "family", paths relative to it; a
+            folder that datasets' save_to_disk wrote; or "hf:OWNER/NAME", "hf:OWNER/NAME:SPLIT" for a dataset on the
+            hub (needs `datasets`).
         limit: how many.
         seed: which ones, out of a folder, a dataset on disk or the testbed; a file and the hub are read from the start.
 
@@ -172,11 +176,13 @@ def _from_jsonl(path: Path, limit: int) -> Iterator[CalibrationSample]:
                 raise ConfigError(
                     f"{where} must be an object with 'image' and 'prompt', not {line.strip()[:60]}"
                 )
-            given, prompt = _fields(record, where)
+            given, prompt, answers, family = _fields(record, where)
             given = given if isinstance(given, list) else [given]
             if not given or not all(isinstance(name, str) for name in given):
                 raise ConfigError(f"{where}: 'image' must be a path or a list of paths")
-            yield CalibrationSample(tuple(open_image(path.parent / name) for name in given), prompt)
+            yield CalibrationSample(
+                tuple(open_image(path.parent / name) for name in given), prompt, answers, family
+            )
 
 
 def _from_hub(name: str, limit: int) -> Iterator[CalibrationSample]:
@@ -223,21 +229,28 @@ def _datasets() -> Any:
 def _from_record(record: dict[str, Any], where: str) -> CalibrationSample:
     from PIL import Image
 
-    given, prompt = _fields(record, where)
+    given, prompt, answers, family = _fields(record, where)
     images = given if isinstance(given, list) else [given]
     if not images or not all(isinstance(image, Image.Image) for image in images):
         raise ConfigError(f"{where}: 'image' must be an image feature")
-    return CalibrationSample(tuple(as_rgb(image, where) for image in images), prompt)
+    return CalibrationSample(tuple(as_rgb(image, where) for image in images), prompt, answers, family)
 
 
-def _fields(record: dict[str, Any], where: str) -> tuple[Any, str]:
+def _fields(record: dict[str, Any], where: str) -> tuple[Any, str, tuple[str, ...], str]:
     given = next((record[name] for name in _IMAGE_NAMES if name in record), None)
     if given is None:
         raise ConfigError(f"{where} has no 'image'; it has {', '.join(map(repr, record)) or 'nothing'}")
     prompt = next((record[name] for name in _PROMPT_NAMES if name in record), PROMPT)
     if not isinstance(prompt, str):
         raise ConfigError(f"{where}: the prompt must be text, not {prompt!r:.60}")
-    return given, prompt
+    said: Any = next((record[name] for name in _ANSWER_NAMES if name in record), [])
+    listed: list[Any] = said if isinstance(said, list) else [said]
+    # Some data sets have an object per annotator.
+    answers = [a.get("answer") if isinstance(a, dict) else a for a in listed if a is not None]
+    if not all(isinstance(a, str | int | float) for a in answers):
+        raise ConfigError(f"{where}: answers must be texts or numbers, not {answers!r:.60}")
+    family = next((record[name] for name in _FAMILY_NAMES if name in record), None)
+    return given, prompt, tuple(map(str, answers)), "" if family is None else str(family)
 
 
 def _drawn(count: int, limit: int, seed: int) -> list[int]:

@@ -1,0 +1,197 @@
+"""`tokenprune compare`: methods and controls at equal budgets on somebody's questions, and a report."""
+
+from __future__ import annotations
+
+import shlex
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tokenprune.cli.loading import load_model
+from tokenprune.cli.options import DeviceOption, Dtype, DtypeOption, JsonOption, ModelArgument
+from tokenprune.cli.shell import InputError, console, print_json
+from tokenprune.files import given_path
+
+if TYPE_CHECKING:
+    from tokenprune.compare.run import Progress
+    from tokenprune.compare.summary import Summary
+
+METHODS = ("auto", "vflowopt", "entropyprune", "fastv")
+BUDGETS = ("50%", "25%", "12.5%")
+
+
+class Match(str, Enum):
+    """When an answer is right."""
+
+    exact = "exact"
+    contains = "contains"
+
+
+def compare(
+    model: ModelArgument,
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            metavar="SOURCE",
+            help="A .jsonl file (image, question, answer, family), hf:OWNER/NAME:SPLIT, a folder of images, or "
+            "'testbed': its held-out questions.",
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="For report.html, compare.csv and the rest.")
+    ],
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method", metavar="NAME[,PARAM=VALUE]", help=f"Repeatable. [default: {', '.join(METHODS)}]"
+        ),
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option("--budget", metavar="25%|0.25", help=f"Repeatable. [default: {', '.join(BUDGETS)}]"),
+    ] = None,
+    questions: Annotated[int, typer.Option("--questions", min=1, help="How many.")] = 500,
+    match: Annotated[Match, typer.Option("--match", help="When an answer is right.")] = Match.exact,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of an answer.")] = 32,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts per batch.")] = 8,
+    time_batch: Annotated[
+        list[int] | None,
+        typer.Option("--time-batch", min=0, help="Batch sizes to time; repeatable; 0: none. [default: 1, 8]"),
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Of timing, every arm once in each.")] = 5,
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", min=1, help="Of the whole answer that is timed.")
+    ] = 32,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in the folder.")] = False,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the questions drawn.")] = 0,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare methods with each other and with controls on your model and questions, and write a report."""
+    options: dict[str, Any] = {
+        "methods": tuple(method or METHODS),
+        "budgets": _budgets(budget or BUDGETS),
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+        "match": match.value,
+        "time_batches": tuple(size for size in (time_batch or (1, 8)) if size),
+        "rounds": rounds,
+        "new_tokens": new_tokens,
+    }
+    _check(options, out)
+    from tokenprune.compare.export import write_csv, write_json
+    from tokenprune.compare.page import write_page
+    from tokenprune.compare.questions import load_questions
+    from tokenprune.compare.run import compare as run
+
+    asked = load_questions(data, questions, seed=seed)
+    loaded, processor = load_model(model, dtype.value, device)
+    with _progress(as_json) as told:
+        found = run(loaded, processor, asked, out, resume=resume, told=told, **options)
+    about = _about(model, data, loaded)
+    command = _command(model, data, out, options, questions, seed, dtype.value)
+    write_csv(found.summary, out / "compare.csv", about)
+    write_json(found.summary, out / "compare.json", {**about, "command": command})
+    write_page(found, out / "report.html", about, command)
+    if as_json:
+        print_json({"report": str(out / "report.html"), "csv": str(out / "compare.csv"), "command": command})
+    else:
+        _show(found.summary, out / "report.html")
+
+
+def _budgets(texts: list[str] | tuple[str, ...]) -> tuple[Any, ...]:
+    from tokenprune.arguments import read_keep
+
+    return tuple(read_keep(text) for text in texts)
+
+
+def _check(options: dict[str, Any], out: Path) -> None:
+    """What can be refused before a model is loaded."""
+    import importlib.util
+
+    missing = [name for name in ("scipy", "matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"a comparison needs {', '.join(missing)}: pip install 'tokenprune-vlm[compare]'")
+    if not given_path(out.parent).is_dir():
+        raise InputError(f"there is no folder {str(out.parent)!r}; make it first")
+    from tokenprune.compare.run import CompareOptions
+
+    CompareOptions(**options)
+
+
+def _about(model: str, data: str, loaded: Any) -> dict[str, str]:
+    from tokenprune.machine import describe
+    from tokenprune.models import stock_model
+
+    inner: Any = stock_model(loaded)
+    attention = inner.config.get_text_config()._attn_implementation
+    return {
+        "model": model,
+        "data": data,
+        "dtype": str(inner.dtype).removeprefix("torch."),
+        "attention": str(attention),
+        **describe(),
+    }
+
+
+def _command(
+    model: str, data: str, out: Path, options: dict[str, Any], questions: int, seed: int, dtype: str
+) -> str:
+    words = ["tokenprune", "compare", model, "--data", data, "--out", out.name]
+    for name, values in (("--method", options["methods"]), ("--budget", options["budgets"])):
+        for value in values:
+            words += [name, f"{value:g}" if isinstance(value, float) else value]
+    for size in options["time_batches"] or (0,):
+        words += ["--time-batch", str(size)]
+    words += ["--questions", str(questions), "--seed", str(seed), "--dtype", dtype]
+    for name in ("match", "max_new_tokens", "batch_size", "rounds", "new_tokens"):
+        words += [f"--{name.replace('_', '-')}", str(options[name])]
+    return shlex.join(words)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Any:
+    from rich import progress
+
+    shown = console(stderr=True)
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    hidden = quiet or not shown.is_terminal
+    with progress.Progress(*columns, console=shown, transient=True, disable=hidden) as bar:
+        task = bar.add_task("unpruned", total=None)
+
+        def told(now: Progress) -> None:
+            bar.update(task, total=now.total, completed=now.done, description=now.what)
+
+        yield told
+
+
+def _show(summary: Summary, page: Path) -> None:
+    from rich.table import Table
+
+    title = f"{len(summary.questions)} questions; * the interval of the paired difference excludes 0"
+    table = Table(title=title, title_justify="left")
+    for column in ("", "kept", "accuracy", "- random", "- uniform", "- downsample", "loyalty", "drift", "KV"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
+    for row in summary.rows:
+        if row.refused:
+            table.add_row(row.name, f"({row.keep:.1%})" if row.keep else "", "not possible", *[""] * 6)
+            continue
+        found = [row.against.get(name) for name in ("random", "uniform", "downsample")]
+        against = ["" if d is None else f"{d.points:+.1f}{'*' if d.low * d.high > 0 else ' '}" for d in found]
+        loyalty = "" if row.loyalty is None else f"{row.loyalty.value:.1%}"
+        accuracy = "" if row.accuracy is None else str(row.accuracy)
+        cells = (f"{row.kept:.1%}", accuracy, *against, loyalty, f"{row.drift:.4f}", f"{row.kv_share:.1%}")
+        table.add_row(row.name, *cells)
+    out = console()
+    out.print(table)
+    out.print(str(page), markup=False)
