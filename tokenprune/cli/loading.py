@@ -13,6 +13,7 @@ from tokenprune.files import given_path
 if TYPE_CHECKING:
     from PIL import Image
 
+ATTENTION = ("sdpa", "eager", "flash_attention_2")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 
 
@@ -34,13 +35,16 @@ def load_testbed(name: str, dtype: Any = None) -> tuple[Any, Any]:
     return loading.load(name, dtype)
 
 
-def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
+def load_model(
+    name: str, dtype: str = "auto", device: str | None = None, attention: str = "sdpa"
+) -> tuple[Any, Any]:
     """A model in eval mode on its device, and its processor. Code from the hub is never run.
 
     Args:
         name: "small" or "smol" (the testbed's), a local folder, or a hub id.
         dtype: "auto" or the name of a torch dtype.
         device: a torch device, "auto" to spread over GPUs, or None for the first GPU there is.
+        attention: "sdpa", "eager" or "flash_attention_2".
 
     Raises:
         InputError: it cannot be loaded; says why and what to give instead.
@@ -48,6 +52,8 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
     """
     import torch
 
+    if attention not in ATTENTION:
+        raise InputError(f"attention is one of {', '.join(ATTENTION)}, not {attention!r}")
     device = _check_device(device)
     wanted = None if dtype == "auto" else getattr(torch, dtype)
     from tokenprune.testbed import MODELS
@@ -73,7 +79,7 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
     spread = {"device_map": "auto"} if device == "auto" else {}
     # Not the attention that the checkpoint's config asks for: it may name a kernel to be fetched from the hub.
     for own in (config, *(getattr(config, part) for part in config.sub_configs)):
-        own._attn_implementation = "sdpa"
+        own._attn_implementation = attention
     options = {"config": config, "dtype": wanted or "auto", **spread}
     model = _pretrained(AutoModelForImageTextToText, source, name, **options)
     return (model if spread else model.to(device)).eval(), processor
