@@ -66,6 +66,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "processor": processor,
         "inputs": {**inputs, "max_new_tokens": 2},
         "queries": torch.randn(3, 8, 16),
+        "image": Image.open(tmp_path / "pictures" / "0.png"),
         "Norm": None,
     }
 
@@ -82,7 +83,7 @@ def test_blocks_run(path: Path, names: dict[str, Any]) -> None:
         exec(code, names)
         if tokenprune.is_wrapped(names["model"]):
             tokenprune.unwrap(names["model"])
-    if path.name == "CONTRIBUTING.md":
+    if path.name == "method.md":
         model = tiny.llava()
         with tokenprune.pruned(model, names["Norm"](), keep=0.5), torch.no_grad():
             model(**tiny.inputs(model, [["text:3", "image", "text:2"]]))
@@ -90,7 +91,7 @@ def test_blocks_run(path: Path, names: dict[str, Any]) -> None:
 
 
 def test_every_document_with_code_is_among_them() -> None:
-    assert {"README.md", "CONTRIBUTING.md"} <= {path.name for path in DOCUMENTS} and len(DOCUMENTS) >= 5
+    assert {"README.md", "method.md", "quickstart.md"} <= {path.name for path in DOCUMENTS} and len(DOCUMENTS) >= 5
 
 
 def test_contract_numbers_that_tests_name_exist() -> None:
@@ -99,3 +100,30 @@ def test_contract_numbers_that_tests_name_exist() -> None:
     for path in (ROOT / "tests").rglob("*.py"):
         for listed in re.findall(r"[Cc]ontract ((?:\d+(?:, | and )?)+)", path.read_text()):
             assert {int(n) for n in re.findall(r"\d+", listed)} <= numbers, path
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands in git, with pictures and the answers it prints."""
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    monkeypatch.setenv("TOKENPRUNE_CACHE", str(tmp_path))
+    path = ROOT / "docs" / "tour.ipynb"
+    held, notebook = (nbformat.read(path, as_version=4) for _ in range(2))
+    nbclient.NotebookClient(notebook, timeout=250, kernel_name="python3").execute()
+
+    def said(cells: Any) -> list[str]:
+        texts = [
+            o.text for c in cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream"
+        ]
+        return [line for line in "".join(texts).splitlines() if "->" in line or "norm" in line]
+
+    assert said(notebook.cells) == said(held.cells) and len(said(held.cells)) == 4
+    pictures = [
+        o
+        for c in notebook.cells
+        if c.cell_type == "code"
+        for o in c.outputs
+        if "image/png" in o.get("data", {})
+    ]
+    assert len(pictures) == 3
