@@ -91,7 +91,9 @@ def test_blocks_run(path: Path, names: dict[str, Any]) -> None:
 
 
 def test_every_document_with_code_is_among_them() -> None:
-    assert {"README.md", "method.md", "quickstart.md"} <= {path.name for path in DOCUMENTS} and len(DOCUMENTS) >= 5
+    assert {"README.md", "method.md", "quickstart.md"} <= {path.name for path in DOCUMENTS} and len(
+        DOCUMENTS
+    ) >= 5
 
 
 def test_contract_numbers_that_tests_name_exist() -> None:

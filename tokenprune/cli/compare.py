@@ -85,6 +85,7 @@ def compare(
     }
     _check(options, out)
     from tokenprune.compare.export import write_csv, write_json
+    from tokenprune.compare.figures import accuracy_against_retention
     from tokenprune.compare.page import write_page
     from tokenprune.compare.questions import load_questions
     from tokenprune.compare.run import compare as run
@@ -98,6 +99,8 @@ def compare(
     write_csv(found.summary, out / "compare.csv", about)
     write_json(found.summary, out / "compare.json", {**about, "command": command})
     write_page(found, out / "report.html", about, command)
+    if found.summary.whole.accuracy is not None:
+        (out / "accuracy.svg").write_text(accuracy_against_retention(found.summary), encoding="utf-8")
     if as_json:
         print_json({"report": str(out / "report.html"), "csv": str(out / "compare.csv"), "command": command})
     else:
