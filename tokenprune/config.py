@@ -201,7 +201,15 @@ def decoder_shape(model: nn.Module, family: Family) -> DecoderShape:
 
 def _check_layer(layer: object, num_layers: int, method: Method) -> None:
     # Queries, keys and values are those of the layer before the cut.
-    lowest = max(method.min_layer, int(bool(method.needs().projected)))
+    needs = method.needs()
+    if needs.ahead is not None:
+        if layer != 0 or needs.ahead >= num_layers:
+            raise ConfigError(
+                f"looking ahead goes with a cut before the LLM (layer=0) and at most {num_layers - 1} layers of this "
+                f"model, not with layer={layer!r} and {needs.ahead} layers"
+            )
+        return
+    lowest = max(method.min_layer, int(bool(needs.projected)))
     if isinstance(layer, bool) or not isinstance(layer, int):
         raise ConfigError(f"layer must be an int from {lowest} to {num_layers - 1}, or 'auto', not {layer!r}")
     if not lowest <= layer < num_layers:

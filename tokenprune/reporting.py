@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from tokenprune.budget import average_kept
-from tokenprune.runtime.flops import decoder_flops
 from tokenprune.runtime.outcome import Outcome, Total
 from tokenprune.runtime.plan import unpool
 from tokenprune.tokens import Image
@@ -315,8 +314,8 @@ def make_report(outcome: Outcome) -> Report:
         images=tuple(images),
         layers=tuple(map(LayerReport, outcome.lengths, used, allocated)),
         length=outcome.length,
-        flops=outcome.batch * decoder_flops(outcome.text_config, outcome.lengths),
-        flops_unpruned=outcome.batch * decoder_flops(outcome.text_config, [outcome.length] * num_layers),
+        flops=outcome.flops,
+        flops_unpruned=outcome.flops_unpruned,
         seconds_scoring=outcome.scoring.seconds,
         seconds_compacting=outcome.compacting.seconds,
         pruned=outcome.index is not None,

@@ -52,6 +52,8 @@ class Needs:
         digest: whether a seed made from the image's pixels and the prompt is wanted.
         row: whether the method sees all images of a row at once, as one `ImageTokens` with a budget they share.
         bias: whether selections may carry biases (refused with flash and flex attention).
+        ahead: for a cut before the LLM: K, so that `states` are what layer K - 1 (K, for "hidden") would make of the
+            image's tokens if they were alone in the prompt. It costs K layers on them.
         counts: whether `Method.count` is to be asked, before layer 0, how many tokens an image keeps. It costs one more
             copy from the device.
     """
@@ -67,6 +69,7 @@ class Needs:
     digest: bool = False
     row: bool = False
     bias: bool = False
+    ahead: int | None = None
     counts: bool = False
 
     @property

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tokenprune.budget import Cut, Keep
 from tokenprune.errors import ConfigError
 from tokenprune.estimators import ESTIMATORS, SpectralEstimator, make_estimator
 from tokenprune.methods.base import Choice, DecoderShape, ImageTokens, Needs, ScoreMethod, cut_layers
@@ -40,6 +41,8 @@ class EntropyPrune(ScoreMethod):
         gram: "dual" (h x h) or "primal" (d x d, float64): the same non-zero spectrum, for comparison.
         estimator: what is taken of the eigenvalues: "von_neumann" is H above; any other spectral estimator of
             `tokenprune.estimators` (with its default parameters, in float64). "effective_rank" ranks as H does.
+        lookahead: K, for a cut before the LLM (`layer=0`): the states are what layers 0 to K - 1 make of the image's
+            tokens alone. The average can be any, and the whole cache shrinks; it costs K layers on the image. 0: none.
         column_groups: average groups of head_dim / 128 neighbouring columns first, as the release does.
     """
 
@@ -52,12 +55,16 @@ class EntropyPrune(ScoreMethod):
     gram: str = "dual"
     estimator: str = "von_neumann"
     column_groups: bool = False
+    lookahead: int = 0
 
     def __post_init__(self) -> None:
         SOURCE.check("source", self.source)
         NORMALIZATION.check("normalization", self.normalization)
         GRAM.check("gram", self.gram)
         ESTIMATOR.check("estimator", self.estimator)
+        ahead = self.lookahead
+        if isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 0:
+            raise ConfigError(f"lookahead must be a number of layers, 0 for none, not {ahead!r}")
 
     @classmethod
     def search_space(cls, setting: Setting) -> Mapping[str, Dimension]:
@@ -69,7 +76,14 @@ class EntropyPrune(ScoreMethod):
         }
 
     def needs(self) -> Needs:
-        return Needs(states=(self.source,))  # type: ignore[arg-type]  # checked in __post_init__
+        return Needs(states=(self.source,), ahead=self.lookahead or None)  # type: ignore[arg-type]  # checked in __post_init__
+
+    def default_cuts(
+        self, family: str, num_layers: int, keep: Keep | None = None
+    ) -> tuple[tuple[Cut, ...], str]:
+        if self.lookahead:
+            return (Cut(0),), f"before the LLM, looking {self.lookahead} layers ahead"
+        return super().default_cuts(family, num_layers, keep)
 
     def check(self, shape: DecoderShape) -> None:
         heads = shape.num_key_value_heads if self.source in ("key", "value") else shape.num_heads

@@ -21,6 +21,7 @@ import torch
 from tokenprune.config import PruneConfig
 from tokenprune.runtime.outcome import Outcome
 from tokenprune.runtime.state import Call
+from tokenprune.runtime.states import Ahead
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,12 +94,17 @@ def _is_caller(sought: FrameType | None, frame: FrameType | None) -> bool:
 
 
 class Calls(threading.local):
-    """The calls of one model under way in this thread, the innermost last."""
+    """The calls of one model under way in this thread, the innermost last.
+
+    Attributes:
+        ahead: what is wanted of the text model while it runs on images alone.
+    """
 
     everywhere: dict[int, list[Entry]]  # by thread
 
     def __init__(self, everywhere: dict[int, list[Entry]]) -> None:
         self.stack: list[Entry] = []
+        self.ahead: Ahead | None = None
         self.everywhere = everywhere
         everywhere[threading.get_ident()] = self.stack
 

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from tokenprune.errors import UnsupportedModeError
 from tokenprune.models.decoders import attention_backend
 from tokenprune.runtime import compiled
+from tokenprune.runtime.ahead import look_ahead
 from tokenprune.runtime.choose import choose, enter_prompt
 from tokenprune.runtime.layer_masks import columns
 from tokenprune.runtime.record import record_of
 from tokenprune.runtime.stages import pick
 from tokenprune.runtime.state import Call
+from tokenprune.runtime.states import EnoughSeen
 from tokenprune.runtime.taps import Taps
 from tokenprune.runtime.wrapped import Changed, Wrapped
 
@@ -92,7 +94,12 @@ class LayerHooks:
         enter_prompt(call, hidden)
         first = call.config.cuts[0].layer
         if first == 0:
-            choose(call, 0, hidden=hidden)
+            if call.config.scores and call.config.needs.ahead is not None:
+                with torch.no_grad(), call.scoring.running(hidden.device):
+                    shown, caught = look_ahead(self.runtime, call, hidden, kwargs)
+                choose(call, 0, hidden=shown, caught=caught)
+            else:
+                choose(call, 0, hidden=hidden)
             if call.config.arguments.positions == "compact":
                 dropped = stages.dropped(0, hidden.device).cumsum(1)
                 given = kwargs.get("position_ids")
@@ -138,6 +145,7 @@ class LayerHooks:
             return None if changed is NotImplemented else changed
         call = stack[-1].call
         if call is None:
+            self._seen_ahead(i, args[0] if args else kwargs["hidden_states"])
             return None
         call.use(kwargs.get("past_key_values", call.cache))  # the text model may just have made it
         record, stages = call.record, call.stages
@@ -153,6 +161,13 @@ class LayerHooks:
         self.taps.show_hidden(i, hidden, call)
         mask = self.runtime.masks.of_layer(call, i, hidden, kwargs.get("attention_mask"))
         return _with_hidden(hidden, args, {**kwargs, **self._positions(call, kwargs), "attention_mask": mask})
+
+    def _seen_ahead(self, i: int, hidden: Tensor) -> None:
+        """States that enter a layer while the text model runs on images alone, where they are what is wanted."""
+        ahead = self.runtime.calls.ahead
+        if ahead is not None and i == ahead.layer:
+            ahead.hidden = hidden
+            raise EnoughSeen
 
     def _enter_norm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
         call = self.runtime.call

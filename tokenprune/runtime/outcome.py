@@ -37,6 +37,7 @@ class Outcome:
     batch: rows.
     text_config: of the decoder, for the FLOPs formula.
     reason: why nothing was pruned although the budget asked for it.
+    flops_ahead: of layers that ran on images alone; see `Needs.ahead`.
     """
 
     config: PruneConfig
@@ -57,6 +58,16 @@ class Outcome:
     scoring: Stopwatch
     compacting: Stopwatch
     reason: str | None = None
+    flops_ahead: int = 0
+
+    @property
+    def flops(self) -> int:
+        """Of the decoder's prefill, all rows, what was looked ahead at included."""
+        return self.batch * decoder_flops(self.text_config, self.lengths) + self.flops_ahead
+
+    @property
+    def flops_unpruned(self) -> int:
+        return self.batch * decoder_flops(self.text_config, [self.length] * len(self.lengths))
 
 
 class Total:
@@ -77,7 +88,6 @@ class Total:
     def add(self, outcome: Outcome) -> None:
         """Add a prompt; nothing waits for the device."""
         layers = len(outcome.lengths)
-        full = [outcome.length] * layers
         with self._gate:
             self.prompts += 1
             self.rows += outcome.batch
@@ -92,8 +102,8 @@ class Total:
                     self.averages += average_kept(n, layers, outcome.config.cuts, counts) if counts else n
             self.kv_used += sum(outcome.kv_used)
             self.kv_allocated += sum(outcome.kv_allocated)
-            self.flops += outcome.batch * decoder_flops(outcome.text_config, outcome.lengths)
-            self.flops_unpruned += outcome.batch * decoder_flops(outcome.text_config, full)
+            self.flops += outcome.flops
+            self.flops_unpruned += outcome.flops_unpruned
             self._watches.append((outcome.scoring, outcome.compacting))
             if len(self._watches) > 256:  # those of long ago have stopped
                 self._read(self._watches[:128])
@@ -139,6 +149,7 @@ def make_outcome(text_config: Any, num_layers: int, call: Call) -> Outcome:
         scoring=call.scoring,
         compacting=call.compacting,
         reason=call.reason,
+        flops_ahead=call.flops_ahead,
     )
 
 

@@ -72,6 +72,7 @@ class Call:
         self.masks: dict[tuple[int, int, int, str], Any] = {}
         self.features: dict[int, Tensor] = {}  # (B, L', D) still to be added to the output of these layers
         self.scoring, self.compacting = Stopwatch(), Stopwatch()
+        self.flops_ahead = 0  # of layers that ran on images alone
         self.caught: LayerStates | None = None  # by the taps, until whoever wants them has all there are
 
     def use(self, cache: Any) -> None:

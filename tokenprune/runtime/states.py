@@ -84,6 +84,35 @@ def picked(row: int, columns: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: x[row if len(x) > 1 else 0].index_select(0, columns.to(x.device))
 
 
+class EnoughSeen(Exception):
+    """Leaves the text model in the middle: what was looked for is there."""
+
+
+@dataclass
+class Ahead:
+    """What is wanted of the text model running on images alone (`runtime/ahead.py`), and what it has shown.
+
+    Attributes:
+        layer: K: states of layer K - 1 are wanted, or else those that enter layer K.
+        states: which of "query", "key" and "value"; none: what enters the layer.
+        caught, hidden: what was seen, (m, n, ...).
+    """
+
+    layer: int
+    states: tuple[str, ...]
+    caught: LayerStates | None = None
+    hidden: Tensor | None = None
+
+    def row(self, i: int) -> Ahead:
+        """Of one image."""
+        caught = self.caught
+        if caught is not None:
+            rope = caught.decoder.rope_of(caught.rope, lambda part: part[i if len(part) > 1 else 0])
+            raw = {name: own[i] for name, own in caught.raw.items()}
+            caught = LayerStates(caught.decoder, caught.module, rope, raw)
+        return Ahead(self.layer, self.states, caught, None if self.hidden is None else self.hidden[i])
+
+
 class Observer(Protocol):
     """Somebody who looks at the states of a model's calls beside its method; see `Taps.observe`.
 

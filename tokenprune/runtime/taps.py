@@ -20,7 +20,7 @@ from tokenprune.runtime import compiled
 from tokenprune.runtime.choose import choose
 from tokenprune.runtime.compiled import nothing_in_a_step
 from tokenprune.runtime.state import Call
-from tokenprune.runtime.states import LayerStates, Observer
+from tokenprune.runtime.states import EnoughSeen, LayerStates, Observer
 from tokenprune.runtime.tower import TowerTap
 from tokenprune.runtime.wrapped import Wrapped
 
@@ -109,7 +109,11 @@ class Taps:
     # -- decoder states -----------------------------------------------------------------------------------------------
 
     def _enter_attention(self, layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        call = self.runtime.call
+        call, ahead = self.runtime.call, self.runtime.calls.ahead
+        if ahead is not None and call is None:
+            if layer == ahead.layer - 1 and ahead.states:
+                ahead.caught = LayerStates(self.runtime.decoder, module, kwargs["position_embeddings"])
+            return
         if call is not None and (self.observers or self._scored(call, layer)):
             call.caught = LayerStates(self.runtime.decoder, module, kwargs["position_embeddings"])
 
@@ -117,7 +121,13 @@ class Taps:
         self, layer: int, state: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor
     ) -> None:
         """Score as soon as the last state a method needs is there; nothing but its selection is kept."""
-        call = self.runtime.call
+        call, ahead = self.runtime.call, self.runtime.calls.ahead
+        if ahead is not None and call is None and ahead.caught is not None and layer == ahead.layer - 1:
+            # Tokens along dimension 1 whatever the decoder, so that images can be told apart.
+            ahead.caught.raw[state] = self.runtime.decoder.by_token(ahead.caught.module, output).flatten(2)
+            if ahead.caught.raw.keys() >= set(ahead.states):
+                raise EnoughSeen
+            return
         if call is None or call.caught is None:
             return
         caught = call.caught
@@ -144,7 +154,9 @@ class Taps:
 
 def _wanted(config: PruneConfig) -> list[tuple[int, str]]:
     """The layers and projected states that are scored."""
-    return [(cut.layer - 1, state) for cut in config.cuts for state in config.needs.projected]
+    ahead = config.needs.ahead
+    layers = [cut.layer for cut in config.cuts] if ahead is None else [ahead]
+    return [(layer - 1, state) for layer in layers for state in config.needs.projected]
 
 
 def _no_state_in_a_step(
