@@ -45,7 +45,7 @@ def test_generated_tokens() -> None:
 
 @pytest.mark.parametrize("source", ["query", "key", "value", "hidden"])
 def test_scores_are_the_stock_layers(source: str) -> None:
-    """By hand: the stock text model on the image's embeddings alone, and the formula on what its layer makes of them."""
+    """By hand: the stock text model on the image's embeddings alone, and the formula on its layer's states."""
     model = tiny.llava(kv_heads=2, heads=4)
     inputs = tiny.inputs(model, [["text:3", "image", "text:4"], ["text:6", "image", "text:2"]])
     seen: list[torch.Tensor] = []
