@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
@@ -110,3 +112,19 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         additional_special_tokens=["<image>"],
         padding_side="left",
     )
+
+
+def write_old_layout(source: Path, folder: Path) -> Path:
+    """A LLaVA folder of transformers 5 with weights named as in the hub's checkpoints, the ones vLLM 0.32 reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.suffix != ".safetensors" and path.is_file():
+            shutil.copy(path, folder / path.name)
+    for path in source.glob("*.safetensors"):
+        weights = {
+            name.replace("vision_tower.", "vision_tower.vision_model."): tensor
+            for name, tensor in load_file(path).items()
+            if not name.startswith("lm_head")  # tied
+        }
+        save_file(weights, folder / path.name, metadata={"format": "pt"})
+    return folder

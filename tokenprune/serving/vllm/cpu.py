@@ -1,6 +1,6 @@
 """vLLM's CPU runner (0.32) loads models by a way of its own, on which it forgets to ask whether they prune.
 
-Its GPU runner sets `is_multimodal_pruning_enabled` when the model is loaded. Here the attribute is made to tell the same
+Its GPU runner sets `is_multimodal_pruning_enabled` when a model is loaded. Here the attribute tells the same
 from the model itself, in processes that have loaded a pruned one.
 """
 

@@ -1,0 +1,334 @@
+"""vLLM itself with images pruned: against stock vLLM, against the library in transformers, and under load.
+
+Run by `make test-vllm`, in an environment of its own; elsewhere skipped.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("vllm")
+os.environ.update(
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_DO_NOT_TRACK="1",
+    VLLM_LOGGING_LEVEL="ERROR",
+)
+
+from vllm import LLM, SamplingParams
+
+import tokenprune
+from tokenprune.testbed import Sample, evaluate, evaluation_set, load
+from tokenprune.testbed.language import chat_prompt
+from tokenprune.testbed.loading import model_folder
+from tokenprune_eval.checkpoints import write_old_layout
+
+pytestmark = pytest.mark.timeout(900)
+COUNT = 40
+# What `wrap` is asked for the same: cut once, before the LLM.
+SETTINGS = {
+    "uniform": {"method": "uniform", "keep": 0.25},
+    "random": {"method": "random", "keep": 0.5},
+    "vflowopt": {"method": "vflowopt", "keep": 0.25},
+    "cells and entropy": {"method": "vflowopt", "keep": 0.15, "recycling": "cells", "alpha": 0.4, "t": 1.0},
+    "a count": {"method": "vflowopt", "keep": 20},
+}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_old_layout(model_folder("small"), tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def bed() -> tuple[Any, Any]:
+    return load("small")
+
+
+@pytest.fixture(scope="session")
+def samples() -> list[Sample]:
+    return evaluation_set(COUNT)  # the differences have two images
+
+
+def engine(folder: Path, setting: dict[str, Any] | None, **more: Any) -> LLM:
+    given = {} if setting is None else {"additional_config": {"tokenprune": setting}}
+    options = {"max_num_batched_tokens": 1024, "max_model_len": 1024, "max_num_seqs": 8, **more}
+    return LLM(
+        model=str(folder),
+        dtype="float32",
+        enforce_eager=True,
+        limit_mm_per_prompt={"image": 4},
+        **given,
+        **options,
+    )
+
+
+def ask(llm: LLM, processor: Any, samples: list[Sample], **more: Any) -> list[Any]:
+    requests = [
+        {
+            "prompt": chat_prompt(processor, s.question, len(s.images)),
+            "multi_modal_data": {"image": [Image.fromarray(image) for image in s.images]},
+            **more,
+        }
+        for s in samples
+    ]
+    return list(llm.generate(requests, SamplingParams(temperature=0, max_tokens=6), use_tqdm=False))
+
+
+def texts(outputs: list[Any]) -> list[str]:
+    return [" ".join(out.outputs[0].text.split()) for out in outputs]
+
+
+def in_transformers(bed: Any, samples: list[Sample], setting: dict[str, Any]) -> list[str]:
+    more = {"size_term": False} if setting["method"] == "vflowopt" else {}
+    with tokenprune.pruned(bed[0], **setting, layer=0, **more):
+        return evaluate(*bed, samples, batch_size=1).answers
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_setting_vllm_is_untouched(folder: Path, bed: Any, samples: list[Sample]) -> None:
+    llm = engine(folder, None)
+    config = llm.llm_engine.vllm_config.model_config
+    assert config.hf_config.architectures == ["LlavaForConditionalGeneration"]
+    assert not config.uses_mrope and not hasattr(config.hf_config, "tokenprune")
+    outputs = ask(llm, bed[1], samples)
+    assert texts(outputs) == evaluate(*bed, samples, batch_size=1).answers
+    whole = engine(folder, {"method": "vflowopt", "keep": 1.0})
+    assert whole.llm_engine.vllm_config.model_config.uses_mrope
+    again = ask(whole, bed[1], samples)
+    assert [o.outputs[0].token_ids for o in again] == [o.outputs[0].token_ids for o in outputs]
+    assert [o.prompt_token_ids for o in again] == [o.prompt_token_ids for o in outputs]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_answers_are_the_librarys(folder: Path, bed: Any, samples: list[Sample], name: str) -> None:
+    """In transformers, with the same keep lists and the original positions."""
+    setting = SETTINGS[name]
+    outputs = ask(engine(folder, setting), bed[1], samples)
+    token = bed[0].config.image_token_index
+    keep = setting["keep"]
+    kept = keep if isinstance(keep, int) else int(keep * 144)
+    for out, sample in zip(outputs, samples, strict=True):
+        assert out.prompt_token_ids.count(token) == kept * len(sample.images)
+    if name != "random":  # seeded by what each engine sees of the picture
+        expected = in_transformers(bed, samples, setting)
+        same = sum(a == b for a, b in zip(texts(outputs), expected, strict=True))
+        assert same == len(samples)
+
+
+def test_prompts_in_pieces(folder: Path, bed: Any, samples: list[Sample]) -> None:
+    """A prefill cut in the middle of images gives the same answers."""
+    setting = {"method": "vflowopt", "keep": 0.25}
+    pieces = engine(folder, setting, max_num_batched_tokens=160, max_num_seqs=4, max_model_len=150)
+    assert texts(ask(pieces, bed[1], samples)) == in_transformers(bed, samples, setting)
+
+
+def test_images_side_by_side(folder: Path, bed: Any) -> None:
+    """No text between three pictures: each still starts where the one before it ends unpruned."""
+    model, processor = bed
+    (sample,) = [s for s in evaluation_set(10) if s.family == "counting"]
+    images = [Image.fromarray(sample.images[0])] * 3
+    text = chat_prompt(processor, "how many digits ?", 3).replace("<image> <image>", "<image><image>")
+    llm = engine(folder, {"method": "uniform", "keep": 0.3})
+    (out,) = llm.generate(
+        [{"prompt": text, "multi_modal_data": {"image": images}}],
+        SamplingParams(temperature=0, max_tokens=4, logprobs=3),
+        use_tqdm=False,
+    )
+    inputs = processor(images=images, text=[text], return_tensors="pt", add_special_tokens=False)
+    with tokenprune.pruned(model, "uniform", layer=0, keep=0.3):
+        expected = model.generate(
+            **inputs, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+    first = next(iter(out.outputs[0].logprobs[0].values())).logprob
+    wanted = expected.logits[0][0].log_softmax(-1).max().item()
+    assert first == pytest.approx(wanted, abs=2e-3)
+    assert out.outputs[0].token_ids[0] == int(expected.logits[0][0].argmax())
+
+
+# -- budgets of requests, and caches -----------------------------------------------------------------------------------
+
+
+def test_budgets_of_requests(folder: Path, bed: Any, samples: list[Sample]) -> None:
+    """Two budgets of one picture are two entries of every cache; asked again, each is as it was."""
+    llm = engine(folder, {"method": "vflowopt", "keep": 0.25}, enable_prefix_caching=True)
+    token = bed[0].config.image_token_index
+    few = samples[:12]
+    expected = {
+        keep: in_transformers(bed, few, {"method": "vflowopt", "keep": keep}) for keep in (0.25, 0.1, 60)
+    }
+    for keep in (0.25, 0.1, 60, 0.1, 0.25, 60):
+        outputs = ask(llm, bed[1], few, mm_processor_kwargs={"tokenprune_keep": keep})
+        assert texts(outputs) == expected[keep]
+        rows = keep if isinstance(keep, int) else int(keep * 144)
+        assert all(
+            o.prompt_token_ids.count(token) == rows * len(s.images) for o, s in zip(outputs, few, strict=True)
+        )
+    assert texts(ask(llm, bed[1], few)) == expected[0.25]
+
+
+@pytest.mark.parametrize("keep", [0, 2.5, "much", True])
+def test_a_requests_wrong_budget_is_refused(folder: Path, bed: Any, samples: list[Sample], keep: Any) -> None:
+    llm = _shared(folder)
+    with pytest.raises(ValueError, match="tokenprune_keep"):
+        ask(llm, bed[1], samples[:1], mm_processor_kwargs={"tokenprune_keep": keep})
+    assert texts(ask(llm, bed[1], samples[:2]))  # the engine goes on
+
+
+_LLMS: dict[Path, LLM] = {}
+
+
+def _shared(folder: Path) -> LLM:
+    if folder not in _LLMS:
+        _LLMS[folder] = engine(folder, {"method": "uniform", "keep": 0.25})
+    return _LLMS[folder]
+
+
+@pytest.mark.parametrize(
+    ("setting", "advice"),
+    [
+        ({"method": "fastv", "keep": 0.2}, "fastv"),
+        ({"method": "uniform", "keep": 0.2, "layer": 2}, "before the LLM only"),
+        ({"keep": 0.2}, "which method"),
+    ],
+)
+def test_a_wrong_setting_stops_the_start(folder: Path, setting: dict[str, Any], advice: str) -> None:
+    with pytest.raises(Exception, match=advice):
+        engine(folder, setting)
+
+
+# -- the server, under load --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = (tmp_path_factory.mktemp("server") / "log").open("w")
+    setting = json.dumps({"tokenprune": {"method": "vflowopt", "keep": 0.25}})
+    words = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(folder),
+        "--port",
+        str(port),
+    ]
+    words += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "600", "--max-num-seqs", "8"]
+    words += [
+        "--limit-mm-per-prompt",
+        '{"image": 3}',
+        "--additional-config",
+        setting,
+        "--served-model-name",
+        "m",
+    ]
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            if process.poll() is not None:
+                break
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(1)
+        assert process.poll() is None, Path(log.name).read_text()[-3000:]
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def post(url: str, content: list[Any], **more: Any) -> tuple[int, dict[str, Any]]:
+    body = {
+        "model": "m",
+        "temperature": 0,
+        "max_tokens": 5,
+        "messages": [{"role": "user", "content": content}],
+        **more,
+    }
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read() or b"{}")
+
+
+def picture(image: Any) -> dict[str, Any]:
+    held = io.BytesIO()
+    Image.fromarray(image).save(held, "PNG")
+    return {"type": "image_url", "image_url": {"url": _url(held.getvalue())}}
+
+
+def _url(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def test_a_load_of_mixed_requests(server: str) -> None:
+    """200 at once: text only, one picture, three, other budgets, broken pictures. Each is answered or refused."""
+    rng = random.Random(0)
+    samples = [s for s in evaluation_set(60) if len(s.images) == 1]
+    jobs = []
+    for number in range(200):
+        sample, kind = rng.choice(samples), number % 5
+        text = {"type": "text", "text": sample.question}
+        one = picture(sample.images[0])
+        if kind == 0:
+            jobs.append(([{"type": "text", "text": "how many digits ?"}], {}, 200, 0))
+        elif kind == 1:
+            jobs.append(([one, text], {}, 200, 36))
+        elif kind == 2:
+            jobs.append(([one, one, picture(rng.choice(samples).images[0]), text], {}, 200, 3 * 36))
+        elif kind == 3:
+            keep = rng.choice([0.1, 0.5, 20])
+            rows = keep if isinstance(keep, int) else int(keep * 144)
+            jobs.append(([one, text], {"mm_processor_kwargs": {"tokenprune_keep": keep}}, 200, rows))
+        else:
+            broken = {"type": "image_url", "image_url": {"url": _url(b"no picture at all")}}
+            jobs.append(([broken, text], {}, 400, 0))
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(lambda job: post(server, job[0], **job[1]), jobs))
+    text_only = min(a["usage"]["prompt_tokens"] for _, a in answers if "usage" in a)
+    for (content, _, status, rows), (got, answer) in zip(jobs, answers, strict=True):
+        if status == 400:
+            assert 400 <= got < 600 and "error" in json.dumps(answer).lower()
+            continue
+        assert got == 200, answer
+        assert answer["choices"][0]["message"]["content"].strip()
+        words = len(content[-1]["text"].split())
+        images = sum(part["type"] == "image_url" for part in content)
+        # The prompt is its words, what the template puts around them, and the rows that are kept.
+        assert abs(answer["usage"]["prompt_tokens"] - (text_only - 4 + words + rows)) <= 2 + images
+    assert post(server, [{"type": "text", "text": "how many digits ?"}])[0] == 200
