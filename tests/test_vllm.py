@@ -51,6 +51,14 @@ SETTINGS = {
     "vflowopt": {"method": "vflowopt", "keep": 0.25},
     "cells and entropy": {"method": "vflowopt", "keep": 0.15, "recycling": "cells", "alpha": 0.4, "t": 1.0},
     "a count": {"method": "vflowopt", "keep": 20},
+    "looking ahead": {
+        "method": "entropyprune",
+        "lookahead": 2,
+        "source": "hidden",
+        "normalization": "trace",
+        "keep": 0.4,
+    },
+    "looking ahead, queries": {"method": "entropyprune", "lookahead": 3, "keep": 0.6},
 }
 
 
@@ -239,6 +247,7 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     ]
     words += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "600", "--max-num-seqs", "8"]
     words += [
+        "--trust-request-mm-kwargs",
         "--limit-mm-per-prompt",
         '{"image": 3}',
         "--additional-config",

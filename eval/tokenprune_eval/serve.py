@@ -1,8 +1,8 @@
 """vLLM with and without pruned images, the same requests, in turn: ``python -m tokenprune_eval.serve``.
 
-Runs in the environment of `make test-vllm`. Two servers, stock and pruned, stand side by side; blocks of requests go to one
-and the other (A B A B), every block with pictures no server has seen. Prefix caching is off, so that the KV blocks in
-use are those of the requests under way.
+Runs in the environment of `make test-vllm`. Two servers, stock and pruned, stand side by side; blocks of requests go to
+one and the other (A B A B), every block with pictures no server has seen. Prefix caching is off, so that the KV blocks
+in use are those of the requests under way.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ MEASURED = (
 )
 COLUMNS = (*FIELDS, *MEASURED, "vllm", *machine.FIELDS)
 _READY_S = 300
+_BLOCK = 16  # tokens of a KV block
 
 
 @dataclass
@@ -102,7 +103,14 @@ def server(folder: Path, setting: dict[str, Any] | None, dtype: str, blocks: int
         "m",
         "--no-enable-prefix-caching",
     ]
-    words += ["--mm-processor-cache-gb", "0", "--num-gpu-blocks-override", str(blocks)]
+    words += [
+        "--block-size",
+        str(_BLOCK),
+        "--mm-processor-cache-gb",
+        "0",
+        "--num-gpu-blocks-override",
+        str(blocks),
+    ]
     if setting is not None:
         words += ["--additional-config", json.dumps({"tokenprune": setting})]
     environment = {
@@ -163,9 +171,6 @@ def run_block(url: str, samples: Sequence[Sample], concurrency: int, blocks: int
     busiest = sorted(usage)[-max(1, len(usage) // 4) :] if usage else [0.0]
     block.kv_tokens = statistics.median(busiest) * blocks * _BLOCK / concurrency
     return block
-
-
-_BLOCK = 128  # tokens of a KV block, which is what vLLM takes on CPUs
 
 
 def _kv_usage(url: str) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,6 +20,8 @@ def choose_rows(
     grid: Grid,
     attention: VisionAttention | None,
     patches: Tensor | None,
+    ahead: Callable[[], dict[str, Any]] | None = None,
+    num_heads: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Keep `k` of an image's features.
 
@@ -27,6 +32,8 @@ def choose_rows(
         grid: their layout.
         attention: of the vision tower; None where the method does not ask for it.
         patches: (n, 3, h, w) 8-bit pixels; likewise.
+        ahead: computes the states of the decoder that the method looks ahead for.
+        num_heads: of the decoder.
 
     Returns:
         (k, D) features, merged where the method merges, and (k,) the raster indices they are of.
@@ -40,10 +47,12 @@ def choose_rows(
         n=n,
         raster=raster,
         grids=(grid,),
+        num_heads=num_heads,
         features=features if needs.features else None,
         vision=None if needs.vision is None or attention is None else needs.vision(attention),
         pixels=None if needs.pixels is None or patches is None else needs.pixels(patches),
         digest=digest(features.float()[None])[0] if needs.digest else None,
+        **({} if needs.ahead is None or ahead is None else ahead()),
     )
     selection = method.select(image, k)
     rows = features

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 from tokenprune.arguments import read_keep
 from tokenprune.budget import Keep, check_keep
 from tokenprune.errors import ConfigError
+from tokenprune.serving.vllm.ahead import check_decoder, decoder_states
 from tokenprune.serving.vllm.choosing import choose_rows
 from tokenprune.serving.vllm.cpu import mend_runner
 from tokenprune.serving.vllm.positions import first_positions, true_positions, with_channels
@@ -85,7 +87,14 @@ class PrunedLlava(LlavaForConditionalGeneration, SupportsMRoPE, SupportsMultiMod
         self.grid = Grid(1, side, side)
         self.whole = side * side
         self._seen: list[Tensor] = []
-        if self.settings.method.needs().vision is not None:
+        needs = self.settings.method.needs()
+        if needs.ahead is not None:
+            check_decoder(self.language_model.model)
+            if needs.ahead > len(self.language_model.model.layers):
+                raise ConfigError(
+                    f"the decoder has fewer than the {needs.ahead} layers that are looked ahead"
+                )
+        if needs.vision is not None:
             attention = self._tower_layers[-1].self_attn
             attention.qkv_proj.register_forward_hook(
                 lambda _module, _args, output: self._seen.append(output[0])
@@ -104,10 +113,24 @@ class PrunedLlava(LlavaForConditionalGeneration, SupportsMRoPE, SupportsMultiMod
         for i, count in enumerate(torch.as_tensor(kept).flatten().tolist()):
             attention = self._attention(i) if self._seen else None
             patches = None if self.settings.method.needs().pixels is None else self._patches(pixels[i])
-            rows, own = choose_rows(self.settings.method, features[i], count, self.grid, attention, patches)
+            rows, own = choose_rows(
+                self.settings.method,
+                features[i],
+                count,
+                self.grid,
+                attention,
+                patches,
+                partial(self._ahead, features[i]),
+                self.config.text_config.num_attention_heads,
+            )
             found.append(with_channels(rows, own))
         self._seen.clear()
         return tuple(found)
+
+    def _ahead(self, features: Tensor) -> dict[str, Tensor]:
+        needs = self.settings.method.needs()
+        assert needs.ahead is not None
+        return decoder_states(self.language_model.model, features, needs.ahead, needs.states)
 
     @property
     def _has_cls(self) -> bool:

@@ -66,7 +66,7 @@ def read_settings(given: Mapping[str, Any]) -> Settings:
         method = dataclasses.replace(method, size_term=False)  # type: ignore[call-arg]
     needs = method.needs()
     seen = {
-        "states of the decoder": bool(needs.states),
+        "states of the decoder": bool(needs.states) and needs.ahead is None,
         "the prompt's text": bool(needs.prompt or needs.words or needs.last_row),
         "all images at once": needs.row,
         "a say in the counts": needs.counts,
@@ -74,7 +74,7 @@ def read_settings(given: Mapping[str, Any]) -> Settings:
     if wanted := [what for what, wants in seen.items() if wants]:
         raise ConfigError(
             f"method {method.name!r} needs {' and '.join(wanted)}, which are not there before the LLM inside vLLM; "
-            f"serve vflowopt, importance, uniform or random"
+            f"serve vflowopt, importance, uniform, random, or entropyprune with lookahead"
         )
     return Settings(method, check_keep(asked.keep))
 
