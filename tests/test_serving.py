@@ -70,10 +70,11 @@ def test_what_is_not_served_is_refused_by_name(given: Any, advice: str) -> None:
 def test_channels_survive_half_precision(dtype: torch.dtype) -> None:
     kept = torch.tensor([0, 5, 127, 128, 300, 575, 2879, 16000])
     rows = torch.randn(len(kept), 16, dtype=dtype)
-    carried = with_channels(rows, kept)
+    carried = with_channels(rows, kept, 16_001)
     assert carried.shape == (8, 16 + CHANNELS) and carried.dtype == dtype
-    own, found, count = without_channels(carried)
-    assert torch.equal(own, rows) and torch.equal(found, kept) and (count == 8).all()
+    own, found, count, whole = without_channels(carried)
+    assert torch.equal(own, rows) and torch.equal(found, kept)
+    assert (count == 8).all() and (whole == 16_001).all()
 
 
 def prompt(*parts: int | list[int]) -> tuple[list[int], list[tuple[int, int]]]:
@@ -114,9 +115,9 @@ def test_positions_are_those_of_the_unpruned_prompt(parts: Any, chunk: int) -> N
     """However the prompt is cut into steps."""
     whole = 10
     tokens, images = prompt(*parts)
-    positions, ahead = first_positions(tokens, images, whole)
+    positions, ahead = first_positions(tokens, [(*image, whole) for image in images])
     carried = [
-        with_channels(torch.zeros(len(p), 4), torch.tensor(p)) for p in parts if not isinstance(p, int)
+        with_channels(torch.zeros(len(p), 4), torch.tensor(p), whole) for p in parts if not isinstance(p, int)
     ]
     for start in range(0, len(tokens), chunk):
         end = min(start + chunk, len(tokens))
@@ -125,7 +126,7 @@ def test_positions_are_those_of_the_unpruned_prompt(parts: Any, chunk: int) -> N
             low, high = max(start, offset) - offset, min(end, offset + rows) - offset
             if low < high:
                 now.append(own[low:high])
-        rows, positions = true_positions(torch.tensor(tokens), IMAGE, now, positions, start, whole)
+        rows, positions = true_positions(torch.tensor(tokens), IMAGE, now, positions, start)
         assert all(row.shape[1] == 4 for row in rows)
     assert positions.tolist() == [unpruned(whole, *parts)] * 3
     last = unpruned(whole, *parts, 1)[-1]
@@ -161,32 +162,9 @@ def test_rows_are_the_librarys(method: str, parameters: dict[str, Any]) -> None:
         model(**inputs)
     features = model.model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output[0]
 
-    class Replay(type(base)):  # type: ignore[misc]
-        def select(self, image: Any, k: int) -> Any:
-            assert image.vision is None or torch.allclose(image.vision, shown["vision"])
-            return super().select(image, k)
-
-    fixed = Replay(**parameters)
-    needs = fixed.needs()
-
-    class Given:
-        """Stands for the tower's attention: what the library saw of it."""
-
-    import dataclasses
-
-    object.__setattr__(
-        fixed,
-        "needs",
-        lambda: dataclasses.replace(
-            needs,
-            vision=None if needs.vision is None else lambda _: shown["vision"],
-            pixels=None if needs.pixels is None else lambda _: shown["pixels"],
-        ),
-    )
-    attention: Any = Given()
-    patches = torch.zeros(36, 3, 4, 4, dtype=torch.uint8)
+    seen = {name: shown[name] for name in ("vision", "pixels") if shown[name] is not None}
     with torch.no_grad():
-        rows, kept = choose_rows(fixed, features, int(0.3 * 36), Grid(1, 6, 6), attention, patches)
+        rows, kept = choose_rows(base, features, int(0.3 * 36), (Grid(1, 6, 6),), seen)
     selection = shown["selection"]
     assert torch.equal(kept, selection.keep)
     expected = features.clone()
@@ -200,14 +178,13 @@ def test_rows_are_the_librarys(method: str, parameters: dict[str, Any]) -> None:
 
 def test_all_of_an_image_is_left_alone() -> None:
     features = torch.randn(36, 8)
-    rows, kept = choose_rows(make_method("vflowopt", {}), features, 36, Grid(1, 6, 6), None, None)
+    rows, kept = choose_rows(make_method("vflowopt", {}), features, 36, (Grid(1, 6, 6),), {})
     assert rows is features and kept.tolist() == list(range(36))
 
 
 def test_random_is_seeded_by_the_picture() -> None:
     method, features = make_method("random", {}), torch.randn(2, 36, 8)
     one, same, other = (
-        choose_rows(method, f, 9, Grid(1, 6, 6), None, None)[1]
-        for f in (features[0], features[0], features[1])
+        choose_rows(method, f, 9, (Grid(1, 6, 6),), {})[1] for f in (features[0], features[0], features[1])
     )
     assert torch.equal(one, same) and not torch.equal(one, other)

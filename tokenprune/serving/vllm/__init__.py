@@ -15,6 +15,7 @@ SETTING = "tokenprune"
 # By vLLM's architecture: where its pruned one is.
 ARCHITECTURES = {
     "LlavaForConditionalGeneration": "tokenprune.serving.vllm.llava:PrunedLlava",
+    "LlavaNextForConditionalGeneration": "tokenprune.serving.vllm.llava_next:PrunedLlavaNext",
 }
 
 

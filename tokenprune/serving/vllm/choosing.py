@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,17 +10,15 @@ from torch import Tensor
 
 from tokenprune.hashing import digest
 from tokenprune.methods import ImageTokens, Method
-from tokenprune.tokens import Grid, VisionAttention
+from tokenprune.tokens import Grid
 
 
 def choose_rows(
     method: Method,
     features: Tensor,
     k: int,
-    grid: Grid,
-    attention: VisionAttention | None,
-    patches: Tensor | None,
-    ahead: Callable[[], dict[str, Any]] | None = None,
+    grids: tuple[Grid, ...],
+    seen: Mapping[str, Any],
     num_heads: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Keep `k` of an image's features.
@@ -29,10 +27,8 @@ def choose_rows(
         method: see `read_settings`.
         features: (n, D) as the projector puts them out.
         k: how many.
-        grid: their layout.
-        attention: of the vision tower; None where the method does not ask for it.
-        patches: (n, 3, h, w) 8-bit pixels; likewise.
-        ahead: computes the states of the decoder that the method looks ahead for.
+        grids: their layout.
+        seen: what else the method wants to see, by the names of `ImageTokens`.
         num_heads: of the decoder.
 
     Returns:
@@ -46,22 +42,18 @@ def choose_rows(
     image = ImageTokens(
         n=n,
         raster=raster,
-        grids=(grid,),
+        grids=grids,
         num_heads=num_heads,
         features=features if needs.features else None,
-        vision=None if needs.vision is None or attention is None else needs.vision(attention),
-        pixels=None if needs.pixels is None or patches is None else needs.pixels(patches),
         digest=digest(features.float()[None])[0] if needs.digest else None,
-        **({} if needs.ahead is None or ahead is None else ahead()),
+        **seen,
     )
     selection = method.select(image, k)
     rows = features
     if selection.merges is not None and selection.weights is not None:
         source, slot = selection.merges.unbind(1)
-        parts = (
-            features[source].float() * selection.weights[:, None].float()
-        )  # summed in float32 and rounded once
-        total = torch.zeros_like(features, dtype=torch.float32).index_add_(0, slot, parts)
+        parts = features[source].float() * selection.weights[:, None].float()
+        total = torch.zeros_like(features, dtype=torch.float32).index_add_(0, slot, parts)  # and rounded once
         replaced = torch.zeros(n, dtype=torch.bool, device=device).index_fill_(0, slot, True)
         rows = torch.where(replaced[:, None], total.to(features.dtype), features)
     return rows.index_select(0, selection.keep), selection.keep

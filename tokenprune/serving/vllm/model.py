@@ -1,0 +1,160 @@
+"""The model's part of pruning: the encoder's rows are chosen and carry their positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import ConfigError
+from tokenprune.models.base import Layout
+from tokenprune.serving.vllm.ahead import check_decoder, decoder_states
+from tokenprune.serving.vllm.choosing import choose_rows
+from tokenprune.serving.vllm.cpu import mend_runner
+from tokenprune.serving.vllm.layout import Pictures, structural
+from tokenprune.serving.vllm.positions import first_positions, true_positions, with_channels
+from tokenprune.serving.vllm.processing import KEPT, WHOLE
+from tokenprune.serving.vllm.settings import read_settings
+from tokenprune.tokens import VisionAttention
+
+
+class PrunedImages:
+    """In front of one of vLLM's models like LLaVA: a CLIP or SigLIP tower, a decoder with one axis of positions."""
+
+    # vLLM's protocols by their marks, not as bases: a Protocol among them would have its own __init__ run.
+    supports_mrope = True
+    supports_multimodal_pruning = True
+    supported_video_pruning_methods = ("evs",)
+    config: Any
+    language_model: Any
+    vision_tower: Any
+    pictures: Pictures
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        mend_runner()
+        self.settings = read_settings(self.config.tokenprune)
+        self.pictures = self.make_pictures(self.config)
+        self._has_cls = self.config.vision_config.model_type == "clip_vision_model"
+        self._seen: list[Tensor] = []
+        if self.config.vision_feature_select_strategy != "default" and self._has_cls:
+            raise ConfigError(
+                "vision_feature_select_strategy='full' keeps the CLS token; it is not served pruned"
+            )
+        needs = self.settings.method.needs()
+        if needs.ahead is not None:
+            check_decoder(self.language_model.model)
+            if needs.ahead > len(self.language_model.model.layers):
+                raise ConfigError(
+                    f"the decoder has fewer than the {needs.ahead} layers that are looked ahead"
+                )
+        if needs.vision is not None:
+            projection = self._last_layer.self_attn.qkv_proj
+            projection.register_forward_hook(lambda _module, _args, output: self._seen.append(output[0]))
+
+    @staticmethod
+    def make_pictures(config: Any) -> Pictures:
+        """The family's arithmetic."""
+        raise NotImplementedError
+
+    @property
+    def _last_layer(self) -> Any:
+        """The tower's layer that yields the features: vLLM makes no later ones."""
+        return getattr(self.vision_tower, "vision_model", self.vision_tower).encoder.layers[-1]
+
+    # -- pictures ---------------------------------------------------------------------------------------------------
+
+    def embed_multimodal(self, **kwargs: object) -> Any:
+        """Rows of each picture that stay, with their channels."""
+        kept: Any = kwargs.pop(KEPT, None)
+        kwargs.pop(WHOLE, None)
+        pixels: Any = kwargs.get("pixel_values")
+        sizes: Any = kwargs.get("image_sizes")
+        self._seen.clear()
+        features = super().embed_multimodal(**kwargs)  # type: ignore[misc]
+        if kept is None:
+            return features
+        found, crop = [], 0
+        for i, count in enumerate(torch.as_tensor(kept).flatten().tolist()):
+            height, width = (0, 0) if sizes is None else torch.as_tensor(sizes[i]).flatten().tolist()
+            layout = self.pictures.layout(height, width)
+            own = pixels[i] if pixels[i].ndim == 4 else pixels[i][None]
+            found.append(self._pruned(features[i], count, layout, own, crop))
+            crop += len(own)
+        self._seen.clear()
+        return tuple(found)
+
+    def _pruned(self, features: Tensor, count: int, layout: Layout, crops: Tensor, first: int) -> Tensor:
+        stays = structural(layout, features.device)
+        rows, kept = choose_rows(
+            self.settings.method,
+            features[~stays],
+            count,
+            layout.grids,
+            self._shown(features[~stays], layout, crops, first),
+            self.config.text_config.num_attention_heads,
+        )
+        columns = (~stays).nonzero()[:, 0].index_select(0, kept)
+        always = stays.nonzero()[:, 0]
+        places, order = torch.cat([columns, always]).sort()
+        return with_channels(torch.cat([rows, features[stays]])[order], places, layout.columns)
+
+    def _shown(self, features: Tensor, layout: Layout, crops: Tensor, first: int) -> dict[str, Any]:
+        """What the method wants to see of a picture."""
+        needs = self.settings.method.needs()
+        shown: dict[str, Any] = {}
+        if needs.vision is not None:
+            told = [needs.vision(self._attention(first + i)) for i in range(layout.items)]
+            shown["vision"] = self._of_tokens(layout, told)
+        if needs.pixels is not None:
+            told = [needs.pixels(patches) for patches in self.pictures.eight_bit(crops[: layout.items])]
+            shown["pixels"] = self._of_tokens(layout, told)
+        if needs.ahead is not None:
+            shown |= decoder_states(self.language_model.model, features, needs.ahead, needs.states)
+        return shown
+
+    def _of_tokens(self, layout: Layout, told: Sequence[Tensor]) -> Tensor:
+        whole = torch.stack([own if own.ndim == 2 else own[:, None] for own in told])
+        tokens = self.pictures.to_tokens(layout, whole)
+        return tokens if told[0].ndim == 2 else tokens[:, 0]
+
+    def _attention(self, crop: int) -> VisionAttention:
+        module = self._last_layer.self_attn
+        query, key, _ = self._seen[-1][crop].chunk(3, dim=-1)
+        heads = module.num_heads_per_partition
+        query, key = (part.unflatten(-1, (heads, -1)).transpose(0, 1) for part in (query, key))
+        return VisionAttention(query, key, module.scale, self._has_cls)
+
+    # -- positions --------------------------------------------------------------------------------------------------
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:
+        images = [
+            (
+                f.mm_position.offset,
+                f.mm_position.length,
+                int(torch.as_tensor(f.data[WHOLE].data).flatten()[0]),
+            )
+            for f in mm_features
+        ]
+        return first_positions(input_tokens, sorted(images))
+
+    def recompute_mrope_positions(
+        self,
+        input_ids: Any,
+        multimodal_embeddings: Sequence[Tensor],
+        mrope_positions: Tensor,
+        num_computed_tokens: int,
+    ) -> tuple[Sequence[Tensor], Tensor, int]:
+        tokens = torch.as_tensor(input_ids)
+        placeholder = self.config.image_token_index
+        rows, positions = true_positions(
+            tokens, placeholder, multimodal_embeddings, mrope_positions, num_computed_tokens
+        )
+        return rows, positions, int(positions[0, -1]) + 1 - len(tokens)
+
+    def forward(self, input_ids: Any, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The decoder has one axis; the three are equal."""
+        positions = positions[0] if positions.ndim == 2 else positions
+        return super().forward(input_ids, positions, *args, **kwargs)  # type: ignore[misc]
