@@ -40,7 +40,7 @@ import tokenprune
 from tokenprune.testbed import Sample, evaluate, evaluation_set, load
 from tokenprune.testbed.language import chat_prompt
 from tokenprune.testbed.loading import model_folder
-from tokenprune_eval.checkpoints import write_old_layout
+from tokenprune_eval.checkpoints import CHAT_TEMPLATE, write_llava, write_old_layout
 
 pytestmark = pytest.mark.timeout(900)
 COUNT = 40
@@ -224,6 +224,128 @@ def _shared(folder: Path) -> LLM:
 def test_a_wrong_setting_stops_the_start(folder: Path, setting: dict[str, Any], advice: str) -> None:
     with pytest.raises(Exception, match=advice):
         engine(folder, setting)
+
+
+# -- LLaVA-NeXT --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def next_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A small LLaVA-NeXT of random weights: as transformers saves it, and as vLLM reads it."""
+    import torch
+    from transformers import (
+        AutoTokenizer,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextProcessor,
+    )
+    from transformers import LlavaNextImageProcessor as ImageProcessor
+
+    base = write_llava(tmp_path_factory.mktemp("tokenizer"), layers=1)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    pinpoints = [[56, 112], [112, 56], [112, 112]]
+    torch.manual_seed(0)
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(
+            **shape, num_hidden_layers=3, image_size=56, patch_size=7, projection_dim=64
+        ),
+        text_config=LlamaConfig(
+            **shape,
+            num_hidden_layers=4,
+            num_key_value_heads=4,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=2048,
+        ),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=pinpoints,
+        vision_feature_layer=-2,
+    )
+    model = LlavaNextForConditionalGeneration(config)
+    for name, weight in model.named_parameters():  # so that answers differ from picture to picture
+        if weight.ndim > 1 and "norm" not in name:
+            torch.nn.init.normal_(weight, std=0.08)
+    folder = tmp_path_factory.mktemp("next")
+    model.save_pretrained(folder)
+    LlavaNextProcessor(
+        image_processor=ImageProcessor(
+            size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=pinpoints
+        ),
+        tokenizer=tokenizer,
+        patch_size=7,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+    return folder, write_old_layout(folder, tmp_path_factory.mktemp("next-old"))
+
+
+@pytest.mark.parametrize(
+    "setting", [{"method": "uniform", "keep": 0.3}, {"method": "vflowopt", "keep": 0.2, "alpha": 0.5}]
+)
+def test_llava_next(next_folder: tuple[Path, Path], setting: dict[str, Any]) -> None:
+    """Pictures of any resolution: newlines stay, positions are the library's, and so are the first tokens' chances."""
+    import numpy as np
+    import torch
+    from transformers import AutoProcessor, LlavaNextForConditionalGeneration
+
+    source, folder = next_folder
+    model = LlavaNextForConditionalGeneration.from_pretrained(source).eval()
+    processor = AutoProcessor.from_pretrained(source)
+    rng = np.random.default_rng(0)
+    pictures = [
+        Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8))
+        for h, w in ((90, 40), (60, 120), (100, 100))
+    ]
+    prompts = [
+        (pictures[:1], "USER: <image> yes no ASSISTANT:"),
+        (pictures[1:], "USER: <image> A <image> B word ASSISTANT:"),
+    ]
+    llm = engine(folder, setting)
+    outputs = llm.generate(
+        [{"prompt": text, "multi_modal_data": {"image": images}} for images, text in prompts],
+        SamplingParams(temperature=0, max_tokens=3, logprobs=1),
+        use_tqdm=False,
+    )
+    more = {"size_term": False} if setting["method"] == "vflowopt" else {}
+    token = model.config.image_token_id
+    for (images, text), out in zip(prompts, outputs, strict=True):
+        inputs = processor(images=images, text=[text], return_tensors="pt")
+        inputs["input_ids"], inputs["attention_mask"] = _with_start(out, inputs, token)
+        with tokenprune.pruned(model, **setting, layer=0, **more), torch.no_grad():
+            found = model.generate(
+                **inputs, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
+            told = tokenprune.report(model)
+        rows = sum(image.kept[-1] + image.structural for image in told.images)
+        assert out.prompt_token_ids.count(token) == rows
+        for step, logits in zip(out.outputs[0].logprobs, found.logits, strict=True):
+            (best,) = [chance.logprob for chance in step.values()][:1]
+            assert best == pytest.approx(float(logits[0].log_softmax(-1).max()), abs=5e-3)
+        assert list(out.outputs[0].token_ids) == found.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def _with_start(out: Any, inputs: Any, token: int) -> tuple[Any, Any]:
+    """vLLM's prompt, its pictures' tokens as many as transformers wants."""
+    import torch
+
+    text = [i for i in out.prompt_token_ids if i != token]
+    own = inputs["input_ids"][0].tolist()
+    assert [i for i in own if i != token] == text
+    return inputs["input_ids"], torch.ones_like(inputs["input_ids"])
+
+
+def test_different_pictures_side_by_side_are_refused(next_folder: tuple[Path, Path]) -> None:
+    pictures = [Image.new("RGB", size, (9, 9, 90)) for size in ((40, 90), (120, 60))]
+    llm = engine(next_folder[1], {"method": "uniform", "keep": 0.3})
+    with pytest.raises(ValueError, match="side by side"):
+        llm.generate(
+            [{"prompt": "USER: <image><image> ASSISTANT:", "multi_modal_data": {"image": pictures}}],
+            use_tqdm=False,
+        )
 
 
 # -- the server, under load --------------------------------------------------------------------------------------------
