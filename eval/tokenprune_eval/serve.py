@@ -61,6 +61,7 @@ MEASURED = (
     "high",
 )
 COLUMNS = (*FIELDS, *MEASURED, "vllm", *machine.FIELDS)
+ARMS = ("stock", "pruned", "unplugged")
 _READY_S = 300
 _BLOCK = 32  # tokens of a KV block; CPUs take multiples of it
 
@@ -82,8 +83,10 @@ class Block:
 
 
 @contextmanager
-def server(folder: Path, setting: dict[str, Any] | None, dtype: str, blocks: int) -> Iterator[str]:
-    """A vLLM server; its address once it answers."""
+def server(
+    folder: Path, setting: dict[str, Any] | None, plugged: bool, dtype: str, blocks: int
+) -> Iterator[str]:
+    """A vLLM server, with the plug-in or without any; its address once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -121,6 +124,7 @@ def server(folder: Path, setting: dict[str, Any] | None, dtype: str, blocks: int
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
+        **({} if plugged else {"VLLM_PLUGINS": ""}),
     }
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
@@ -224,6 +228,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--requests", type=int, default=48, help="in a block")
     parser.add_argument("--rounds", type=int, default=2, help="blocks per server and concurrency")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=ARMS,
+        default=["stock", "pruned"],
+        help="unplugged: stock without any plug-in; speed-ups are over the first",
+    )
     parser.add_argument("--csv", type=Path, default=Path("eval/results/serve.csv"))
     options = parser.parse_args(argv)
     import vllm
@@ -237,10 +248,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     found: dict[tuple[str, int], list[Block]] = {}
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         folder = write_old_layout(Path(model_folder(options.model)), Path(scratch) / "model")
-        arms = {"stock": None, "pruned": setting}
         urls = {
-            name: stack.enter_context(server(folder, own, options.dtype, blocks))
-            for name, own in arms.items()
+            name: stack.enter_context(
+                server(
+                    folder, setting if name == "pruned" else None, name != "unplugged", options.dtype, blocks
+                )
+            )
+            for name in options.arms
         }
         for url in urls.values():
             run_block(url, samples[:8], 4, blocks)
@@ -275,7 +289,7 @@ def _row(
     found: dict[tuple[str, int], list[Block]],
     version: str,
 ) -> dict[str, str]:
-    own, stock = found[name, concurrency], found["stock", concurrency]
+    own, stock = found[name, concurrency], found[options.arms[0], concurrency]
     rates = sorted(block.rate for block in own)
     right = [r for block in own for r in block.right]
     low, high = wilson_interval(sum(right), len(right))
