@@ -307,7 +307,7 @@ def test_llava_next(next_folder: tuple[Path, Path], setting: dict[str, Any]) -> 
     llm = engine(folder, setting)
     outputs = llm.generate(
         [{"prompt": text, "multi_modal_data": {"image": images}} for images, text in prompts],
-        SamplingParams(temperature=0, max_tokens=3, logprobs=1),
+        SamplingParams(temperature=0, max_tokens=3, logprobs=1, ignore_eos=True),
         use_tqdm=False,
     )
     more = {"size_term": False} if setting["method"] == "vflowopt" else {}
@@ -326,6 +326,106 @@ def test_llava_next(next_folder: tuple[Path, Path], setting: dict[str, Any]) -> 
             (best,) = [chance.logprob for chance in step.values()][:1]
             assert best == pytest.approx(float(logits[0].log_softmax(-1).max()), abs=5e-3)
         assert list(out.outputs[0].token_ids) == found.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.fixture(scope="module")
+def internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small InternVL of random weights, tiles of 4 x 4 tokens."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        GotOcr2ImageProcessor,
+        InternVLConfig,
+        InternVLForConditionalGeneration,
+        InternVLProcessor,
+        InternVLVideoProcessor,
+        InternVLVisionConfig,
+        PreTrainedTokenizerFast,
+        Qwen2Config,
+    )
+
+    special = ["<unk>", "<pad>", "<eos>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
+    words = [*special, "yes", "no", "A", "B", "word", "USER:", "ASSISTANT:"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    marks = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+    }
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        eos_token="<eos>",
+        extra_special_tokens={**marks, "video_token": "<video>"},
+    )
+    torch.manual_seed(0)
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+    text = {**shape, "num_hidden_layers": 3, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+    config = InternVLConfig(
+        vision_config=InternVLVisionConfig(
+            **shape, num_hidden_layers=2, image_size=[56, 56], patch_size=[7, 7]
+        ),
+        text_config=Qwen2Config(**text, vocab_size=len(tokenizer)),
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=16,
+        downsample_ratio=0.5,
+    )
+    model = InternVLForConditionalGeneration(config)
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1 and "norm" not in name:
+            torch.nn.init.normal_(weight, std=0.08)
+    folder = tmp_path_factory.mktemp("internvl")
+    model.save_pretrained(folder)
+    size = {"height": 56, "width": 56}
+    InternVLProcessor(
+        image_processor=GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=4),
+        tokenizer=tokenizer,
+        video_processor=InternVLVideoProcessor(size=size),
+        image_seq_length=16,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "setting", [{"method": "uniform", "keep": 0.3}, {"method": "vflowopt", "keep": 0.25, "alpha": 0.5}]
+)
+def test_internvl(internvl: Path, setting: dict[str, Any]) -> None:
+    """All tiles of a picture share a budget; chances and tokens are the library's."""
+    import numpy as np
+    import torch
+    from transformers import AutoProcessor, InternVLForConditionalGeneration
+
+    model = InternVLForConditionalGeneration.from_pretrained(internvl).eval()
+    processor = AutoProcessor.from_pretrained(internvl)
+    rng, sizes = np.random.default_rng(0), ((90, 40), (60, 120), (56, 56))
+    pictures = [Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)) for h, w in sizes]
+    prompts = [
+        (pictures[:1], "USER: <IMG_CONTEXT> yes no ASSISTANT:"),
+        (pictures[1:], "USER: <IMG_CONTEXT> A <IMG_CONTEXT> B word"),
+    ]
+    outputs = engine(internvl, setting).generate(
+        [{"prompt": text, "multi_modal_data": {"image": images}} for images, text in prompts],
+        SamplingParams(temperature=0, max_tokens=3, logprobs=1, ignore_eos=True),
+        use_tqdm=False,
+    )
+    more = {"size_term": False} if setting["method"] == "vflowopt" else {}
+    tiles = {"crop_to_patches": True, "min_patches": 1, "max_patches": 4}
+    for (images, text), out in zip(prompts, outputs, strict=True):
+        inputs = processor(images=images, text=[text], return_tensors="pt", **tiles)
+        with tokenprune.pruned(model, **setting, layer=0, **more), torch.no_grad():
+            found = model.generate(
+                **inputs, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
+            told = tokenprune.report(model)
+        assert out.prompt_token_ids.count(model.config.image_token_id) == told.kept
+        for step, logits in zip(out.outputs[0].logprobs, found.logits, strict=True):
+            best = max(chance.logprob for chance in step.values())
+            assert best == pytest.approx(float(logits[0].log_softmax(-1).max()), abs=5e-3)
+        new = found.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        assert list(out.outputs[0].token_ids) == new
 
 
 def _with_start(out: Any, inputs: Any, token: int) -> tuple[Any, Any]:

@@ -16,6 +16,7 @@ SETTING = "tokenprune"
 ARCHITECTURES = {
     "LlavaForConditionalGeneration": "tokenprune.serving.vllm.llava:PrunedLlava",
     "LlavaNextForConditionalGeneration": "tokenprune.serving.vllm.llava_next:PrunedLlavaNext",
+    "InternVLForConditionalGeneration": "tokenprune.serving.vllm.internvl:PrunedInternVL",
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,9 +37,9 @@ class PrunedImages:
         mend_runner()
         self.settings = read_settings(self.config.tokenprune)
         self.pictures = self.make_pictures(self.config)
-        self._has_cls = self.config.vision_config.model_type == "clip_vision_model"
-        self._seen: list[Tensor] = []
-        if self.config.vision_feature_select_strategy != "default" and self._has_cls:
+        self._has_cls = self.config.vision_config.model_type != "siglip_vision_model"
+        self._query = self._key = torch.empty(0)  # of the tower's last layer, (crops, m, heads * head_dim)
+        if getattr(self.config, "vision_feature_select_strategy", "default") != "default" and self._has_cls:
             raise ConfigError(
                 "vision_feature_select_strategy='full' keeps the CLS token; it is not served pruned"
             )
@@ -51,8 +51,7 @@ class PrunedImages:
                     f"the decoder has fewer than the {needs.ahead} layers that are looked ahead"
                 )
         if needs.vision is not None:
-            projection = self._last_layer.self_attn.qkv_proj
-            projection.register_forward_hook(lambda _module, _args, output: self._seen.append(output[0]))
+            self.watch_tower()
 
     @staticmethod
     def make_pictures(config: Any) -> Pictures:
@@ -60,9 +59,22 @@ class PrunedImages:
         raise NotImplementedError
 
     @property
-    def _last_layer(self) -> Any:
-        """The tower's layer that yields the features: vLLM makes no later ones."""
-        return getattr(self.vision_tower, "vision_model", self.vision_tower).encoder.layers[-1]
+    def tower_attention(self) -> Any:
+        """Of the tower's layer that yields the features: vLLM makes no later ones."""
+        return getattr(self.vision_tower, "vision_model", self.vision_tower).encoder.layers[-1].self_attn
+
+    def watch_tower(self) -> None:
+        """Note queries and keys of that layer whenever it runs."""
+
+        def note(_module: Any, _args: Any, output: Any) -> None:
+            self._query, self._key, _ = output[0].chunk(3, dim=-1)
+
+        self.tower_attention.qkv_proj.register_forward_hook(note)
+
+    @property
+    def placeholder(self) -> int:
+        """The id that stands for a row of a picture."""
+        return int(self.config.image_token_index)
 
     # -- pictures ---------------------------------------------------------------------------------------------------
 
@@ -70,21 +82,25 @@ class PrunedImages:
         """Rows of each picture that stay, with their channels."""
         kept: Any = kwargs.pop(KEPT, None)
         kwargs.pop(WHOLE, None)
-        pixels: Any = kwargs.get("pixel_values")
-        sizes: Any = kwargs.get("image_sizes")
-        self._seen.clear()
         features = super().embed_multimodal(**kwargs)  # type: ignore[misc]
         if kept is None:
             return features
-        found, crop = [], 0
-        for i, count in enumerate(torch.as_tensor(kept).flatten().tolist()):
-            height, width = (0, 0) if sizes is None else torch.as_tensor(sizes[i]).flatten().tolist()
-            layout = self.pictures.layout(height, width)
-            own = pixels[i] if pixels[i].ndim == 4 else pixels[i][None]
-            found.append(self._pruned(features[i], count, layout, own, crop))
-            crop += len(own)
-        self._seen.clear()
+        found, first = [], 0
+        counts = torch.as_tensor(kept).flatten().tolist()
+        for own, count, (layout, crops) in zip(
+            features, counts, self.given(kwargs, len(counts)), strict=True
+        ):
+            found.append(self._pruned(own, count, layout, crops, first))
+            first += len(crops)
+        self._query = self._key = torch.empty(0)
         return tuple(found)
+
+    def given(self, kwargs: Mapping[str, Any], count: int) -> Iterator[tuple[Layout, Tensor]]:
+        """Of each picture the encoder is given, where its tokens stand, and its crops (c, 3, H, W)."""
+        pixels, sizes = kwargs["pixel_values"], kwargs.get("image_sizes")
+        for i in range(count):
+            height, width = (0, 0) if sizes is None else torch.as_tensor(sizes[i]).flatten().tolist()
+            yield self.pictures.layout(height, width), pixels[i] if pixels[i].ndim == 4 else pixels[i][None]
 
     def _pruned(self, features: Tensor, count: int, layout: Layout, crops: Tensor, first: int) -> Tensor:
         stays = structural(layout, features.device)
@@ -121,23 +137,21 @@ class PrunedImages:
         return tokens if told[0].ndim == 2 else tokens[:, 0]
 
     def _attention(self, crop: int) -> VisionAttention:
-        module = self._last_layer.self_attn
-        query, key, _ = self._seen[-1][crop].chunk(3, dim=-1)
-        heads = module.num_heads_per_partition
-        query, key = (part.unflatten(-1, (heads, -1)).transpose(0, 1) for part in (query, key))
+        module = self.tower_attention
+        heads = getattr(module, "num_heads_per_partition", None) or module.num_heads
+        query, key = (x[crop].unflatten(-1, (heads, -1)).transpose(0, 1) for x in (self._query, self._key))
         return VisionAttention(query, key, module.scale, self._has_cls)
 
     # -- positions --------------------------------------------------------------------------------------------------
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:
-        images = [
-            (
-                f.mm_position.offset,
-                f.mm_position.length,
-                int(torch.as_tensor(f.data[WHOLE].data).flatten()[0]),
+        images = []
+        for feature in mm_features:
+            place, whole = feature.mm_position, torch.as_tensor(feature.data[WHOLE].data)
+            mask = torch.ones(place.length, dtype=torch.bool) if place.is_embed is None else place.is_embed
+            images.append(
+                (place.offset + int(mask.long().argmax()), int(mask.sum()), int(whole.flatten()[0]))
             )
-            for f in mm_features
-        ]
         return first_positions(input_tokens, sorted(images))
 
     def recompute_mrope_positions(
@@ -148,7 +162,7 @@ class PrunedImages:
         num_computed_tokens: int,
     ) -> tuple[Sequence[Tensor], Tensor, int]:
         tokens = torch.as_tensor(input_ids)
-        placeholder = self.config.image_token_index
+        placeholder = self.placeholder
         rows, positions = true_positions(
             tokens, placeholder, multimodal_embeddings, mrope_positions, num_computed_tokens
         )
