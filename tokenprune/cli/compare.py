@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +11,7 @@ import typer
 
 from tokenprune.cli.loading import load_model
 from tokenprune.cli.options import DeviceOption, Dtype, DtypeOption, JsonOption, ModelArgument
-from tokenprune.cli.shell import InputError, console, print_json
+from tokenprune.cli.shell import InputError, console, print_json, progress
 from tokenprune.files import given_path
 
 if TYPE_CHECKING:
@@ -92,7 +91,11 @@ def compare(
 
     asked = load_questions(data, questions, seed=seed)
     loaded, processor = load_model(model, dtype.value, device)
-    with _progress(as_json) as told:
+    with progress("unpruned", as_json) as show:
+
+        def told(now: Progress) -> None:
+            show(now.what, now.done, now.total)
+
         found = run(loaded, processor, asked, out, resume=resume, told=told, **options)
     about = _about(model, data, loaded)
     command = _command(model, data, out, options, questions, seed, dtype.value)
@@ -155,27 +158,6 @@ def _command(
     for name in ("match", "max_new_tokens", "batch_size", "rounds", "new_tokens"):
         words += [f"--{name.replace('_', '-')}", str(options[name])]
     return shlex.join(words)
-
-
-@contextmanager
-def _progress(quiet: bool) -> Any:
-    from rich import progress
-
-    shown = console(stderr=True)
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    hidden = quiet or not shown.is_terminal
-    with progress.Progress(*columns, console=shown, transient=True, disable=hidden) as bar:
-        task = bar.add_task("unpruned", total=None)
-
-        def told(now: Progress) -> None:
-            bar.update(task, total=now.total, completed=now.done, description=now.what)
-
-        yield told
 
 
 def _show(summary: Summary, page: Path) -> None:

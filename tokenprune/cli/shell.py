@@ -6,7 +6,7 @@ import json
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +91,24 @@ def console(stderr: bool = False) -> Console:
 
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else 120)
+
+
+@contextmanager
+def progress(first: str, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on a terminal's stderr: what is given is called with a text, how much is done, and of how much."""
+    from rich import progress as bars
+
+    shown = console(stderr=True)
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    hidden = quiet or not shown.is_terminal
+    with bars.Progress(*columns, console=shown, transient=True, disable=hidden) as bar:
+        task = bar.add_task(first, total=None)
+        yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)
 
 
 def quiet_transformers() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -19,7 +18,7 @@ from tokenprune.cli.options import (
     MetricOption,
     ModelArgument,
 )
-from tokenprune.cli.shell import InputError, console, print_json
+from tokenprune.cli.shell import InputError, console, print_json, progress
 from tokenprune.files import given_path
 
 if TYPE_CHECKING:
@@ -141,7 +140,11 @@ def tune(
     from tokenprune.tune.search import search
 
     used = max(4, 2 * len(calls) // 3)
-    with _progress(as_json) as told:
+    with progress("searching", as_json) as show:
+
+        def told(now: Progress) -> None:
+            show(f"least drift so far {now.best:.4g}", now.done, now.trials)
+
         found = search(loaded, calls[:used], keep, fresh=calls[used:], told=told, **options)
     paths = _keep(found.profiles, out)
     page = None if report is None else write_report(found, report)
@@ -181,28 +184,6 @@ def _keep(profiles: list[Profile], out: Path | None) -> list[str]:
             path = profile.save(out.with_stem(f"{out.stem}-{profile.keep:.4g}") if several else out)
         paths.append(str(path))
     return paths
-
-
-@contextmanager
-def _progress(quiet: bool) -> Any:
-    from rich import progress
-
-    shown = console(stderr=True)
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    hidden = quiet or not shown.is_terminal
-    with progress.Progress(*columns, console=shown, transient=True, disable=hidden) as bar:
-        task = bar.add_task("searching", total=None)
-
-        def told(now: Progress) -> None:
-            text = f"least drift so far {now.best:.4g}"
-            bar.update(task, total=now.trials, completed=now.done, description=text)
-
-        yield told
 
 
 def _document(found: Found, paths: list[str], page: Path | None) -> dict[str, Any]:
