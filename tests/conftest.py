@@ -20,6 +20,7 @@ os.environ.setdefault("TOKENPRUNE_DEBUG", "1")  # what methods return is checked
 import hypothesis
 import pytest
 import torch
+from PIL import ImageFile
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
@@ -87,6 +88,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if not CUDA and item.get_closest_marker("gpu"):
         pytest.skip("needs CUDA")
     torch.manual_seed(SEED)
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval switches it on for the whole process
 
 
 @pytest.hookimpl(tryfirst=True)
