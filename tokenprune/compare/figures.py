@@ -51,10 +51,11 @@ def _figure(summary: Summary, label: str, place: Callable[[Row], float | None]) 
             axes.axhline(100 * whole.value, color="#a1a1aa", linestyle=":", linewidth=1, label="none")
         axes.set_xlabel(label)
         axes.set_ylabel("accuracy (%)")
-        axes.legend(frameon=False, fontsize=8, ncols=2)
-        figure.tight_layout()
+        axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
         text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
+        figure.savefig(
+            text, format="svg", metadata={"Date": None}, bbox_inches="tight"
+        )  # the legend is below
         plt.close(figure)
     # Inside HTML only the element counts; its size follows the page.
     svg = text.getvalue()
