@@ -143,3 +143,18 @@ class Selection:
     weights: Tensor | None = None
     bias: Tensor | None = None
     notes: Mapping[str, int | Tensor] = field(default_factory=dict)
+
+    def merged(self, states: Tensor) -> Tensor:
+        """The image's states (n, D) with each merge's slot replaced by the weighted sum of its sources."""
+        if self.merges is None or self.weights is None:
+            return states
+        source, slot = self.merges.to(states.device).unbind(1)
+        # Summed in float32 and rounded once.
+        parts = states[source].float() * self.weights.to(states.device, torch.float32)[:, None]
+        total = parts.new_zeros(states.shape).index_add_(0, slot, parts).to(states.dtype)
+        return torch.where(marked(slot, len(states))[:, None], total, states)
+
+
+def marked(index: Tensor, n: int) -> Tensor:
+    """(n,) bool, True at an index."""
+    return torch.zeros(n, dtype=torch.bool, device=index.device).index_fill_(0, index, True)

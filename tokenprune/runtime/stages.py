@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenprune.errors import TokenPruneError
 from tokenprune.runtime.plan import Key, Plan
 from tokenprune.runtime.record import Columns
-from tokenprune.tokens import Selection
+from tokenprune.tokens import Selection, marked
 
 
 class Stages:
@@ -163,7 +163,7 @@ class Stages:
             # What goes into several stands in equal parts for them; how much of it each has is the method's.
             times = torch.zeros_like(before).index_add_(0, source, torch.ones_like(before[source]))
             total = torch.zeros_like(before).index_add_(0, slot, (before / times.clamp(min=1))[source])
-            sizes = torch.where(_marked(slot, len(raster)), total, before)
+            sizes = torch.where(marked(slot, len(raster)), total, before)
         self.raster[key] = raster.index_select(0, selection.keep)
         if sizes is not None:
             self.sizes[key] = sizes.index_select(0, selection.keep)
@@ -191,25 +191,13 @@ class Stages:
         """Replace each merge's slot by the weighted sum of its sources; the caller's tensor stays as it is."""
         copied = False
         for key, selection in self.selections[cut].items():
-            if selection.merges is None or selection.weights is None:
+            if selection.merges is None:
                 continue
             if not copied:
                 hidden, copied = hidden.clone(), True
-            source, slot = selection.merges.to(hidden.device).unbind(1)
-            states = self.take(hidden, key)
-            weights = selection.weights.to(hidden.device, torch.float32)
-            # Summed in float32 and rounded once.
-            parts = states[source].float() * weights[:, None]
-            total = parts.new_zeros(states.shape).index_add_(0, slot, parts).to(states.dtype)
-            replaced = _marked(slot, len(states))
             slots = self._slots[key].to(hidden.device)
-            hidden[key[0]].index_copy_(0, slots, torch.where(replaced[:, None], total, states))
+            hidden[key[0]].index_copy_(0, slots, selection.merged(self.take(hidden, key)))
         return hidden
-
-
-def _marked(index: Tensor, n: int) -> Tensor:
-    """(n,) bool, True at an index."""
-    return torch.zeros(n, dtype=torch.bool, device=index.device).index_fill_(0, index, True)
 
 
 def pick(states: Tensor, slots: Tensor) -> Tensor:

@@ -34,8 +34,8 @@ def choose_rows(
     Returns:
         (k, D) features, merged where the method merges, and (k,) the raster indices they are of.
     """
-    n, device = len(features), features.device
-    raster = torch.arange(n, device=device)
+    n = len(features)
+    raster = torch.arange(n, device=features.device)
     if k >= n:
         return features, raster
     needs = method.needs()
@@ -49,11 +49,4 @@ def choose_rows(
         **seen,
     )
     selection = method.select(image, k)
-    rows = features
-    if selection.merges is not None and selection.weights is not None:
-        source, slot = selection.merges.unbind(1)
-        parts = features[source].float() * selection.weights[:, None].float()
-        total = torch.zeros_like(features, dtype=torch.float32).index_add_(0, slot, parts)  # and rounded once
-        replaced = torch.zeros(n, dtype=torch.bool, device=device).index_fill_(0, slot, True)
-        rows = torch.where(replaced[:, None], total.to(features.dtype), features)
-    return rows.index_select(0, selection.keep), selection.keep
+    return selection.merged(features).index_select(0, selection.keep), selection.keep
