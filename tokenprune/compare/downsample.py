@@ -38,8 +38,10 @@ def shrunk_prompt(
         ConfigError: see `make_prompt`.
     """
     token = family.token_id(stock_model(model), "image")
-    most = keep * _tokens(make_prompt(processor, images, text), token)
-    if _is_fixed(model, family, processor, images, text, token):
+    whole = _tokens(make_prompt(processor, images, text), token)
+    most = keep * whole
+    quarter = [image.resize(_scaled(image, 0.25)) for image in images]
+    if _tokens(make_prompt(processor, quarter, text), token) == whole:
         return make_prompt(_smaller(model, family, processor, most / len(images)), images, text)
     scale = math.sqrt(keep)
     for _ in range(_TRIES):
@@ -67,15 +69,6 @@ def interpolated(model: Any, family: Family) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _is_fixed(
-    model: Any, family: Family, processor: Any, images: Sequence[Image.Image], text: str, token: int
-) -> bool:
-    """Whether a picture of a quarter of the size has as many tokens."""
-    small = [image.resize(_scaled(image, 0.25)) for image in images]
-    whole, quarter = (_tokens(make_prompt(processor, i, text), token) for i in (images, small))
-    return whole == quarter
 
 
 def _smaller(model: Any, family: Family, processor: Any, most: float) -> Any:

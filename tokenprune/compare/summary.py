@@ -183,7 +183,7 @@ def _accuracy(arm: Arm, known: Summary, pictures: Sequence[str]) -> dict[str, An
     }
     if arm.keep is None:
         return found
-    others = {name: f"{name} @ {arm.keep:g}" for name in CONTROLS if name != arm.name}
+    others = {name: Arm(name, arm.keep).key for name in CONTROLS if name != arm.name}
     others = {NONE: NONE, **{name: key for name, key in others.items() if key in known.answers}}
     found["against"] = {name: difference(right, known.right(key), pictures) for name, key in others.items()}
     if DOWNSAMPLE in others:
