@@ -19,7 +19,7 @@ from vllm.multimodal.processing import PromptReplacement, PromptUpdate, PromptUp
 from tokenprune.models.base import Layout
 from tokenprune.models.crops import side
 from tokenprune.models.internvl import InternVL
-from tokenprune.serving.vllm.layout import Pictures, prunable
+from tokenprune.serving.vllm.layout import Pictures
 from tokenprune.serving.vllm.model import PrunedImages
 from tokenprune.serving.vllm.processing import PrunedProcessor
 from tokenprune.tokens import Grid
@@ -49,13 +49,9 @@ class PrunedInternVLProcessor(PrunedProcessor, InternS1MultiModalProcessor):
     def pictures(self) -> Tiles:
         return Tiles(self.info.get_hf_config())
 
-    def _layouts(self, mm_items: Any) -> list[Layout]:
-        if "image" not in mm_items:
-            return []
-        images, processor = mm_items["image"], self.info.get_hf_processor().image_processor
-        sizes = [images.get_image_size(i) for i in range(len(images))]
-        counts = [processor.get_number_of_image_patches(size.height, size.width, {}) for size in sizes]
-        return [self.pictures().of_tiles(count) for count in counts]
+    def _layout(self, height: int, width: int) -> Layout:
+        processor = self.info.get_hf_processor().image_processor
+        return self.pictures().of_tiles(processor.get_number_of_image_patches(height, width, {}))
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
@@ -66,8 +62,7 @@ class PrunedInternVLProcessor(PrunedProcessor, InternS1MultiModalProcessor):
         start, end = (tokenizer.convert_tokens_to_ids(mark) for mark in marks)
 
         def placeholders(number: int) -> Any:
-            layout = layouts[number]
-            rows = layout.columns - prunable(layout) + self._kept(layout, hf_processor_mm_kwargs)
+            rows = self._rows(layouts[number], hf_processor_mm_kwargs)
             return PromptUpdateDetails.select_token_id([start, *[token] * rows, end], token)
 
         return [PromptReplacement(modality="image", target=[token], replacement=placeholders)]

@@ -36,14 +36,21 @@ class PrunedProcessor:
     def _layouts(self, mm_items: Any) -> list[Layout]:
         if "image" not in mm_items:
             return []
-        images, pictures = mm_items["image"], self.pictures()
+        images = mm_items["image"]
         if not hasattr(images, "get_image_size"):
             raise ValueError("tokenprune: images have to come as pictures, not as embeddings")
         sizes = [images.get_image_size(i) for i in range(len(images))]
-        return [pictures.layout(size.height, size.width) for size in sizes]
+        return [self._layout(size.height, size.width) for size in sizes]
+
+    def _layout(self, height: int, width: int) -> Layout:
+        return self.pictures().layout(height, width)
 
     def _kept(self, layout: Layout, kwargs: Mapping[str, object]) -> int:
         return self._settings().count(prunable(layout), _keep_of(kwargs))
+
+    def _rows(self, layout: Layout, kwargs: Mapping[str, object]) -> int:
+        """What a picture has of placeholders: those kept, and those that always stay."""
+        return layout.columns - prunable(layout) + self._kept(layout, kwargs)
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
         own = {name: value for name, value in hf_kwargs.items() if name != PER_REQUEST}
@@ -82,9 +89,7 @@ class PrunedProcessor:
         token, layouts = self.info.get_hf_config().image_token_index, self._layouts(mm_items)
 
         def placeholders(number: int) -> list[int]:
-            layout = layouts[number]
-            rows = layout.columns - prunable(layout) + self._kept(layout, hf_processor_mm_kwargs)
-            return [token] * rows
+            return [token] * self._rows(layouts[number], hf_processor_mm_kwargs)
 
         return [PromptReplacement(modality="image", target=[token], replacement=placeholders)]
 
