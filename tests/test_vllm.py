@@ -10,10 +10,6 @@ import io
 import json
 import os
 import random
-import socket
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -25,14 +21,10 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("vllm")
-os.environ.update(
-    VLLM_CPU_KVCACHE_SPACE="1",
-    VLLM_CPU_OMP_THREADS_BIND="nobind",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_NO_USAGE_STATS="1",
-    VLLM_DO_NOT_TRACK="1",
-    VLLM_LOGGING_LEVEL="ERROR",
-)
+
+from tokenprune_eval.server import ENVIRONMENT, NAME, serving
+
+os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="0")
 
 from vllm import LLM, SamplingParams
 
@@ -452,56 +444,18 @@ def test_different_pictures_side_by_side_are_refused(next_folder: tuple[Path, Pa
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = (tmp_path_factory.mktemp("server") / "log").open("w")
+def server(folder: Path) -> Iterator[str]:
     setting = json.dumps({"tokenprune": {"method": "vflowopt", "keep": 0.25}})
-    words = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        str(folder),
-        "--port",
-        str(port),
-    ]
-    words += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "600", "--max-num-seqs", "8"]
-    words += [
-        "--trust-request-mm-kwargs",
-        "--limit-mm-per-prompt",
-        '{"image": 3}',
-        "--additional-config",
-        setting,
-        "--served-model-name",
-        "m",
-    ]
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(240):
-            if process.poll() is not None:
-                break
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=5)
-                break
-            except OSError:
-                time.sleep(1)
-        assert process.poll() is None, Path(log.name).read_text()[-3000:]
+    words = ["--dtype", "float32", "--max-model-len", "600", "--max-num-seqs", "8"]
+    words += ["--trust-request-mm-kwargs", "--limit-mm-per-prompt", '{"image": 3}']
+    words += ["--additional-config", setting]
+    with serving(folder, *words, VLLM_ENABLE_V1_MULTIPROCESSING="1") as url:
         yield url
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
 
 
 def post(url: str, content: list[Any], **more: Any) -> tuple[int, dict[str, Any]]:
     body = {
-        "model": "m",
+        "model": NAME,
         "temperature": 0,
         "max_tokens": 5,
         "messages": [{"role": "user", "content": content}],

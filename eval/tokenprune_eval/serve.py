@@ -12,20 +12,16 @@ import base64
 import csv
 import io
 import json
-import os
 import random
 import re
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -38,6 +34,7 @@ from tokenprune.testbed import Sample, evaluation_set
 from tokenprune.testbed.evaluate import MAX_NEW_TOKENS, wilson_interval
 from tokenprune.testbed.loading import model_folder
 from tokenprune_eval.checkpoints import write_old_layout
+from tokenprune_eval.server import NAME, serving
 
 FIELDS = (
     "model",
@@ -47,8 +44,8 @@ FIELDS = (
     "requests",
     "rounds",
     "requests_per_s",
-    "p20",
-    "p80",
+    "slowest",
+    "fastest",
     "speedup",
 )
 MEASURED = (
@@ -62,7 +59,6 @@ MEASURED = (
 )
 COLUMNS = (*FIELDS, *MEASURED, "vllm", *machine.FIELDS)
 ARMS = ("stock", "pruned", "unplugged")
-_READY_S = 300
 _BLOCK = 32  # tokens of a KV block; CPUs take multiples of it
 
 
@@ -82,74 +78,17 @@ class Block:
         return len(self.right) / self.seconds
 
 
-@contextmanager
 def server(
     folder: Path, setting: dict[str, Any] | None, plugged: bool, dtype: str, blocks: int
-) -> Iterator[str]:
+) -> AbstractContextManager[str]:
     """A vLLM server, with the plug-in or without any; its address once it answers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        str(folder),
-        "--port",
-        str(port),
-    ]
-    words += ["--dtype", dtype, "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "32"]
-    words += [
-        "--limit-mm-per-prompt",
-        '{"image": 1}',
-        "--served-model-name",
-        "m",
-        "--no-enable-prefix-caching",
-    ]
-    words += [
-        "--block-size",
-        str(_BLOCK),
-        "--mm-processor-cache-gb",
-        "0",
-        "--num-gpu-blocks-override",
-        str(blocks),
-    ]
+    words = ["--dtype", dtype, "--max-model-len", "512", "--max-num-seqs", "32"]
+    words += ["--limit-mm-per-prompt", '{"image": 1}', "--no-enable-prefix-caching"]
+    words += ["--block-size", str(_BLOCK), "--num-gpu-blocks-override", str(blocks)]
+    words += ["--mm-processor-cache-gb", "0"]
     if setting is not None:
         words += ["--additional-config", json.dumps({"tokenprune": setting})]
-    environment = {
-        **os.environ,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_DO_NOT_TRACK": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        **({} if plugged else {"VLLM_PLUGINS": ""}),
-    }
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
-        url = f"http://127.0.0.1:{port}"
-        try:
-            _wait(process, url, log)
-            yield url
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def _wait(process: subprocess.Popen[bytes], url: str, log: Any) -> None:
-    for _ in range(_READY_S):
-        if process.poll() is None:
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=5)
-                return
-            except OSError:
-                time.sleep(1)
-    log.seek(0)
-    raise SystemExit(f"the server did not start:\n{log.read()[-3000:]}")
+    return serving(folder, *words, **({} if plugged else {"VLLM_PLUGINS": ""}))
 
 
 def run_block(url: str, samples: Sequence[Sample], concurrency: int, blocks: int) -> Block:
@@ -191,7 +130,7 @@ def _ask(url: str, sample: Sample) -> tuple[float, list[float], int, bool]:
     data = "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
     content = [{"type": "image_url", "image_url": {"url": data}}, {"type": "text", "text": sample.question}]
     body = {
-        "model": "m",
+        "model": NAME,
         "messages": [{"role": "user", "content": content}],
         "temperature": 0,
         "max_tokens": MAX_NEW_TOKENS,
@@ -306,8 +245,8 @@ def _row(
         "requests": str(options.requests),
         "rounds": str(options.rounds),
         "requests_per_s": median(rates),
-        "p20": f"{rates[0]:.4g}",
-        "p80": f"{rates[-1]:.4g}",
+        "slowest": f"{rates[0]:.4g}",
+        "fastest": f"{rates[-1]:.4g}",
         "speedup": f"{speedup:.3f}",
         "ttft_ms": median([1e3 * s for block in own for s in block.first]),
         "ms_per_output_token": median([1e3 * s for block in own for s in block.later]),
