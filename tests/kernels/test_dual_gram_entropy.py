@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from spectra import DTYPES, FAMILIES, SHAPES, normal, unit_trace
 from tokenprune_kernels.dual_gram_entropy import bench, dual_gram_entropy
-from tokenprune_kernels.dual_gram_entropy.cpu import CPU_CHUNK_BYTES, dual_gram_entropy_cpu
+from tokenprune_kernels.dual_gram_entropy.plain import CPU_CHUNK_BYTES, dual_gram_entropy_plain
 from tokenprune_kernels.dual_gram_entropy.reference import error_scale, matrix_entropy, spectrum
 
 NORMALIZATIONS = ["none", "trace"]
@@ -23,53 +24,6 @@ FLOOR_TERM = -FLOOR * math.log(FLOOR)  # what a zero eigenvalue adds to H log h
 
 ENTROPIES: list[Callable[..., Tensor]] = [dual_gram_entropy, matrix_entropy]
 both = pytest.mark.parametrize("entropy", ENTROPIES, ids=["public", "reference"])
-
-
-def normal(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def rank_one(n: int, h: int, d: int) -> Tensor:
-    return normal(n, h, 1) * normal(n, 1, d)
-
-
-def unit_trace(x: Tensor) -> Tensor:
-    x = x - x.mean(dim=-2, keepdim=True)
-    return x / (x.square().sum(dim=(-2, -1), keepdim=True) / x.shape[-2]).sqrt()
-
-
-def outlier_head(n: int, h: int, d: int) -> Tensor:
-    x = normal(n, h, d)
-    x[:, 0] *= 100
-    return x
-
-
-FAMILIES: dict[str, Callable[[int, int, int], Tensor]] = {
-    "gaussian": normal,
-    "low_rank_and_noise": lambda n, h, d: normal(n, h, 3) @ normal(n, 3, d) + 1e-2 * normal(n, h, d),
-    "decaying": lambda n, h, d: normal(n, h, d) * torch.logspace(0, -3, h, dtype=torch.float64)[:, None],
-    "outlier_head": outlier_head,
-    "common_mean": lambda n, h, d: normal(n, h, d) + 1000 * normal(n, 1, d),
-    "large": lambda n, h, d: 300 * normal(n, h, d),  # lambda >> 1
-    "small": lambda n, h, d: 1e-3 * normal(n, h, d),  # lambda << 1
-    "at_the_floor": lambda n, h, d: 1e-5 * normal(n, h, d),  # lambda around 1e-10
-    "nearly_rank_one": lambda n, h, d: rank_one(n, h, d) + 1e-3 * normal(n, h, d),
-    "rank_one": rank_one,  # what is left beside the first eigenvalue is the rounding of the dtype
-    # The hardest: lambda_1 = 1 adds nothing to H, so all of it sits in eigenvalues of 1e-8.
-    "one_and_dust": lambda n, h, d: unit_trace(rank_one(n, h, d)) + 1e-4 * normal(n, h, d),
-}
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-ODD_SHAPES = [
-    (1, 2, 1),
-    (7, 3, 17),
-    (1, 3, 100),
-    (7, 5, 40),
-    (1, 28, 100),
-    (7, 33, 17),
-    (7, 33, 40),
-    (7, 33, 100),
-]
-SHAPES = [*ODD_SHAPES, (7, 4, 32), (7, 16, 64), (7, 28, 128), (7, 32, 128), (7, 64, 32)]
 
 
 def assert_within_bound(x: Tensor, bound: float = BOUND, **options: Any) -> None:
@@ -328,10 +282,10 @@ def test_never_waits_for_the_device(normalization: Any, column_groups: bool) -> 
 @pytest.mark.parametrize("shape", [(50, 5, 17), (50, 17, 5)], ids=str)
 def test_chunks_do_not_change_the_result(shape: tuple[int, ...], normalization: Any) -> None:
     x = normal(*shape).bfloat16()
-    whole = dual_gram_entropy_cpu(x, normalization=normalization, chunk_bytes=2**40)
+    whole = dual_gram_entropy_plain(x, normalization=normalization, chunk_bytes=2**40)
     for chunk_bytes in (1, 5_000, 20_000):
         assert torch.equal(
-            whole, dual_gram_entropy_cpu(x, normalization=normalization, chunk_bytes=chunk_bytes)
+            whole, dual_gram_entropy_plain(x, normalization=normalization, chunk_bytes=chunk_bytes)
         )
 
 

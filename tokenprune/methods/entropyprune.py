@@ -114,6 +114,8 @@ class EntropyPrune(ScoreMethod):
         is_entropy = self.estimator in ("von_neumann", "effective_rank")
         if is_entropy and self.gram == "dual":
             return dual_gram_entropy(x, **options)
+        if self.estimator == "renyi" and self.gram == "dual":  # of order 2, which needs no eigenvalues
+            return dual_gram_entropy(x, **{**options, "normalization": "trace"}, order=2)
         gram: Any = self.gram
         if is_entropy:
             return reference.matrix_entropy(x, gram=gram, **options)

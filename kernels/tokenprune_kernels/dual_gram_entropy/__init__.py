@@ -2,14 +2,15 @@
 
 from torch import Tensor
 
-from .arguments import Normalization, check_arguments
-from .cpu import dual_gram_entropy_cpu
+from ..backend import backend_for
+from .arguments import Normalization, Order, check_arguments
+from .plain import dual_gram_entropy_plain
 
-__all__ = ["Normalization", "dual_gram_entropy"]
+__all__ = ["Normalization", "Order", "dual_gram_entropy"]
 
 
 def dual_gram_entropy(
-    x: Tensor, *, normalization: Normalization = "none", column_groups: bool = False
+    x: Tensor, *, normalization: Normalization = "none", column_groups: bool = False, order: Order = 1
 ) -> Tensor:
     """Matrix entropy of each token, from the ``h x h`` Gram matrix of its heads.
 
@@ -17,7 +18,8 @@ def dual_gram_entropy(
     of ``A = X X^T / h`` and ``X`` is the token's ``h x d`` matrix centred over its heads. EntropyPrune
     (arXiv 2602.17196) keeps the tokens with the largest ``H``.
 
-    Shapes are checked; values never are. Nothing here branches on tensor contents.
+    Shapes are checked; values never are. Nothing here branches on tensor contents. On CUDA one Triton kernel does all
+    of it; elsewhere, and for float64, plain PyTorch (``TOKENPRUNE_KERNELS=plain | triton`` forces one).
 
     Parameters
     ----------
@@ -30,12 +32,16 @@ def dual_gram_entropy(
     column_groups : bool, default=False
         Average groups of ``d / 128`` neighbouring columns first, as the released code does. ``d`` must then be a
         multiple of 128.
+    order : {1, 2}, default=1
+        Of the Rényi entropy (Giraldo et al., arXiv 1211.2459). 1 is ``H`` above; 2 is
+        ``-log(sum_i lambda_i^2) / log(h)``, which needs no eigenvalues.
 
     Returns
     -------
     Tensor, shape (...,), float32, on the device of ``x``, without a gradient
-        Within ``1e-3 * sum_i |lambda_i log(lambda_i)| / log(h)`` of the float64 reference. NaN for a token that
-        holds a NaN or an infinity; its neighbours are unaffected. ``torch.topk`` ranks NaN first.
+        Within ``1e-3 * max(sum_i |lambda_i log(lambda_i)| / log(h), 0.01)`` of the float64 reference (order 2: within
+        ``1e-5 * (1 + |H|)``). NaN for a token that holds a NaN or an infinity; its neighbours are unaffected.
+        ``torch.topk`` ranks NaN first.
 
     Raises
     ------
@@ -43,7 +49,10 @@ def dual_gram_entropy(
         ``x`` is not a tensor of real floating numbers.
     ValueError
         ``x`` has fewer than two dimensions, ``h < 2`` (log 1 = 0), ``d < 1``, ``column_groups`` with a ``d`` that
-        is not a multiple of 128, or an unknown ``normalization``.
+        is not a multiple of 128, an unknown ``normalization`` or ``order``, or a ``TOKENPRUNE_KERNELS`` that names no
+        backend.
+    RuntimeError
+        ``TOKENPRUNE_KERNELS=triton`` without Triton.
 
     Examples
     --------
@@ -53,5 +62,11 @@ def dual_gram_entropy(
     >>> dual_gram_entropy(queries, normalization="trace").shape
     torch.Size([576])
     """
-    check_arguments(x, normalization=normalization, column_groups=column_groups)
-    return dual_gram_entropy_cpu(x, normalization=normalization, column_groups=column_groups)
+    check_arguments(x, normalization=normalization, column_groups=column_groups, order=order)
+    if backend_for(x) == "triton":
+        from .fused import dual_gram_entropy_fused  # Triton is imported only where it is used
+
+        return dual_gram_entropy_fused(
+            x, normalization=normalization, column_groups=column_groups, order=order
+        )
+    return dual_gram_entropy_plain(x, normalization=normalization, column_groups=column_groups, order=order)

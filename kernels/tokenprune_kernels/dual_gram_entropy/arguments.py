@@ -5,6 +5,8 @@ from typing import Literal, get_args
 from torch import Tensor
 
 Normalization = Literal["none", "trace"]
+#: Of the Rényi entropy; 1 is the von Neumann entropy.
+Order = Literal[1, 2]
 
 #: Eigenvalues below this are raised to it, as in the released code: log stays finite.
 EIGENVALUE_FLOOR = 1e-10
@@ -13,7 +15,7 @@ EIGENVALUE_FLOOR = 1e-10
 RELEASE_COLUMNS = 128
 
 
-def check_arguments(x: Tensor, *, normalization: str, column_groups: bool) -> None:
+def check_arguments(x: Tensor, *, normalization: str, column_groups: bool, order: int = 1) -> None:
     """Refuse what has no entropy. Only types and shapes are read, so a GPU is never waited for.
 
     Raises
@@ -38,6 +40,8 @@ def check_arguments(x: Tensor, *, normalization: str, column_groups: bool) -> No
         raise ValueError(f"column_groups needs d to be a multiple of {RELEASE_COLUMNS}, got d = {d}")
     if normalization not in get_args(Normalization):
         raise ValueError(f"normalization must be one of {get_args(Normalization)}, got {normalization!r}")
+    if order not in get_args(Order):
+        raise ValueError(f"order must be one of {get_args(Order)}, got {order!r}")
 
 
 def average_column_groups(x: Tensor) -> Tensor:

@@ -37,18 +37,9 @@ def spectrum(
         every eigenvalue at the clamp.
     """
     check_arguments(x, normalization=normalization, column_groups=column_groups)
-    X = x.detach().double()
-    if column_groups:
-        X = average_column_groups(X)
+    X = _centred(x, column_groups)
     h, d = X.shape[-2:]
-    X = X - X.mean(dim=-2, keepdim=True)
-    if gram == "dual":
-        A = X @ X.mT / h
-    elif gram == "primal":
-        A = X.mT @ X / h
-    else:
-        raise ValueError(f"gram must be 'dual' or 'primal', got {gram!r}")
-
+    A = _gram(X, gram)
     trace = A.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
     # LAPACK may refuse a whole batch for one NaN, so such tokens are solved as zeros and marked afterwards.
     finite = trace.isfinite()
@@ -57,6 +48,42 @@ def spectrum(
     if normalization == "trace":
         lam = lam / torch.where(trace > 0, trace, 1.0)[..., None]
     return torch.where(finite[..., None], lam.clamp_min(EIGENVALUE_FLOOR), torch.nan)
+
+
+def _centred(x: Tensor, column_groups: bool) -> Tensor:
+    X = x.detach().double()
+    if column_groups:
+        X = average_column_groups(X)
+    return X - X.mean(dim=-2, keepdim=True)
+
+
+def _gram(X: Tensor, gram: Gram) -> Tensor:
+    if gram == "dual":
+        return X @ X.mT / X.shape[-2]
+    if gram == "primal":
+        return X.mT @ X / X.shape[-2]
+    raise ValueError(f"gram must be 'dual' or 'primal', got {gram!r}")
+
+
+def renyi2_entropy(
+    x: Tensor, *, normalization: Normalization = "none", gram: Gram = "dual", column_groups: bool = False
+) -> Tensor:
+    """``H2 = -log(max(sum lambda^2, h 1e-20)) / log h`` of each token, sum lambda^2 being the squared Frobenius norm.
+
+    Parameters, result and errors are those of :func:`matrix_entropy`, whose floor of 1e-10 for an eigenvalue is here
+    one for their sum of squares.
+    """
+    check_arguments(x, normalization=normalization, column_groups=column_groups)
+    A = _gram(_centred(x, column_groups), gram)
+    h = x.shape[-2]
+    trace = A.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+    if normalization == "trace":
+        A = A / torch.where(trace > 0, trace, 1.0)[..., None, None]
+    squares = A.square().sum(dim=(-2, -1))
+    H = -squares.clamp_min(h * EIGENVALUE_FLOOR**2).log() / math.log(h)
+    if normalization == "trace":
+        H = torch.where(trace == 0, 0.0, H)
+    return torch.where(trace.isfinite(), H, torch.nan)
 
 
 def matrix_entropy(

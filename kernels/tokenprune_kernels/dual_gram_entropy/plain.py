@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from .arguments import EIGENVALUE_FLOOR, Normalization, average_column_groups
+from .arguments import EIGENVALUE_FLOOR, Normalization, Order, average_column_groups
 
 #: Temporaries per chunk. On a CPU a chunk should stay in cache (2880 x 32 x 128: 209 ms, in one piece 279 ms);
 #: elsewhere fewer launches matter more, and this only keeps 32k tokens from filling the memory.
@@ -17,11 +17,12 @@ DEVICE_CHUNK_BYTES = 64 * 2**20
 
 
 @torch.no_grad()
-def dual_gram_entropy_cpu(
+def dual_gram_entropy_plain(
     x: Tensor,
     *,
     normalization: Normalization = "none",
     column_groups: bool = False,
+    order: Order = 1,
     chunk_bytes: int | None = None,
 ) -> Tensor:
     """Matrix entropy of each token, (..., h, d) -> (...,) float32.
@@ -44,11 +45,13 @@ def dual_gram_entropy_cpu(
     if chunk_bytes is None:
         chunk_bytes = CPU_CHUNK_BYTES if x.device.type == "cpu" else DEVICE_CHUNK_BYTES
     H = x.new_empty(x.shape[:-2], dtype=torch.float32)
-    _fill(H, x, normalization, column_groups, chunk_bytes)
+    _fill(H, x, normalization, column_groups, order, chunk_bytes)
     return H
 
 
-def _fill(H: Tensor, x: Tensor, normalization: Normalization, column_groups: bool, chunk_bytes: int) -> None:
+def _fill(
+    H: Tensor, x: Tensor, normalization: Normalization, column_groups: bool, order: Order, chunk_bytes: int
+) -> None:
     """Write the entropies of x, (..., h, d), into H, (...,), a contiguous tensor."""
     h, d = x.shape[-2:]
     try:
@@ -57,17 +60,19 @@ def _fill(H: Tensor, x: Tensor, normalization: Normalization, column_groups: boo
         # (batch, heads, tokens, d) seen as (batch, tokens, heads, d): the two leading dimensions do not merge, and
         # a reshape would copy all of x. Walk the first one instead.
         for H_row, x_row in zip(H, x, strict=True):
-            _fill(H_row, x_row, normalization, column_groups, chunk_bytes)
+            _fill(H_row, x_row, normalization, column_groups, order, chunk_bytes)
         return
     # All float64: the matrix (twice with its column averages); the Gram and the solver's two copies of it.
     bytes_per_token = 8 * ((2 if column_groups else 1) * h * d + 3 * min(h, d) ** 2)
     step = max(1, chunk_bytes // bytes_per_token)
     H_flat = H.view(-1)
     for start in range(0, tokens.shape[0], step):
-        H_flat[start : start + step] = _entropy(tokens[start : start + step], normalization, column_groups)
+        H_flat[start : start + step] = _entropy(
+            tokens[start : start + step], normalization, column_groups, order
+        )
 
 
-def _entropy(x: Tensor, normalization: Normalization, column_groups: bool) -> Tensor:
+def _entropy(x: Tensor, normalization: Normalization, column_groups: bool, order: Order) -> Tensor:
     """(n, h, d) -> (n,) float64, all tokens at once."""
     # A copy even when x is float64 already: the centring below is in place.
     X = x.to(torch.float64, copy=True)
@@ -82,13 +87,17 @@ def _entropy(x: Tensor, normalization: Normalization, column_groups: bool) -> Te
     G = torch.bmm(X, X.mT) if h <= d else torch.bmm(X.mT, X)
     trace = G.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
     finite = trace.isfinite()
+    scale = torch.where(trace > 0, trace, 1.0) if normalization == "trace" else torch.full_like(trace, h)
+    if order == 2:
+        # The squared Frobenius norm is the sum of squared eigenvalues. No floor but for a token of no spectrum.
+        squares = G.square().sum(dim=(-2, -1)) / scale.square()
+        H = -squares.clamp_min(h * EIGENVALUE_FLOOR**2).log() / math.log(h)
+        if normalization == "trace":
+            H = torch.where(trace > 0, H, 0.0)
+        return torch.where(finite, H, torch.nan)
     G.masked_fill_(~finite[:, None, None], 0.0)  # LAPACK may refuse a whole batch for one NaN
     lam = torch.linalg.eigvalsh(G)
-    if normalization == "trace":
-        lam = lam / torch.where(trace > 0, trace, 1.0)[:, None]
-    else:
-        lam = lam / h
-    lam = lam.clamp_min_(EIGENVALUE_FLOOR)
+    lam = (lam / scale[:, None]).clamp_min_(EIGENVALUE_FLOOR)
     # The primal Gram (h > d) lacks h - d of the dual's zeros, and each counts once clamped.
     missing = max(h - d, 0) * EIGENVALUE_FLOOR * math.log(EIGENVALUE_FLOOR)
     H = -((lam * lam.log()).sum(dim=-1) + missing) / math.log(h)
