@@ -96,6 +96,7 @@ def generate_difference(
         generated=out.sequences[:, prompt:],
         biases=biases_of(report, positions),
         positions="generate",
+        early=[[prompt] * len(row) for row in positions] if arguments.get("compact_early") else None,
     ).steps()
     if getattr(out, "beam_indices", None) is not None:
         return judged_beams(out, judged), out.sequences, report

@@ -75,6 +75,7 @@ def masked_forward(
     biases: Merges | None = None,
     positions: str = "auto",
     base_mask: Callable[[int], torch.Tensor] | None = None,
+    early: Sequence[Sequence[int]] | None = None,
     output_hidden: bool = False,
 ) -> OracleOutput:
     """One full-length stock forward in which the dropped visual tokens are masked.
@@ -92,6 +93,8 @@ def masked_forward(
         win over all.
     base_mask: layer -> (B, L, L) bool, which columns a row sees before anything is dropped, in place of the
         model's own rule.
+    early: [row][image] -> the column where the image's prompt ends: from there on rows no longer see, in any layer
+        but 0 and those that look back only so far, what the image's cuts dropped (`compact_early`).
     """
     if generated is None:
         generated = inputs["input_ids"][:, :0]
@@ -104,6 +107,7 @@ def masked_forward(
 
     device = real.device
     dropped, bias = _columns(cuts, biases, visual_positions, len(layers), real)
+    until = _until(early, dropped[-1], visual_positions)
     hidden: list[torch.Tensor] = []
     edits = {layer: _merge_matrix(i, cuts, merges, visual_positions) for i, (layer, _) in enumerate(cuts)}
     prompt = inputs["input_ids"].shape[1]
@@ -123,6 +127,8 @@ def masked_forward(
             if window is not None:  # in original columns: what was dropped still counts as distance
                 sees = sees & (column[None, :] > column[:, None] - window)[None]
         sees = sees & (real & ~dropped[layer])[:, None, :]
+        if layer and _looks_everywhere(text_model.config, layer):
+            sees = sees & (torch.arange(real.shape[1], device=device)[None, :, None] < until[:, None, :])
         # A row always sees itself. For a kept row this changes nothing; a dropped or padded row would
         # otherwise see no column at all, and its NaN would spread through the vanishing weights of others (0
         # * NaN).
@@ -265,6 +271,13 @@ def _window(config: Any, layer: int, given: Any) -> int | None:
     return None
 
 
+def _looks_everywhere(config: Any, layer: int) -> bool:
+    types = getattr(config, "layer_types", None)
+    return (
+        getattr(config, "sliding_window", None) is None if types is None else types[layer] == "full_attention"
+    )
+
+
 def _with_generated(
     model: nn.Module, inputs: dict[str, Any], generated: torch.Tensor, positions: str
 ) -> tuple[dict[str, Any], torch.Tensor]:
@@ -366,6 +379,18 @@ def _columns(
                 if entry is not None:
                     bias[layer:, row, columns[entry[0].to(real.device)]] = entry[1].float().to(real.device)
     return dropped, bias
+
+
+def _until(
+    early: Sequence[Sequence[int]] | None, dropped: torch.Tensor, positions: Positions
+) -> torch.Tensor:
+    """(B, L): the row from which on a column is seen by none, in layers from 1 on."""
+    until = torch.full(dropped.shape, dropped.shape[1], device=dropped.device)
+    for row, ends in enumerate(early or ()):
+        for columns, end in zip(positions[row], ends, strict=True):
+            gone = columns.to(dropped.device)
+            until[row, gone[dropped[row, gone]]] = end
+    return until
 
 
 def _entry(table: Merges | None, cut: int, row: int, image: int) -> tuple[torch.Tensor, torch.Tensor] | None:

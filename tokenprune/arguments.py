@@ -47,6 +47,9 @@ class Arguments:
         keep_lists: force what is kept: keep_lists[cut][row][image] = ascending raster indices.
         allocation: "image": every image has a budget of its own; "pooled": a prompt's images share the sum of theirs.
         frame_floor: tokens that every frame of a video, and every view of an image, keeps at least.
+        compact_early: after the prompt, take what was dropped out of the cache of the layers before the last cut, too:
+            the whole cache shrinks, and answers no longer see in early layers what later ones have dropped. Layer 0
+            stays whole, and so do caches that are quantised or hold a window.
         family: a `Family` of your own, or the name of another of ours, for a model that is not known or that has a
             known model's parts; fixed when the model is wrapped.
         profile: a `Profile` or the path of one: its method, parameters, cuts and budget are taken, but for what is
@@ -68,6 +71,7 @@ class Arguments:
     keep_lists: KeepLists | None = None
     allocation: Allocation = "image"
     frame_floor: int = 0
+    compact_early: bool = False
     family: str | Family | None = None
     profile: Any = None
     allow_mismatch: bool = False
@@ -83,8 +87,9 @@ class Arguments:
             or self.frame_floor < 0
         ):
             raise ConfigError(f"frame_floor must be a number of tokens, 0 or more, not {self.frame_floor!r}")
-        if not isinstance(self.strict, bool):
-            raise ConfigError(f"strict must be True or False, not {self.strict!r}")
+        for name in ("strict", "compact_early"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.method == "none" and self.says_how_much:
             raise ConfigError("method 'none' keeps everything: leave keep, cuts and keep_lists out")
         if self.keep is not None:
@@ -343,6 +348,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "cuts": read_cuts,
     "keep_lists": _no_text,
     "strict": lambda text: read_like("strict", text, False),
+    "compact_early": lambda text: read_like("compact_early", text, False),
     "frame_floor": lambda text: read_like("frame_floor", text, 0),
 }
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModeError
 from tokenprune.runtime import compiled
+from tokenprune.runtime.early import compact_early
 from tokenprune.runtime.outcome import make_outcome
 from tokenprune.runtime.plan import Plan
 from tokenprune.runtime.record import Columns, attach, extend, record_of
@@ -92,6 +93,9 @@ class CallHooks:
             if call.cache is not None:
                 cuts = [sum(cut.layer <= i for cut in call.config.cuts) for i in range(layers)]
                 new = [stages.done[c - 1] if c else None for c in cuts]
+                if call.config.arguments.compact_early:
+                    with torch.no_grad(), call.compacting.running(stages.done[-1].index.device):
+                        new = compact_early(call, new)
                 record = extend(
                     call.record,
                     call.past,

@@ -13,6 +13,7 @@ from tokenprune.budget import average_kept
 from tokenprune.config import PruneConfig
 from tokenprune.runtime.flops import decoder_flops
 from tokenprune.runtime.plan import Key
+from tokenprune.runtime.record import record_of
 from tokenprune.runtime.state import Call
 from tokenprune.runtime.timing import Stopwatch
 from tokenprune.tensors import plain_tensors
@@ -128,7 +129,9 @@ def make_outcome(text_config: Any, num_layers: int, call: Call) -> Outcome:
     for i in range(num_layers):
         stage = 0 if stages is None else sum(cut.layer <= i for cut in config.cuts)
         lengths.append(call.length if stages is None or not stage else stages.plan.lengths[stage - 1])
-    used, allocated = kv_bytes(call.cache, [call.past + n for n in lengths])
+    record = record_of(call.cache)
+    held = [call.past + call.length - (0 if record is None else record.removed(i)) for i in range(num_layers)]
+    used, allocated = kv_bytes(call.cache, held)
     assert call.rows is not None
     return Outcome(
         config=config,

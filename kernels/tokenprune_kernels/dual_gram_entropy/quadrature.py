@@ -8,6 +8,8 @@ given nodes t; the ones in use are printed by ``python -m tokenprune_kernels.dua
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,8 +23,8 @@ def coefficients(nodes: NDArray[np.float64] = NODES) -> tuple[NDArray[np.float64
     x = np.geomspace(1e-9, 1.0, 4000)
     f = -x * np.log(x)
     basis = np.stack([*(x / (x + t) for t in nodes), x, x * x], axis=1)
-    weights: NDArray[np.float64] = np.ones_like(x)
-    best: NDArray[np.float64] = np.zeros(basis.shape[1])
+    weights: NDArray[Any] = np.ones_like(x)
+    best: NDArray[Any] = np.zeros(basis.shape[1])
     error = np.inf
     for _ in range(60):
         found = np.linalg.lstsq(basis * weights[:, None], f * weights, rcond=1e-12)[0]

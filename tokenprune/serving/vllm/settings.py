@@ -90,7 +90,8 @@ def _refuse(asked: Arguments) -> None:
         or asked.allocation != "image"
         or asked.frame_floor
         or asked.keep_lists is not None
+        or asked.compact_early
     ):
         raise ConfigError(
-            "positions, allocation, frame_floor and keep_lists are not served inside vLLM; leave them out"
+            "positions, allocation, frame_floor, keep_lists and compact_early are not served in vLLM; leave them out"
         )
