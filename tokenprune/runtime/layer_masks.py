@@ -24,6 +24,8 @@ class LayerMasks:
     def __init__(self, text_config: Any, attention: nn.Module) -> None:
         self.text_config = text_config
         self.is_causal = bool(getattr(attention, "is_causal", True))
+        # Read once: looking into a config costs more than a hook should on a decoding step.
+        self._local = [masks.local_attention(text_config, i) for i in range(text_config.num_hidden_layers)]
 
     def of_layer(self, call: Call, i: int, hidden: Tensor, stock: Any) -> Any:
         """The mask of layer i, made once per call for all layers that share it.
@@ -65,12 +67,23 @@ class LayerMasks:
 
     def kind(self, i: int) -> str:
         """A layer's type of attention."""
-        return masks.local_attention(self.text_config, i)[0]
+        return self._local[i][0]
 
     def looks_back(self, call: Call, i: int) -> bool:
         """Whether the conversation is longer than layer i looks back."""
-        _, span = masks.local_attention(self.text_config, i)
+        span = self._local[i][1]
         return span is not None and call.past + call.length > span
+
+    def needs_none(self, call: Call, hidden: Tensor, stock: Any) -> bool:
+        """Whether, in a decoding step, every layer does without a mask as layer 0 does."""
+        assert call.record is not None
+        return (
+            stock is None
+            and hidden.shape[1] == 1
+            and not call.view.spans_more
+            and all(own is None or (own.visible is None and own.bias is None) for own in call.record.layers)
+            and not any(self.looks_back(call, i) for i in range(len(self._local)))
+        )
 
     def _make(self, call: Call, i: int, hidden: Tensor, stock: Any) -> Any:
         own, old = _new(call), _cached(call, i)
@@ -154,7 +167,7 @@ class LayerMasks:
 
     def _within(self, call: Call, i: int, hidden: Tensor) -> Callable[..., Tensor]:
         """How far back layer i looks, in original columns."""
-        kind, span = masks.local_attention(self.text_config, i)
+        kind, span = self._local[i]
         assert span is not None
         padding = _padding(call)
         if padding is None:

@@ -147,10 +147,16 @@ class LayerHooks:
         if call is None:
             self._seen_ahead(i, args[0] if args else kwargs["hidden_states"])
             return None
+        if call.is_plain_step:
+            return None
         call.use(kwargs.get("past_key_values", call.cache))  # the text model may just have made it
         record, stages = call.record, call.stages
         cuts = call.config.cuts
         given = args[0] if args else kwargs["hidden_states"]
+        if i == 0 and stages is None and record is not None and not self.taps.observers:
+            call.is_plain_step = self.runtime.masks.needs_none(call, given, kwargs.get("attention_mask"))
+            if call.is_plain_step:
+                return None
         hidden = _with_features(call, i, given)
         if stages is not None and call.cuts_done < len(cuts) and cuts[call.cuts_done].layer == i:
             hidden = self._cut(call, hidden)
