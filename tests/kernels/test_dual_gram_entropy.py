@@ -1,5 +1,6 @@
 """Token-wise matrix entropy: the reference against hand-worked cases, the fast path against the reference."""
 
+import csv
 import itertools
 import math
 from collections.abc import Callable
@@ -358,12 +359,16 @@ def test_unknown_gram_is_refused() -> None:
 # --- the benchmark -------------------------------------------------------------------------------------------------
 
 
-def test_bench_writes_its_table(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("more", [[], ["--growth"]], ids=["table", "growth"])
+def test_bench_writes_its_table(
+    more: list[str], tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "GROWTH", ["5x3x17", "9x3x17"])
     path = tmp_path / "new" / "numbers.csv"
-    bench.main(["--csv", str(path), "--repeats", "1", "--shapes", "7x3x17"])
-    out = capsys.readouterr().out
-    assert "7x3x17" in out and "torch" in out
-    header, *rows = path.read_text().splitlines()
-    assert header.split(",") == list(bench.Row.__dataclass_fields__)
-    assert len(rows) == 2  # one a normalisation
-    assert float(dict(zip(header.split(","), rows[0].split(","), strict=False))["error"]) <= BOUND
+    bench.main(["--csv", str(path), "--repeats", "1", "--shapes", "7x3x17", "--device", "cpu", *more])
+    assert "x3x17" in capsys.readouterr().out
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == (2 if more else 4)  # two normalisations, two orders
+    assert all(row["machine"] and row["torch"] for row in rows)
+    assert all(not row["error"] if more else float(row["error"]) <= BOUND for row in rows)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenprune_kernels.backend import VARIABLE
-from tokenprune_kernels.kv_compact import kv_compact
+from tokenprune_kernels.kv_compact import bench, kv_compact
 from tokenprune_kernels.kv_compact.arguments import groups
 from tokenprune_kernels.kv_compact.reference import kv_compact_reference
 
@@ -156,3 +158,14 @@ def test_compiled_without_synchronising() -> None:
         torch.cuda.set_sync_debug_mode("default")
     for a, b in zip(got, kv_compact_reference(tensors, index), strict=True):
         assert same_bits(a, b)
+
+
+def test_bench_writes_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "plain")
+    monkeypatch.setitem(bench.SHAPES, "cpu", (2, 2, 3, 16, 8))
+    path = tmp_path / "new" / "numbers.csv"
+    bench.main(["--csv", str(path), "--device", "cpu"])
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["in_place"] for row in rows] == ["False", "True"] * 2
+    assert all(float(row["share_of_copy"]) > 0 for row in rows)

@@ -1,126 +1,118 @@
 """Times the backends against the released form: ``python -m tokenprune_kernels.dual_gram_entropy.bench``.
 
-The released form is ``reference.matrix_entropy``: float64 throughout, all tokens in one piece, always the dual Gram.
-Runs alternate (A B A B ...), so that a change in the machine's load falls on both; each time is a median. Times are
-CPU time of the one thread used, which other processes on the machine do not add to.
+The released form is ``reference.matrix_entropy``: float64 throughout, all tokens in one piece, always the dual Gram, by
+``torch.linalg.eigvalsh``. On a CPU runs alternate (A B A B ...), so that a change in the machine's load falls on both,
+and times are processor time of the one thread used. On CUDA times are between events, medians, the L2 cache flushed
+before each; ``graph_us`` is a replay from a graph, which leaves launch costs out. ``--growth`` times more and more
+tokens instead.
 """
 
 import argparse
 import csv
-import dataclasses
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from ..machine import cpu_name
+from ..machine import describe_device
+from ..timing import cuda_ms, interleaved_ms
 from . import dual_gram_entropy
-from .arguments import Normalization
-from .reference import error_scale, matrix_entropy
+from .arguments import Normalization, Order
+from .reference import error_scale, matrix_entropy, renyi2_entropy
 
 #: (tokens, heads, head_dim): LLaVA-1.5-7B, LLaVA-1.6-7B, a tiny test model, a 1k-wide model, Qwen2.5-VL-7B, h > d.
 SHAPES = ["576x32x128", "2880x32x128", "144x4x32", "576x16x64", "1024x28x128", "576x64x32"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of the table; times are in milliseconds of CPU time."""
-
-    shape: str
-    dtype: str
-    normalization: str
-    reference_ms: float
-    cpu_ms: float
-    speedup: float
-    error: float  # max |H - H64| / error_scale
-    repeats: int
-    cpu: str
-    threads: int
-    torch: str
-
-
-def paired_medians(a: Callable[[], object], b: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Medians of a and of b, run alternately after one unmeasured run each, in milliseconds."""
-    times: tuple[list[float], list[float]] = ([], [])
-    a(), b()
-    for _ in range(repeats):
-        for run, taken in zip((a, b), times, strict=True):
-            start = time.process_time()
-            run()
-            taken.append(1e3 * (time.process_time() - start))
-    return statistics.median(times[0]), statistics.median(times[1])
+GROWTH = [f"{n}x32x128" for n in (512, 2048, 8192, 32768)]
 
 
 def measure(
-    shape: str, normalization: Normalization, repeats: int, dtype: torch.dtype = torch.bfloat16
-) -> Row:
-    """Time one shape, ``"tokens x heads x head_dim"``, on gaussian query states in the layout attention has."""
+    shape: str,
+    normalization: Normalization,
+    order: Order,
+    repeats: int,
+    device: str,
+    with_reference: bool = True,
+) -> dict[str, str]:
+    """Time one shape, ``"tokens x heads x head_dim"``, on bf16 gaussian query states in the layout attention has."""
     n, h, d = (int(size) for size in shape.split("x"))
     generator = torch.Generator().manual_seed(0)
     # (batch, heads, tokens, d) transposed, as it comes out of a model
-    x = torch.randn(1, h, n, d, generator=generator).to(dtype).transpose(1, 2)
-
-    def reference() -> Tensor:
-        return matrix_entropy(x, normalization=normalization)
-
-    def fast() -> Tensor:
-        return dual_gram_entropy(x, normalization=normalization)
-
-    reference_ms, cpu_ms = paired_medians(reference, fast, repeats)
-    error = ((fast().double() - reference()).abs() / error_scale(x, normalization=normalization)).max().item()
-    return Row(
-        shape=shape,
-        dtype=str(dtype).removeprefix("torch."),
-        normalization=normalization,
-        reference_ms=round(reference_ms, 3),
-        cpu_ms=round(cpu_ms, 3),
-        speedup=round(reference_ms / max(cpu_ms, 1e-6), 2),
-        error=float(f"{error:.1e}"),
-        repeats=repeats,
-        cpu=cpu_name(),
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-    )
+    x = torch.randn(1, h, n, d, generator=generator).to(device, torch.bfloat16).transpose(1, 2)
+    exact = partial(matrix_entropy if order == 1 else renyi2_entropy, x, normalization=normalization)
+    fast = partial(dual_gram_entropy, x, normalization=normalization, order=order)
+    graph = ""
+    if device == "cuda":
+        ms = cuda_ms(fast)
+        graph = f"{1e3 * cuda_ms(fast, repeats=20, replays=20):.4g}"
+        reference = cuda_ms(exact, repeats=5) if with_reference else 0.0
+    elif with_reference:
+        reference, ms = interleaved_ms([exact, fast], repeats)
+    else:
+        reference, (ms,) = 0.0, interleaved_ms([fast], repeats)
+    error = ""
+    if with_reference:
+        scale = (
+            1e-2 * (1 + exact().abs())
+            if order == 2
+            else error_scale(x, normalization=normalization).clamp(min=0.01)
+        )
+        error = f"{((fast().double() - exact()).abs() / scale).max().item():.1e}"
+    return {
+        "shape": shape,
+        "normalization": normalization,
+        "order": str(order),
+        "reference_ms": f"{reference:.4g}" if with_reference else "",
+        "ours_ms": f"{ms:.4g}",
+        "graph_us": graph,
+        "speedup": f"{reference / max(ms, 1e-6):.3g}" if with_reference else "",
+        "us_per_token": f"{1e3 * ms / n:.3g}",
+        "error": error,  # |H - H64| over what 1e-3 of is promised
+        **describe_device(device),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table and, with ``--csv``, write it."""
-    parser = argparse.ArgumentParser(description="Time the matrix entropy, one thread.")
+    parser = argparse.ArgumentParser(description="Time the matrix entropy; one thread on a CPU.")
     parser.add_argument("--csv", type=Path, help="also write the table here")
-    parser.add_argument("--repeats", type=int, default=15, help="measured runs of each side (default: 15)")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=15, help="measured runs of each side on a CPU (default: 15)"
+    )
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NxHxD", help="tokens, heads, columns")
-    arguments = parser.parse_args(argv)
-
+    parser.add_argument("--growth", action="store_true", help="512 to 32,768 tokens, without the reference")
+    options = parser.parse_args(argv)
+    normalizations: tuple[Normalization, ...] = ("none", "trace")
+    orders: tuple[Order, ...] = (1, 2)
+    cells = [(s, norm, order) for s in options.shapes for norm in normalizations for order in orders]
+    if options.growth:
+        cells = [(s, "none", 1) for s in GROWTH]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    rows = []
     try:
-        print(f"{cpu_name()}, 1 thread, torch {torch.__version__}, {arguments.repeats} repeats")
-        print(
-            f"{'shape':>14} {'normalization':>14} {'reference ms':>13} {'cpu ms':>9} {'speedup':>8} {'error':>8}"
-        )
-        rows = []
-        for shape in arguments.shapes:
-            normalizations: tuple[Normalization, ...] = ("none", "trace")
-            for normalization in normalizations:
-                row = measure(shape, normalization, arguments.repeats)
-                print(
-                    f"{row.shape:>14} {row.normalization:>14} {row.reference_ms:>13.2f} {row.cpu_ms:>9.2f} "
-                    f"{row.speedup:>7.2f}x {row.error:>8.1e}",
-                    flush=True,
-                )
-                rows.append(row)
+        for shape, normalization, order in cells:
+            row = measure(
+                shape,
+                normalization,
+                order,
+                options.repeats,
+                options.device,
+                with_reference=not options.growth,
+            )
+            print(", ".join(f"{name} {value}" for name, value in row.items() if value), flush=True)
+            rows.append(row)
     finally:
         torch.set_num_threads(threads)
-    if arguments.csv is not None:
-        arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.csv.open("w", newline="") as file:
-            names = [field.name for field in dataclasses.fields(Row)]
-            writer = csv.DictWriter(file, names, lineterminator="\n")
+    if options.csv is not None:
+        options.csv.parent.mkdir(parents=True, exist_ok=True)
+        with options.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
-            writer.writerows(dataclasses.asdict(row) for row in rows)
+            writer.writerows(rows)
 
 
 if __name__ == "__main__":
