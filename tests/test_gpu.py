@@ -1,4 +1,4 @@
-"""What only a GPU can show of the runtime: no waiting inside layers, the same choices as on a CPU, compiled decoding."""
+"""What only a GPU can show: no waiting inside layers, the same choices as on a CPU, compiled decoding."""
 
 from __future__ import annotations
 
