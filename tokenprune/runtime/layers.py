@@ -147,15 +147,18 @@ class LayerHooks:
         if call is None:
             self._seen_ahead(i, args[0] if args else kwargs["hidden_states"])
             return None
-        if call.is_plain_step:
+        if call.is_plain:
             return None
-        call.use(kwargs.get("past_key_values", call.cache))  # the text model may just have made it
+        cache = kwargs.get("past_key_values", call.cache)
+        if cache is not call.cache:  # the text model has just made it
+            call.use(cache)
         record, stages = call.record, call.stages
         cuts = call.config.cuts
         given = args[0] if args else kwargs["hidden_states"]
-        if i == 0 and stages is None and record is not None and not self.taps.observers:
-            call.is_plain_step = self.runtime.masks.needs_none(call, given, kwargs.get("attention_mask"))
-            if call.is_plain_step:
+        if i == 0 and stages is None and not self.taps.observers:
+            stock = kwargs.get("attention_mask")
+            call.is_plain = record is None or self.runtime.masks.needs_none(call, given, stock)
+            if call.is_plain:
                 return None
         hidden = _with_features(call, i, given)
         if stages is not None and call.cuts_done < len(cuts) and cuts[call.cuts_done].layer == i:

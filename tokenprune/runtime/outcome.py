@@ -167,7 +167,7 @@ def kv_bytes(cache: Any, static_lengths: list[int]) -> tuple[list[int], list[int
     allocated: list[int] = []
     for i, layer in enumerate(getattr(cache, "layers", None) or []):
         # A quantised layer holds most of its entries in the second pair.
-        names = ("keys", "values", "_quantized_keys", "_quantized_values")
+        names = _PAIRS if hasattr(layer, "_quantized_keys") else _PAIRS[:2]
         tensors = [t for name in names for t in plain_tensors(getattr(layer, name, None)) if t.numel()]
         total = sum(t.nbytes for t in tensors)
         if tensors and getattr(layer, "is_compileable", False):
@@ -177,3 +177,6 @@ def kv_bytes(cache: Any, static_lengths: list[int]) -> tuple[list[int], list[int
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         allocated.append(sum(storages.values()))
     return used, allocated
+
+
+_PAIRS = ("keys", "values", "_quantized_keys", "_quantized_values")

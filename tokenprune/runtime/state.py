@@ -68,7 +68,7 @@ class Call:
         self.reason: str | None = None
         self.notes: dict[Key, list[Mapping[str, int | Tensor]]] = {}
         # Filled in by the layers' hooks.
-        self.is_plain_step = False  # a decoding step that needs nothing but the shorter cache
+        self.is_plain = False  # whether its layers need nothing: no cut, and no masks but the model's
         self.positions: dict[tuple[int, int], dict[str, Any]] = {}
         self.masks: dict[tuple[int, int, int, str], Any] = {}
         self.features: dict[int, Tensor] = {}  # (B, L', D) still to be added to the output of these layers
