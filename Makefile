@@ -10,6 +10,7 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+BENCH_CSV ?= eval/results/bench.csv
 TABLE_ARGS ?=
 EVAL_ARGS ?=
 SERVE_ARGS ?=
@@ -79,8 +80,9 @@ format: $(STAMP) ## Fix formatting and what lint can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP) ## Time pruned against ideal prefill on this machine (BENCH_ARGS=...)
-	$(BIN)/python -m tokenprune_eval.bench $(BENCH_ARGS)
+bench: $(STAMP) ## Time pruning on this machine, add it to the CSV and to the README (BENCH_ARGS=...)
+	$(BIN)/tokenprune bench --csv $(BENCH_CSV) $(BENCH_ARGS)
+	$(BIN)/python -m tokenprune_eval.speed --csv $(BENCH_CSV)
 
 eval: $(STAMP) ## Run lmms-eval over the testbed, unpruned and pruned, and check its numbers (EVAL_ARGS=...)
 	$(BIN)/python -m tokenprune_eval.lmms.run $(EVAL_ARGS)

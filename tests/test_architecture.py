@@ -29,7 +29,7 @@ FLOORS = (
     ("testbed",),
     ("analysis",),
     ("tune",),
-    ("compare", "serving"),
+    ("compare", "bench", "serving"),
     ("cli",),
 )
 # `import tokenprune` names what is further in at its first use; that is its purpose.

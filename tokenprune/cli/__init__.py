@@ -1,4 +1,4 @@
-"""The command line: `tokenprune demo`, `run`, `ecl`, `tune`, `drift`, `compare`, `methods`, `models`, `env`.
+"""The command line: `tokenprune demo`, `run`, `ecl`, `tune`, `drift`, `compare`, `bench`, `methods`, `models`, `env`.
 
 Nothing heavy is imported before a command needs it, so that `--help` answers at once.
 """
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tokenprune.cli import catalog, compare, demo, drift, ecl, environment, run, tune
+from tokenprune.cli import bench, catalog, compare, demo, drift, ecl, environment, run, tune
 from tokenprune.cli.shell import PROGRAM, OneLineErrors
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ for _command in (
     tune.tune,
     drift.drift,
     compare.compare,
+    bench.bench,
     catalog.methods,
     catalog.models,
     environment.env,

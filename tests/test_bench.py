@@ -1,0 +1,192 @@
+"""The benchmark: its ideal computes what the library computes, and what it writes can be read again."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import tokenprune
+from tokenprune import testbed
+from tokenprune.bench.geometry import (
+    GEOMETRIES,
+    Subject,
+    build,
+    fix_features,
+    own_subject,
+    prompts,
+    random_subject,
+)
+from tokenprune.bench.ideal import prepare
+from tokenprune.bench.measure import Bench, Plan, measure, verdict
+from tokenprune.bench.output import append, latest, markdown, plot
+from tokenprune.bench.peak import peak_bytes
+from tokenprune.cli import app
+from tokenprune.timing import Arm, interleave, ratio
+
+TINY = GEOMETRIES["tiny"]
+PLAN = Plan(keep=0.6, rounds=3, steps=2, totals=(32,))
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return random_subject(TINY)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("batch", "ragged"), [(1, False), (3, False), (3, True)])
+def test_contract_23_ideal_equals_ours(batch: int, ragged: bool, attention: str) -> None:
+    model = build(TINY, attention=attention)
+    inputs = prompts(TINY, batch, ragged)
+    features = fix_features(model, batch, TINY)
+    given = torch.randint(0, 2, (batch, TINY.visual), generator=torch.Generator().manual_seed(3)).bool()
+    keep_lists = [[row.nonzero().flatten().tolist()] for row in given]
+    ideal = prepare(model, inputs, features, TINY.layer, keep_lists)
+    with torch.inference_mode():
+        logits, cache = ideal()
+        unpruned = model(**inputs).logits[:, -1]
+        with tokenprune.pruned(model, layer=TINY.layer, keep_lists=[keep_lists]):
+            output = model(**inputs, use_cache=True, logits_to_keep=1)
+    assert (logits - output.logits[:, -1]).abs().max() <= 1e-4
+    assert (logits - unpruned).abs().max() > 1e-2, (
+        "pruning changes nothing here, so the comparison sees nothing"
+    )
+    assert [layer.keys.shape for layer in cache.layers] == [
+        layer.keys.shape for layer in output.past_key_values.layers
+    ]
+
+
+@pytest.mark.parametrize("method", ["entropyprune", "uniform"])
+def test_bench_checks_what_it_times(subject: Subject, method: str) -> None:
+    bench = Bench(subject, 2, True, replace(PLAN, method=method))
+    bench.check()
+    assert 0 < bench.report.kept < 2 * TINY.visual
+    bench.error = 1.0
+    with pytest.raises(tokenprune.TokenPruneError, match="nothing was timed"):
+        bench.check()
+    bench.error, bench.effect = 0.0, 0.0
+    with pytest.raises(tokenprune.TokenPruneError, match="blind"):
+        bench.check()
+
+
+def test_contract_23_a_wrong_index_is_seen(subject: Subject) -> None:
+    bench = Bench(subject, 1, False, PLAN)
+    assert bench.features is not None and bench.ideal is not None
+    lists = [
+        [sorted(set(range(TINY.visual)) - set(image)) for image in row] for row in bench.report.keep_lists[0]
+    ]
+    wrong = prepare(subject.model, bench.inputs, bench.features, TINY.layer, lists)
+    with torch.inference_mode():
+        assert (wrong()[0] - bench.ideal()[0]).abs().max() > 1e-2
+
+
+def test_contract_23_launch_bound() -> None:
+    assert verdict(1.19, 2.0, ragged=False) == "launch-bound"
+    assert verdict(1.2, 0.97, ragged=False) == verdict(1.2, 0.95, ragged=True) == "pass"
+    assert verdict(3.0, 0.969, ragged=False) == verdict(3.0, 0.949, ragged=True) == "fail"
+
+
+def test_contract_20_peak_memory_is_not_above(subject: Subject) -> None:
+    row = Bench(subject, 1, False, PLAN).memory()
+    assert 0 < int(row["peak_ours"]) <= int(row["peak_unpruned"])
+    # All layers but the first hold what the last one holds.
+    layers, text, kept = TINY.layers, TINY.text, Bench(subject, 1, False, PLAN).report.kept
+    per_token = int(row["kv_used_unpruned"]) // (layers * (text + TINY.visual))
+    assert int(row["kv_used_early"]) == per_token * (text + TINY.visual + (layers - 1) * (text + kept))
+    assert int(row["kv_allocated_early"]) == int(row["kv_used_early"]) < int(row["kv_used_ours"])
+
+
+def test_peak_bytes_counts_what_is_live_at_once() -> None:
+    def run() -> torch.Tensor:
+        total = torch.zeros(250_000)
+        for _ in range(3):
+            total = total + 1  # two at a time, never four
+        return total
+
+    assert 2_000_000 <= peak_bytes(run) < 2_100_000
+
+
+def test_append_refuses_other_columns(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "bench.csv"
+    append(path, {"a": "1", "b": "x, y"})
+    append(path, {"a": "2", "b": ""})
+    assert path.read_text() == 'a,b\n1,"x, y"\n2,\n'
+    with pytest.raises(tokenprune.ConfigError, match="other columns"):
+        append(path, {"a": "1"})
+
+
+def test_interleave_pairs_rounds_and_leaves_setup_out() -> None:
+    ran: list[str] = []
+    arms = {
+        "a": Arm(lambda state: ran.append(f"a{state}"), setup=lambda: 1),
+        "b": Arm(lambda state: ran.append("b")),
+    }
+    seconds = interleave(arms, 2, warmup=1)
+    assert ran == ["b", "a1", "a1", "b", "b", "a1"], "every second round runs backwards"
+    assert [len(values) for values in seconds.values()] == [2, 2]
+
+
+def test_ratio_is_of_pairs() -> None:
+    found = ratio([1.0, 20.0, 3.0], [1.0, 10.0, 6.0])
+    assert (found.median, found.p20, found.p80) == pytest.approx((1.0, 0.7, 1.6))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """Two batches by the command line, read back."""
+    path = tmp_path_factory.mktemp("bench") / "bench.csv"
+    words = "bench --geometry tiny --keep 60% --repeats 3 --steps 2 --answer 32 --batch 1 --batch 3r --csv"
+    result = CliRunner().invoke(app, [*words.split(), str(path)], catch_exceptions=False)
+    assert result.exit_code == 0 and "ideal / pruned" in result.output
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_command_writes_whole_rows(rows: list[dict[str, str]]) -> None:
+    assert [row["batch"] for row in rows] == ["1", "3 ragged"]
+    empty = {name for name in rows[0] if not rows[0][name]}
+    assert {name for name in empty if not name.startswith("answer256")} <= {"gpu", "ram_gib", "triton"}
+    assert all(float(row["ideal/ours"]) > 0 and row["verdict"] for row in rows)
+
+
+def test_table_and_figure(rows: list[dict[str, str]], tmp_path: Path) -> None:
+    text = markdown(rows)
+    assert text.startswith("| | batch 1, 3 rounds | batch 3 ragged, 3 rounds |")
+    assert "256-token" not in text  # not run, in no row
+    assert len({line.count("|") for line in text.splitlines()}) == 1
+    plot(rows, tmp_path / "bench.svg")
+    assert (tmp_path / "bench.svg").read_text().startswith("<?xml")
+
+
+def test_latest_row_of_a_machine_counts(rows: list[dict[str, str]]) -> None:
+    again = {**rows[0], "rounds": "9"}
+    other = {**rows[0], "gpu": "H200"}
+    assert latest([*rows, again, other]) == [again, rows[1], other]
+
+
+@pytest.mark.slow
+def test_a_model_of_ones_own() -> None:
+    model, processor = testbed.load("small")
+    bench = Bench(own_subject("small", model, processor), 2, False, replace(PLAN, keep=0.4, totals=()))
+    row = measure(bench)
+    assert row["geometry"] == "small" and float(row["logits_error"]) <= 1e-4 and row["ideal/ours"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--geometry 8b", "--geometry is one of"),
+        ("--batch 0", "--batch takes a number of rows"),
+        ("--batch x", "--batch takes a number of rows"),
+        ("--clock sun", "--clock is one of"),
+        ("--answer 7", "--answer is 32, 256 or 0"),
+        ("--method fastv,x", "NAME,PARAM=VALUE"),
+    ],
+)
+def test_refusals(words: str, message: str) -> None:
+    result = CliRunner().invoke(app, ["bench", "--geometry", "tiny", *words.split()])
+    assert result.exit_code != 0 and message in result.output
