@@ -17,7 +17,8 @@ def machine_of(row: Row) -> str:
     """Where a row was measured."""
     threads = "" if row["gpu"] else f", {row['threads']} thread{'s' if row['threads'] != '1' else ''}"
     clock = ", processor time" if row["clock"] == "cpu" and not row["gpu"] else ""
-    return f"{row['gpu'] or row['cpu']}{threads}{clock}, {row['dtype']}, torch {row['torch']}, transformers {row['transformers']}"
+    where = f"{row['gpu'] or row['cpu']}{threads}{clock}"
+    return f"{where}, {row['dtype']}, torch {row['torch']}, transformers {row['transformers']}"
 
 
 def section(rows: Sequence[Row], figures: Path) -> str:
