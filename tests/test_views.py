@@ -20,6 +20,7 @@ import tokenprune
 from test_methods import _states
 from tokenprune.budget import Cut
 from tokenprune.methods import ImageTokens, Method, Needs, Recycle, ScoreMethod, Selection, VisionAttention
+from tokenprune.methods.entropyprune import EntropyPrune
 from tokenprune.methods.random import Random
 
 FAMILIES: dict[str, Callable[..., Any]] = {
@@ -542,3 +543,34 @@ def test_recycling_wants_a_method_that_scores() -> None:
         Recycle(tokenprune.methods.Uniform())  # type: ignore[arg-type]
     with pytest.raises(tokenprune.ConfigError, match="side of recycling cells"):
         Recycle(Random(), side=0.5)
+
+
+@pytest.mark.parametrize("rows", [judge.ROWS, [["text:3", "image", "text:4"]] * 3], ids=["ragged", "alike"])
+@pytest.mark.parametrize("source", ["query", "value", "hidden"])
+@pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2_5_vl"])
+def test_a_batch_is_scored_in_one_go(
+    name: str, source: str, rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pointwise method's images are shown as one, and it chooses what it would image by image."""
+    model = tiny.FAMILIES[name]()
+    inputs = tiny.inputs(model, rows, pad="left")
+    scored: list[int] = []
+    score = EntropyPrune.score
+
+    def counting(self: EntropyPrune, image: Any) -> torch.Tensor:
+        scored.append(image.n)
+        return score(self, image)
+
+    monkeypatch.setattr(EntropyPrune, "score", counting)
+    lists, times = [], []
+    for most in (8192, 0):
+        monkeypatch.setattr("tokenprune.runtime.views.JOINED_TOKENS", most)
+        scored.clear()
+        arguments = {"method": EntropyPrune(source=source), "cuts": [(1, 0.7), (3, 0.4)]}
+        with tokenprune.pruned(model, **arguments), torch.no_grad():
+            model(**inputs)
+            lists.append(tokenprune.report(model).keep_lists)
+        times.append(len(scored))
+    images = sum(map(len, lists[0][0]))
+    assert times == [2, 2 * images]
+    assert lists[0] == lists[1]

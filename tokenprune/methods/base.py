@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -252,7 +253,14 @@ class ScoreMethod(Method):
     """A method that keeps the k tokens of largest score; equal scores: the lower index wins, NaN comes last.
 
     With a `frame_floor` the best tokens of every frame come first.
+
+    Class attributes:
+        pointwise: whether a token's score is a floating number that depends on `Needs.states` of that token alone, so
+            that the images of a batch may be scored in one go, as one image of no grid (`ranked` and `notes` are then
+            not asked).
     """
+
+    pointwise: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, image: ImageTokens) -> Tensor:
@@ -282,19 +290,45 @@ class ScoreMethod(Method):
     def best(self, image: ImageTokens, score: Tensor, k: int) -> Selection:
         """The k tokens of largest score, as `ranked` has it."""
         score = self.ranked(image, score, k)
-        # Ascending order puts NaN last; whole numbers have none, and the least of them no negative.
-        floats = score.is_floating_point()
-        order = (
-            (-score).sort(stable=True).indices if floats else score.sort(descending=True, stable=True).indices
-        )
+        order = _descending(score)
         if image.frame_floor:
             beyond = _rank_in_frame(image, order) >= image.frame_floor
             order = order[beyond[order].long().sort(stable=True).indices]
-        missing = {"scores that were no numbers": score.isnan().sum()} if floats else {}
+        missing = {"scores that were no numbers": score.isnan().sum()} if score.is_floating_point() else {}
         return Selection(order[:k].sort().values, notes={**missing, **self.notes(image)})
 
     def select(self, image: ImageTokens, k: int) -> Selection:
         return self.best(image, self.checked_score(image), k)
+
+    def select_all(self, images: Sequence[ImageTokens], counts: Sequence[int]) -> list[Selection]:
+        joined = getattr(images, "joined", None)
+        whole = joined() if self.pointwise and joined is not None and len(images) > 1 else None
+        if whole is None:
+            return super().select_all(images, counts)
+        score = self.checked_score(whole)
+        sizes = [b - a for a, b in pairwise((*whole.starts, whole.n))]
+        kept: Sequence[Tensor]
+        missing: Sequence[Tensor]
+        if len(set(sizes)) == len(set(counts)) == 1:  # one sort for all
+            score = score.view(len(sizes), -1)
+            kept = _descending(score)[:, : counts[0]].sort().values.unbind()
+            missing = score.isnan().sum(1).unbind()
+        else:
+            parts = score.split(sizes)
+            kept = [_descending(own)[:k].sort().values for own, k in zip(parts, counts, strict=True)]
+            missing = [own.isnan().sum() for own in parts]
+        return [
+            Selection(own, notes={"scores that were no numbers": nan})
+            for own, nan in zip(kept, missing, strict=True)
+        ]
+
+
+def _descending(score: Tensor) -> Tensor:
+    """Indices by score, the largest first, NaN last; equal ones in their order."""
+    # Ascending order puts NaN last; whole numbers have none, and the least of them no negative.
+    if score.is_floating_point():
+        return (-score).sort(stable=True).indices
+    return score.sort(descending=True, stable=True).indices
 
 
 def _rank_in_frame(image: ImageTokens, order: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ class EntropyPrune(ScoreMethod):
     name: ClassVar[str] = "entropyprune"
     paper: ClassVar[str] = "arXiv 2602.17196"
     min_layer: ClassVar[int] = 1
+    pointwise: ClassVar[bool] = True
 
     source: str = "query"
     normalization: str = "none"

@@ -37,7 +37,11 @@ def choose(call: Call, cut: int, *, hidden: Tensor | None = None, caught: LayerS
     with torch.no_grad(), call.scoring.running(source.device):
         counts = {key: stages.plan.to_choose(cut, key) for key in wanted}
         asked = [key for key, k in counts.items() if k]
-        images = Shown(partial(views.of, stages, hidden=hidden, caught=caught), asked)
+        images = Shown(
+            partial(views.of, stages, hidden=hidden, caught=caught),
+            asked,
+            partial(views.joined, stages, hidden=hidden, caught=caught),
+        )
         chosen = method.select_all(images, [counts[key] for key in asked])
         if len(chosen) != len(asked):
             raise TokenPruneError(

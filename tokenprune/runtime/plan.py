@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +63,7 @@ class Plan:
         """Whether any token is dropped."""
         return any(kept[key] < image.n for kept in self.counts for key, image in self.images.items())
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Length of the sequence after each cut."""
         return [

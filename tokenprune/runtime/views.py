@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from tokenprune.runtime.stages import Stages
 from tokenprune.runtime.states import LayerStates, last_row, picked
 from tokenprune.runtime.vision import VisionFacts
 from tokenprune.tokens import Image, State
+
+#: Most tokens of several images that are shown as one: beyond it a launch per image costs nothing that shows.
+JOINED_TOKENS = 8192
 
 
 class Views:
@@ -97,6 +100,46 @@ class Views:
             **shown,
         )
 
+    def joined(
+        self,
+        stages: Stages,
+        keys: Sequence[Key],
+        *,
+        hidden: Tensor | None = None,
+        caught: LayerStates | None = None,
+    ) -> ImageTokens | None:
+        """The tokens of several images one after the other, for methods that look at each token alone.
+
+        None where they cannot be shown so, or are too many to be held at once.
+        """
+        rasters = [stages.raster[key] for key in keys]
+        one_by_one = (
+            self.needs.ahead is not None
+            or stages.plan.config.arguments.frame_floor
+            or stages.plan.ends_row.intersection(keys)
+            or sum(map(len, rasters)) > JOINED_TOKENS
+        )
+        if one_by_one:
+            return None
+        slots = torch.cat([stages.slots(key) for key in keys])
+
+        def pick(x: Tensor) -> Tensor:
+            if len(x) == 1:
+                return x[0].index_select(0, slots.to(x.device))
+            rows = torch.cat([stages.slots(key) + key[0] * x.shape[1] for key in keys])
+            return x.reshape(-1, *x.shape[2:]).index_select(0, rows.to(x.device))
+
+        shown: dict[str, Any] = dict(self._states(self.needs.states, hidden, caught, pick))
+        starts = tuple(accumulate(map(len, rasters[:-1]), initial=0))
+        return ImageTokens(
+            n=len(slots),
+            raster=torch.cat(rasters),
+            grids=(),
+            num_heads=self.num_heads,
+            starts=starts,
+            **shown,
+        )
+
     def _states(
         self,
         names: tuple[State, ...],
@@ -171,8 +214,17 @@ class Views:
 class Shown(Sequence[ImageTokens]):
     """The images of a cut, made one by one as they are looked at, so that not all their states are held at once."""
 
-    def __init__(self, make: Callable[[Key], ImageTokens], keys: Sequence[Key]) -> None:
-        self._make, self._keys = make, keys
+    def __init__(
+        self,
+        make: Callable[[Key], ImageTokens],
+        keys: Sequence[Key],
+        join: Callable[[Sequence[Key]], ImageTokens | None],
+    ) -> None:
+        self._make, self._keys, self._join = make, keys, join
+
+    def joined(self) -> ImageTokens | None:
+        """All of them as one; see `Views.joined`."""
+        return self._join(self._keys)
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -182,7 +234,11 @@ class Shown(Sequence[ImageTokens]):
     @overload
     def __getitem__(self, i: slice) -> Sequence[ImageTokens]: ...
     def __getitem__(self, i: int | slice) -> ImageTokens | Sequence[ImageTokens]:
-        return Shown(self._make, self._keys[i]) if isinstance(i, slice) else self._make(self._keys[i])
+        return (
+            Shown(self._make, self._keys[i], self._join)
+            if isinstance(i, slice)
+            else self._make(self._keys[i])
+        )
 
 
 def _apart(own: Tensor, source: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor
 from .arguments import RELEASE_COLUMNS, Normalization, Order
 from .quadrature import NODES, coefficients
 
-#: Columns of the states that are in registers at once.
-BLOCK_COLUMNS = 32
+#: One warp per token, however many heads: with more, every sum over heads goes through shared memory (1.5 to 2 times the
+#: time, kernels/README.md).
+WARPS = 1
 
 
 @torch.no_grad()
@@ -40,8 +41,8 @@ def dual_gram_entropy_fused(
     with torch.cuda.device_of(x):
         _entropy[(rows.shape[0] * tokens,)](
             rows, H, table, tokens, *rows.stride(), b1, b2, LOG_HEADS=math.log(h),
-            HEADS=h, COLUMNS=d // groups, GROUPS=groups, BLOCK_H=block, BLOCK_D=BLOCK_COLUMNS,
-            NODES=len(NODES), TRACE=normalization == "trace", ORDER=order, num_warps=1 if block <= 32 else 4,
+            HEADS=h, COLUMNS=d // groups, GROUPS=groups, BLOCK_H=block, BLOCK_D=64 if block <= 32 else 32,
+            NODES=len(NODES), TRACE=normalization == "trace", ORDER=order, num_warps=WARPS,
         )  # fmt: skip
     return H
 
