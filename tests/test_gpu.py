@@ -30,8 +30,9 @@ def on_gpu(inputs: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("rows", [judge.ROWS[:1], judge.ROWS], ids=["batch1", "ragged4"])
 @pytest.mark.parametrize("name", METHODS)
-def test_layers_never_wait_for_the_device(name: str, rows: Any) -> None:
+def test_layers_never_wait_for_the_device(name: str, rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Contract 21: from layer 0 on, to the end of the call, nothing synchronises; nor does a decoding step."""
+    monkeypatch.delenv("TOKENPRUNE_DEBUG")  # which copies what methods return
     model = tiny.llava().cuda()
     inputs = on_gpu(tiny.inputs(model, rows, pad="left"))
     first = model.model.language_model.layers[0]

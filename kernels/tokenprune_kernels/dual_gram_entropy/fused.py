@@ -14,8 +14,8 @@ from torch import Tensor
 from .arguments import RELEASE_COLUMNS, Normalization, Order
 from .quadrature import NODES, coefficients
 
-#: One warp per token, however many heads: with more, every sum over heads goes through shared memory (1.5 to 2 times the
-#: time, kernels/README.md).
+#: One warp per token, however many heads: with more, every sum over heads goes through shared memory, at 1.5 to 2 times
+#: the time (kernels/README.md).
 WARPS = 1
 
 
