@@ -22,7 +22,7 @@ from tokenprune.bench.geometry import (
     random_subject,
 )
 from tokenprune.bench.ideal import prepare
-from tokenprune.bench.measure import Bench, Plan, measure, verdict
+from tokenprune.bench.measure import Bench, Plan, bar, measure, verdict
 from tokenprune.bench.output import append, latest, markdown, plot
 from tokenprune.bench.peak import peak_bytes
 from tokenprune.cli import app
@@ -85,9 +85,11 @@ def test_contract_23_a_wrong_index_is_seen(subject: Subject) -> None:
 
 
 def test_contract_23_launch_bound() -> None:
-    assert verdict(1.19, 2.0, ragged=False) == "launch-bound"
-    assert verdict(1.2, 0.97, ragged=False) == verdict(1.2, 0.95, ragged=True) == "pass"
-    assert verdict(3.0, 0.969, ragged=False) == verdict(3.0, 0.949, ragged=True) == "fail"
+    assert verdict(1.19, 2.0, 0.97) == "launch-bound"
+    assert verdict(1.2, 0.97, 0.97) == "pass"
+    assert verdict(3.0, 0.969, 0.97) == "fail"
+    assert [bar("cpu", 576, False), bar("cpu", 576, True)] == [0.97, 0.95]
+    assert [bar("cuda", 576, False), bar("cuda", 2880, False)] == [0.92, 0.97]
 
 
 def test_contract_20_peak_memory_is_not_above(subject: Subject) -> None:

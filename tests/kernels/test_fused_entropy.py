@@ -110,9 +110,12 @@ def test_views_are_read_in_place() -> None:
     # (batch, heads, tokens, d) seen as (batch, tokens, heads, d), and with gaps.
     states = normal(2, 5, 4, 16).float().to(DEVICE)
     x = states.transpose(1, 2)
-    torch.testing.assert_close(dual_gram_entropy(x), dual_gram_entropy(x.contiguous()), rtol=0, atol=0)
+    torch.testing.assert_close(dual_gram_entropy(x), dual_gram_entropy(x.contiguous()), rtol=1e-5, atol=0)
     gaps = x[:, ::2, 1:, ::2]
-    torch.testing.assert_close(dual_gram_entropy(gaps), dual_gram_entropy(gaps.contiguous()), rtol=0, atol=0)
+    # Compiled for other strides, sums may be taken in another order.
+    torch.testing.assert_close(
+        dual_gram_entropy(gaps), dual_gram_entropy(gaps.contiguous()), rtol=1e-5, atol=0
+    )
     assert dual_gram_entropy(x[None, :, :, None]).shape == (1, 2, 4, 1)
     assert dual_gram_entropy(x[:0]).shape == (0, 4)
 

@@ -116,6 +116,10 @@ def _subject(
         raise InputError(f"--geometry is one of {', '.join(GEOMETRIES)}, not {geometry!r}")
     if threads:
         torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        # On Hopper torch prefers cuDNN's attention, which takes a millisecond of the host in each call of a decoding
+        # step (docs/performance.md); the rest would drown in it.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if model is not None:
         return own_subject(model, *load_model(model, dtype, device))
     return random_subject(GEOMETRIES[geometry], device or ("cuda" if torch.cuda.is_available() else "cpu"))

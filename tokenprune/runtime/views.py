@@ -19,7 +19,7 @@ from tokenprune.runtime.plan import Key
 from tokenprune.runtime.stages import Stages
 from tokenprune.runtime.states import LayerStates, last_row, picked
 from tokenprune.runtime.vision import VisionFacts
-from tokenprune.tokens import Image, State
+from tokenprune.tokens import Image, IntArray, State
 
 #: Most tokens of several images that are shown as one: beyond it a launch per image costs nothing that shows.
 JOINED_TOKENS = 8192
@@ -164,7 +164,7 @@ class Views:
             return None
         at = (row, len(stages.done) if hidden is not None or caught is not None else -1)
         if at not in self._texts:
-            columns = torch.from_numpy(stages.plan.prompt(row)).to(next(iter(stages.raster.values())).device)
+            columns = _to_device(stages.plan.prompt(row), next(iter(stages.raster.values())).device)
             slots = stages.text_slots(columns, row)
             shown = self._states(self.needs.prompt, hidden, caught, picked(row, slots))
             if self.embeds is not None and self.needs.words:
@@ -178,7 +178,7 @@ class Views:
         at = (key[0], len(stages.done))
         if at not in self._rows:
             row, device = key[0], next(iter(caught.raw.values())).device
-            text = torch.from_numpy(stages.plan.prompt(row)).to(device)
+            text = _to_device(stages.plan.prompt(row), device)
             visual = [own for own in stages.images if own[0] == row]
             places = [stages.text_slots(text, row), *(stages.slots(own).to(device) for own in visual)]
             columns = torch.cat([text, *(stages.column_of(own).to(device) for own in visual)])
@@ -239,6 +239,11 @@ class Shown(Sequence[ImageTokens]):
             if isinstance(i, slice)
             else self._make(self._keys[i])
         )
+
+
+def _to_device(columns: IntArray, device: torch.device) -> Tensor:
+    """A copy that nothing waits for."""
+    return torch.from_numpy(columns).to(device, non_blocking=True)
 
 
 def _apart(own: Tensor, source: Tensor) -> Tensor:

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# What only an NVIDIA GPU can show, in under ten minutes: benchmarks of the kernels and of whole models, then the tests.
+#
+#   eval/gpu.sh FOLDER      # CSVs and logs go into FOLDER; nothing needs to be installed but torch, triton, transformers
+set -uo pipefail
+out=${1:?usage: eval/gpu.sh FOLDER}
+cd "$(dirname "$0")/.."
+mkdir -p "$out"
+export PYTHONPATH=.:kernels:eval:tests PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+python=${PYTHON:-python3}
+
+run() { # seconds, name, command
+  echo "== $2 ($(date +%T))"
+  timeout "$1" "${@:3}" 2>&1 | tee -a "$out/log.txt" | tail -n 60
+}
+kernels="$python -m tokenprune_kernels"
+bench="$python -m tokenprune.cli bench --csv $out/bench.csv"
+
+run 40 dual_gram_entropy $kernels.dual_gram_entropy.bench --shapes 576x32x128 2880x32x128 1024x28x128 --csv "$out/dual_gram_entropy_gpu.csv"
+run 20 growth $kernels.dual_gram_entropy.bench --growth --csv "$out/growth_gpu.csv"
+run 30 kv_compact $kernels.kv_compact.bench --csv "$out/kv_compact_gpu.csv"
+run 120 llava-1.5-7b $bench --geometry llava-1.5-7b --batch 1 --batch 8 --repeats 11
+run 80 llava-next-7b $bench --geometry llava-next-7b --batch 8 --repeats 5 --answer 32
+run 60 qwen2.5-vl-7b $bench --geometry qwen2.5-vl-7b --batch 1 --repeats 5 --answer 32
+run 40 token_sets $python -m tokenprune_eval.token_sets --csv "$out/token_sets_gpu.csv"
+run 200 tests $python -m pytest -q -n 8 -p no:randomly tests/test_gpu.py tests/kernels
