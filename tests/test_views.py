@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -574,3 +574,29 @@ def test_a_batch_is_scored_in_one_go(
     images = sum(map(len, lists[0][0]))
     assert times == [2, 2 * images]
     assert lists[0] == lists[1]
+
+
+@pytest.mark.parametrize("normalization", ["none", "trace"])
+@pytest.mark.parametrize("name", list(tiny.FAMILIES))
+def test_entropy_does_not_see_the_rotary_embedding(
+    name: str, normalization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries that are shown without it score as those with it, in every kind of decoder."""
+    model = tiny.FAMILIES[name]()
+    inputs = tiny.inputs(model, judge.ROWS[:1])
+    scores: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    for rotary in (True, False):
+
+        @dataclass(frozen=True)
+        class Noted(EntropyPrune):
+            def needs(self) -> Needs:
+                return replace(super().needs(), rotary=rotary)  # noqa: B023
+
+            def score(self, image: ImageTokens) -> torch.Tensor:
+                scores[rotary].append(super().score(image))  # noqa: B023
+                return scores[rotary][-1]  # noqa: B023
+
+        with tokenprune.pruned(model, Noted(normalization=normalization), layer=2, keep=0.6), torch.no_grad():
+            model(**inputs)
+    for turned, flat in zip(scores[True], scores[False], strict=True):
+        torch.testing.assert_close(turned, flat, rtol=1e-3, atol=1e-5)

@@ -57,6 +57,8 @@ class Needs:
             image's tokens if they were alone in the prompt. It costs K layers on them.
         counts: whether `Method.count` is to be asked, before layer 0, how many tokens an image keeps. It costs one more
             copy from the device.
+        rotary: whether queries and keys must have their rotary embedding. False for what a turn of all heads by the
+            same angles does not change: they may then be shown as they were projected, which saves the turn.
     """
 
     states: tuple[State, ...] = ()
@@ -72,6 +74,7 @@ class Needs:
     bias: bool = False
     ahead: int | None = None
     counts: bool = False
+    rotary: bool = True
 
     @property
     def projected(self) -> tuple[State, ...]:

@@ -77,7 +77,8 @@ class EntropyPrune(ScoreMethod):
         }
 
     def needs(self) -> Needs:
-        return Needs(states=(self.source,), ahead=self.lookahead or None)  # type: ignore[arg-type]  # checked in __post_init__
+        # The Gram matrix over heads does not see a turn of all heads by the same angles.
+        return Needs(states=(self.source,), ahead=self.lookahead or None, rotary=False)  # type: ignore[arg-type]
 
     def default_cuts(
         self, family: str, num_layers: int, keep: Keep | None = None

@@ -51,6 +51,11 @@ class Decoder:
         turned = x[..., :width] * cos + torch.cat((-second, first), dim=-1) * sin
         return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)
 
+    def turns_heads_alike(self, text_model: Any) -> bool:
+        """Whether `rotate` is a turn of all heads by the same angles, lengths kept (YaRN, for one, scales them)."""
+        scaling = getattr(getattr(text_model, "rotary_emb", None), "attention_scaling", None)
+        return scaling == 1.0
+
     def temperature(self, attention: Any, columns: Tensor) -> Tensor | None:
         """By what a layer multiplies its queries at these columns of the conversation; None where it does not."""
         return None
@@ -83,6 +88,9 @@ class Llama4Decoder(Decoder):
 
     def rope_of(self, rope: Any, pick: Callable[[Tensor], Tensor]) -> Any:
         return pick(rope)
+
+    def turns_heads_alike(self, text_model: Any) -> bool:
+        return False  # it norms after the turn
 
     def rotate(self, attention: Any, x: Tensor, rope: Any) -> Tensor:
         if attention.use_rope:

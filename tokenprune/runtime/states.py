@@ -34,19 +34,20 @@ class LayerStates:
     rope: Any
     raw: dict[str, Tensor] = field(default_factory=dict)
 
-    def of(self, state: str, pick: Pick) -> Tensor:
+    def of(self, state: str, pick: Pick, turned: bool = True) -> Tensor:
         """A state as attention uses it, rotary embedding applied to queries and keys.
 
         Args:
             state: its name.
             pick: takes the tokens wanted out of a tensor (B | 1, L, ...): (n, ...).
+            turned: whether the rotary embedding is wanted.
 
         Returns:
             (n, heads, head_dim); it may be a view of the model's own.
         """
         raw = self.raw[state]
         own = pick(self.decoder.by_token(self.module, raw))
-        if state == "value":
+        if state == "value" or not turned:
             return own
         # With several devices the layer's inputs are moved only inside its forward.
         rope = self.decoder.rope_of(self.rope, lambda part: pick(part.to(raw.device)))

@@ -50,6 +50,7 @@ class Views:
     ) -> None:
         self.model, self.family, self.needs, self.num_heads = model, family, needs, num_heads
         self.facts, self.prompts = facts, prompts
+        self.turned = needs.rotary or not family.decoder(model).turns_heads_alike(family.text_model(model))
         self.embeds: Tensor | None = None
         # By row and cut: shared by a row's images.
         self._texts: dict[tuple[int, int], Text] = {}
@@ -153,7 +154,7 @@ class Views:
             if name == "hidden" and hidden is not None:
                 shown[name] = _apart(pick(hidden), hidden)
             elif name != "hidden" and caught is not None:
-                shown[name] = _apart(caught.of(name, pick), caught.raw[name])
+                shown[name] = _apart(caught.of(name, pick, self.turned), caught.raw[name])
         return shown
 
     def _text(

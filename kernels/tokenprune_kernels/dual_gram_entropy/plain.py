@@ -1,6 +1,7 @@
-"""Plain PyTorch backend: float64 eigenvalues of the smaller Gram matrix, in chunks of tokens.
+"""Plain PyTorch backend: the smaller Gram matrix, in chunks of tokens, and its spectrum in one of two ways.
 
-Runs on any device with float64. kernels/README.md has the numbers of what was tried instead.
+float64 states, and matrices of up to 8 x 8, get float64 eigenvalues; all others float32 resolvents (`resolvents.py`),
+which are up to twice as fast on a CPU. kernels/README.md has the numbers, and those of what was tried instead.
 """
 
 import math
@@ -9,11 +10,14 @@ import torch
 from torch import Tensor
 
 from .arguments import EIGENVALUE_FLOOR, Normalization, Order, average_column_groups
+from .resolvents import minus_x_log_x
 
-#: Temporaries per chunk. On a CPU a chunk should stay in cache (2880 x 32 x 128: 209 ms, in one piece 279 ms);
-#: elsewhere fewer launches matter more, and this only keeps 32k tokens from filling the memory.
-CPU_CHUNK_BYTES = 4 * 2**20
+#: Temporaries per chunk: what stays in a CPU's cache and still has enough tokens for long vectors; elsewhere fewer
+#: launches matter more, and this only keeps 32k tokens from filling the memory.
+CPU_CHUNK_BYTES = 16 * 2**20
 DEVICE_CHUNK_BYTES = 64 * 2**20
+#: Where LAPACK takes a microsecond or two per matrix, the resolvents' many small operations do not pay.
+SMALL = 8
 
 
 @torch.no_grad()
@@ -34,13 +38,13 @@ def dual_gram_entropy_plain(
     ----------
     chunk_bytes : int, optional
         Bound on the temporaries, but at least one token is taken at a time. The result does not depend on it.
-        Default: 4 MiB on a CPU, 64 MiB elsewhere.
+        Default: 16 MiB on a CPU, 64 MiB elsewhere.
 
     Raises
     ------
     RuntimeError
-        The device cannot hold float64, or (CUDA) synchronisation is set to raise: ``torch.linalg.eigvalsh`` reads its
-        convergence flags back.
+        For float64, or up to 8 heads or columns: the device cannot hold float64, or (CUDA) synchronisation is set to
+        raise: ``torch.linalg.eigvalsh`` reads its convergence flags back.
     """
     if chunk_bytes is None:
         chunk_bytes = CPU_CHUNK_BYTES if x.device.type == "cpu" else DEVICE_CHUNK_BYTES
@@ -62,17 +66,45 @@ def _fill(
         for H_row, x_row in zip(H, x, strict=True):
             _fill(H_row, x_row, normalization, column_groups, order, chunk_bytes)
         return
-    # All float64: the matrix (twice with its column averages); the Gram and the solver's two copies of it.
-    bytes_per_token = 8 * ((2 if column_groups else 1) * h * d + 3 * min(h, d) ** 2)
+    exact = x.dtype == torch.float64 or min(h, d) <= SMALL
+    # The matrix and its copies; the Gram and the solver's two copies of it.
+    elements = (3 if column_groups else 2) * h * d + 3 * min(h, d) ** 2
+    bytes_per_token = (8 if exact else 4) * elements
     step = max(1, chunk_bytes // bytes_per_token)
     H_flat = H.view(-1)
     for start in range(0, tokens.shape[0], step):
-        H_flat[start : start + step] = _entropy(
-            tokens[start : start + step], normalization, column_groups, order
-        )
+        part = tokens[start : start + step]
+        if exact or order == 2:
+            H_flat[start : start + step] = _by_eigenvalues(part, normalization, column_groups, order)
+        else:
+            H_flat[start : start + step] = _by_resolvents(part, normalization, column_groups)
 
 
-def _entropy(x: Tensor, normalization: Normalization, column_groups: bool, order: Order) -> Tensor:
+def _by_resolvents(x: Tensor, normalization: Normalization, column_groups: bool) -> Tensor:
+    """(n, h, d) -> (n,) float32, all tokens at once, of order 1."""
+    X = x.float()
+    if column_groups:
+        X = average_column_groups(X)
+    h, d = X.shape[-2:]
+    # Against the first head before against the mean: heads that are equal then leave exact zeros, and a common mean
+    # that is large against the differences costs no digits.
+    X = X - X[:, :1]
+    X -= X.mean(dim=-2, keepdim=True)
+    G = torch.bmm(X, X.mT) if h <= d else torch.bmm(X.mT, X)
+    A = G.permute(1, 2, 0).contiguous().div_(h)
+    trace = A.diagonal().sum(dim=-1)
+    scale = torch.where(trace == 0, 1.0, trace)
+    H = minus_x_log_x(A.div_(scale))
+    if normalization == "trace":
+        H = torch.where(trace == 0, 0.0, H)
+    else:
+        # With lambda = trace x and sum x = 1:  - sum lambda log lambda = trace (- sum x log x - log trace).
+        floor = -h * EIGENVALUE_FLOOR * math.log(EIGENVALUE_FLOOR)  # no trace: every eigenvalue is on it
+        H = torch.where(trace == 0, floor, trace * (H - scale.log()))
+    return torch.where(trace.isfinite(), H / math.log(h), torch.nan)
+
+
+def _by_eigenvalues(x: Tensor, normalization: Normalization, column_groups: bool, order: Order) -> Tensor:
     """(n, h, d) -> (n,) float64, all tokens at once."""
     # A copy even when x is float64 already: the centring below is in place.
     X = x.to(torch.float64, copy=True)
