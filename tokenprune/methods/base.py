@@ -305,9 +305,15 @@ class ScoreMethod(Method):
 
     def select_all(self, images: Sequence[ImageTokens], counts: Sequence[int]) -> list[Selection]:
         joined = getattr(images, "joined", None)
-        whole = joined() if self.pointwise and joined is not None and len(images) > 1 else None
-        if whole is None:
+        if not self.pointwise or joined is None or len(images) < 2:
             return super().select_all(images, counts)
+        whole = joined()
+        if whole is None:  # too many to be held at once, perhaps
+            half = len(images) // 2
+            return [
+                *self.select_all(images[:half], counts[:half]),
+                *self.select_all(images[half:], counts[half:]),
+            ]
         score = self.checked_score(whole)
         sizes = [b - a for a, b in pairwise((*whole.starts, whole.n))]
         kept: Sequence[Tensor]
