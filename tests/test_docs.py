@@ -66,6 +66,8 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "processor": processor,
         "inputs": {**inputs, "max_new_tokens": 2},
         "queries": torch.randn(3, 8, 16),
+        "keys_and_values": [torch.randn(2, 3, 9, 4) for _ in range(4)],
+        "index": torch.tensor([[0, 3, 8], [1, 2, -1]]),
         "image": Image.open(tmp_path / "pictures" / "0.png"),
         "Norm": None,
     }
