@@ -27,6 +27,7 @@ from tokenprune.bench.output import append, latest, markdown, plot
 from tokenprune.bench.peak import peak_bytes
 from tokenprune.cli import app
 from tokenprune.timing import Arm, interleave, ratio
+from tokenprune_eval import speed
 
 TINY = GEOMETRIES["tiny"]
 PLAN = Plan(keep=0.6, rounds=3, steps=2, totals=(32,))
@@ -162,6 +163,21 @@ def test_table_and_figure(rows: list[dict[str, str]], tmp_path: Path) -> None:
     assert len({line.count("|") for line in text.splitlines()}) == 1
     plot(rows, tmp_path / "bench.svg")
     assert (tmp_path / "bench.svg").read_text().startswith("<?xml")
+
+
+def test_readme_is_made_from_the_rows(rows: list[dict[str, str]], tmp_path: Path) -> None:
+    path, readme = tmp_path / "bench.csv", tmp_path / "README.md"
+    for row in [*rows, {**rows[0], "gpu": "H200", "geometry": "huge"}]:
+        append(path, row)
+    readme.write_text("before\n<!-- speed: begin -->\nold\n<!-- speed: end -->\nafter\n")
+    speed.main(["--csv", str(path), "--readme", str(readme)])
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("<!-- speed: end -->\nafter\n") and "old" not in text
+    assert text.index("**huge**") < text.index("**tiny**"), "GPUs first"
+    assert {p.name for p in tmp_path.glob("*.svg")} == {"bench_huge_gpu.svg", "bench_tiny_cpu.svg"}
+    readme.write_text("no marks")
+    with pytest.raises(SystemExit, match="speed: begin"):
+        speed.main(["--csv", str(path), "--readme", str(readme)])
 
 
 def test_latest_row_of_a_machine_counts(rows: list[dict[str, str]]) -> None:

@@ -18,7 +18,7 @@ from tokenprune.testbed import evaluation_set
 from tokenprune.testbed.evaluate import wilson_interval
 from tokenprune.testbed.language import make_inputs
 from tokenprune.testbed.modeling import build_model, build_processor
-from tokenprune_eval import separation, table
+from tokenprune_eval import early, separation, table
 from tokenprune_eval.cells import SOURCES, Cell, grid
 from tokenprune_eval.results import Results, pack, unpack
 
@@ -218,3 +218,17 @@ def test_separation_reads_the_states_a_method_sees() -> None:
     assert "auc none" not in projector
     assert 0 <= float(projector["ground energy in its mean"]) <= 1
     assert len(scenes) == 2 and not tokenprune.is_wrapped(model)
+
+
+@pytest.mark.slow
+def test_answers_with_and_without_compact_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked later, a question behind its picture is answered as in one prompt; and the cache is smaller."""
+    monkeypatch.setattr(early, "METHODS", {"uniform": {"method": "uniform", "layer": 2}})
+    early.main(["--models", "small", "--questions", "24", "--csv", str(tmp_path / "early.csv")])
+    results = Results(tmp_path / "early.csv", early.COLUMNS)
+    results.load()
+    rows = list(results.rows.values())
+    assert [row["asked"] for row in rows] == ["at once", "later", "at once", "at once", "later", "later"]
+    assert rows[0]["accuracy"] == rows[1]["accuracy"], "nothing pruned: one call or two"
+    for whole, short in (rows[2:4], rows[4:6]):
+        assert float(short["kv_mib"]) < float(whole["kv_mib"])
