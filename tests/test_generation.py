@@ -106,6 +106,17 @@ def test_modes(model: Any, cut: dict[str, Any], options: dict[str, Any], times: 
     assert difference <= judge.TOLERANCE
 
 
+def test_ragged_without_padding(model: Any) -> None:
+    """Rows of one length that lose different numbers of tokens: no mask of the model's says which entries are filler."""
+    image = ["text:3", "image", "text:4"]
+    length = tiny.inputs(model, [image])["input_ids"].shape[1]
+    inputs = tiny.inputs(model, [image, [f"text:{length}"]], pad="left")
+    assert bool(inputs["attention_mask"].all())
+    options = {"do_sample": False, "max_new_tokens": 4}
+    difference, _, _ = judge.generate_difference(model, inputs, options, **CUTS["layer2"])
+    assert difference <= judge.TOLERANCE
+
+
 @pytest.mark.parametrize("logits_to_keep", [3, torch.tensor([-1]), "last"])
 def test_logits_to_keep(model: Any, cut: dict[str, Any], logits_to_keep: Any) -> None:
     inputs = tiny.inputs(model, judge.ROWS, pad="left")
