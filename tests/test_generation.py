@@ -107,7 +107,7 @@ def test_modes(model: Any, cut: dict[str, Any], options: dict[str, Any], times: 
 
 
 def test_ragged_without_padding(model: Any) -> None:
-    """Rows of one length that lose different numbers of tokens: no mask of the model's says which entries are filler."""
+    """Rows of one length that lose different numbers of tokens: no padding says which entries are filler."""
     image = ["text:3", "image", "text:4"]
     length = tiny.inputs(model, [image])["input_ids"].shape[1]
     inputs = tiny.inputs(model, [image, [f"text:{length}"]], pad="left")
