@@ -165,19 +165,23 @@ def test_table_and_figure(rows: list[dict[str, str]], tmp_path: Path) -> None:
     assert (tmp_path / "bench.svg").read_text().startswith("<?xml")
 
 
-def test_readme_is_made_from_the_rows(rows: list[dict[str, str]], tmp_path: Path) -> None:
-    path, readme = tmp_path / "bench.csv", tmp_path / "README.md"
+def test_documents_are_made_from_the_rows(rows: list[dict[str, str]], tmp_path: Path) -> None:
+    path, readme, page = (tmp_path / name for name in ("bench.csv", "README.md", "page.md"))
     for row in [*rows, {**rows[0], "gpu": "H200", "geometry": "huge"}]:
         append(path, row)
-    readme.write_text("before\n<!-- speed: begin -->\nold\n<!-- speed: end -->\nafter\n")
-    speed.main(["--csv", str(path), "--readme", str(readme)])
-    text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("<!-- speed: end -->\nafter\n") and "old" not in text
-    assert text.index("**huge**") < text.index("**tiny**"), "GPUs first"
+    for document in (readme, page):
+        document.write_text("before\n<!-- speed: begin -->\nold\n<!-- speed: end -->\nafter\n")
+    words = ["--csv", str(path), "--readme", str(readme), "--page", str(page)]
+    speed.main(words)
+    for document in (readme, page):
+        text = document.read_text()
+        assert text.startswith("before\n") and text.endswith("<!-- speed: end -->\nafter\n")
+        assert "old" not in text and text.index("huge") < text.index("tiny"), "GPUs first"
+    assert readme.read_text().count("| tiny |") == 2
     assert {p.name for p in tmp_path.glob("*.svg")} == {"bench_huge_gpu.svg", "bench_tiny_cpu.svg"}
     readme.write_text("no marks")
     with pytest.raises(SystemExit, match="speed: begin"):
-        speed.main(["--csv", str(path), "--readme", str(readme)])
+        speed.main(words)
 
 
 def test_latest_row_of_a_machine_counts(rows: list[dict[str, str]]) -> None:

@@ -1,4 +1,7 @@
-"""README's section on speed and the figures, from the benchmark's CSV: ``python -m tokenprune_eval.speed``."""
+"""README's section on speed, the tables of docs/performance.md and the figures, from the benchmark's CSV.
+
+``python -m tokenprune_eval.speed``
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,54 @@ from pathlib import Path
 from tokenprune.bench.output import Row, latest, markdown, plot
 
 MARKS = ("<!-- speed: begin -->", "<!-- speed: end -->")
+#: Columns of the summary: title, column of a ratio, whether the ratio is turned round (the text is then "x times").
+SUMMARY = (
+    ("prefill", "unpruned/ours", False),
+    ("32 tokens", "answer32 unpruned/ours", False),
+    ("256 tokens", "answer256 unpruned/ours", False),
+    ("decoding", "decode ours/unpruned", True),
+)
 
 
 def machine_of(row: Row) -> str:
     """Where a row was measured."""
     threads = "" if row["gpu"] else f", {row['threads']} thread{'s' if row['threads'] != '1' else ''}"
     clock = ", processor time" if row["clock"] == "cpu" and not row["gpu"] else ""
-    where = f"{row['gpu'] or row['cpu']}{threads}{clock}"
-    return f"{where}, {row['dtype']}, torch {row['torch']}, transformers {row['transformers']}"
+    return f"{row['gpu'] or row['cpu']}{threads}{clock}"
+
+
+def ordered(rows: Sequence[Row]) -> list[Row]:
+    """The newest of each, GPUs first, then by geometry and batch."""
+
+    def key(row: Row) -> tuple[bool, str, int, bool]:
+        return not row["gpu"], row["geometry"], int(row["batch"].split()[0]), "ragged" in row["batch"]
+
+    return sorted(latest(rows), key=key)
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """One line per geometry, batch and machine."""
+    titles = [title for title, _, _ in SUMMARY]
+    lines = [
+        "| | visual tokens | machine | batch | " + " | ".join(titles) + " | of the ideal | KV cache |",
+        "|---|---:|---|---|" + "---:|" * (len(SUMMARY) + 2),
+    ]
+    for row in ordered(rows):
+        cells = []
+        for _, column, turned in SUMMARY:
+            value = float(row[column]) if row[column] else 0.0
+            cells.append("" if not value else f"{1 / value if turned else value:.2f}x")
+        ideal = f"{float(row['ideal/ours']):.0%}" if row["ideal/ours"] else ""
+        if row["verdict"] == "launch-bound":
+            ideal += ", launch-bound"
+        kv = int(row["kv_used_ours"]) / int(row["kv_used_unpruned"])
+        cells += [ideal, f"{kv:.0%}"]
+        lines.append(
+            f"| {row['geometry']} | {row['visual']} | {machine_of(row)} | {row['batch']} | "
+            + " | ".join(cells)
+            + " |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def section(rows: Sequence[Row], figures: Path) -> str:
@@ -28,34 +71,43 @@ def section(rows: Sequence[Row], figures: Path) -> str:
     def key(row: Row) -> tuple[str, str]:
         return row["geometry"], machine_of(row)
 
-    ordered = sorted(latest(rows), key=lambda row: (not row["gpu"], row["geometry"]))
-    for (geometry, machine), group in groupby(ordered, key=key):
+    for (geometry, machine), group in groupby(ordered(rows), key=key):
         own = list(group)
         first = own[0]
-        figure = figures / f"bench_{geometry}_{'gpu' if first['gpu'] else 'cpu'}.svg"
-        plot(own, figure)
+        plot(own, figures / f"bench_{geometry}_{'gpu' if first['gpu'] else 'cpu'}.svg")
         parts.append(
             f"**{geometry}** ({first['layers']} layers, d = {first['hidden']}, {first['visual']} visual tokens, "
             f"{first['keep']} kept on average: {first['kept_after_cut']} from layer {first['layer']}; "
-            f"{first['method']}; {machine}, {first['date']}):\n\n{markdown(own)}\n"
+            f"{first['method']}; {machine}, {first['dtype']}, torch {first['torch']}, transformers "
+            f"{first['transformers']}, {first['date']}):\n\n{markdown(own)}\n"
         )
     return "\n".join(parts)
 
 
+def put(path: Path, text: str) -> None:
+    """Between the marks of a file.
+
+    Raises:
+        SystemExit: it has none.
+    """
+    before, mark, rest = path.read_text().partition(MARKS[0])
+    if not mark:
+        raise SystemExit(f"{path} has no {MARKS[0]}")
+    path.write_text(f"{before}{mark}\n{text}{MARKS[1]}{rest.partition(MARKS[1])[2]}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the CSV, draw the figures, put the tables between README's marks."""
-    parser = argparse.ArgumentParser(description="Make README's section on speed from measurements.")
+    """Read the CSV, draw the figures, put the tables between the marks."""
+    parser = argparse.ArgumentParser(description="Make what the documents say of speed from measurements.")
     parser.add_argument("--csv", type=Path, default=Path("eval/results/bench.csv"))
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--page", type=Path, default=Path("docs/performance.md"))
     options = parser.parse_args(argv)
     with options.csv.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    text = section(rows, options.csv.parent)
-    before, mark, rest = options.readme.read_text().partition(MARKS[0])
-    if not mark:
-        raise SystemExit(f"{options.readme} has no {MARKS[0]}")
-    options.readme.write_text(f"{before}{mark}\n{text}{MARKS[1]}{rest.partition(MARKS[1])[2]}")
-    print(text)
+    put(options.readme, summary(rows))
+    put(options.page, section(rows, options.csv.parent))
+    print(summary(rows))
 
 
 if __name__ == "__main__":
