@@ -26,6 +26,7 @@ from tokenprune.bench.measure import Bench, Plan, bar, measure, verdict
 from tokenprune.bench.output import append, latest, markdown, plot
 from tokenprune.bench.peak import peak_bytes
 from tokenprune.cli import app
+from tokenprune.cli import bench as bench_command
 from tokenprune.timing import Arm, interleave, ratio
 from tokenprune_eval import speed
 
@@ -196,6 +197,10 @@ def test_a_model_of_ones_own() -> None:
     bench = Bench(own_subject("small", model, processor), 2, False, replace(PLAN, keep=0.4, totals=()))
     row = measure(bench)
     assert row["geometry"] == "small" and float(row["logits_error"]) <= 1e-4 and row["ideal/ours"]
+
+
+def test_help_names_every_geometry() -> None:
+    assert set(bench_command.NAMES) == set(GEOMETRIES)
 
 
 @pytest.mark.parametrize(
