@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from tokenprune.estimators import estimate, make_estimator
 from tokenprune.timing import Arm, interleave, milliseconds
 from tokenprune_kernels.machine import describe_device
+from tokenprune_kernels.results import write_csv
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,10 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
             rows.append(row)
     if options.csv is not None:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(options.csv, rows)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ tokens instead.
 """
 
 import argparse
-import csv
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ..machine import describe_device
+from ..results import write_csv
 from ..timing import cuda_ms, interleaved_ms
 from . import dual_gram_entropy
 from .arguments import Normalization, Order
@@ -108,11 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         torch.set_num_threads(threads)
     if options.csv is not None:
-        options.csv.parent.mkdir(parents=True, exist_ok=True)
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(options.csv, rows)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ reaches on the same GPU. On a CPU: a smaller cache, against the copy of as many 
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..machine import describe_device
+from ..results import write_csv
 from ..timing import copy_bandwidth, cuda_ms, interleaved_ms
 from . import kv_compact
 
@@ -68,11 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows.append(measure(SHAPES[arguments.device], kept, inplace, arguments.device))
             print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     if arguments.csv is not None:
-        arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(arguments.csv, rows)
 
 
 if __name__ == "__main__":
