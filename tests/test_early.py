@@ -14,6 +14,7 @@ import limits
 import oracle
 import tiny
 import tokenprune
+from tokenprune_kernels.kv_compact import kv_compact
 
 FAMILIES = ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "gemma3", "internvl", "llama4"]
 FAMILIES = [name for name in FAMILIES if name in tiny.FAMILIES]
@@ -215,6 +216,24 @@ def test_the_whole_cache_shrinks(rows: Any, cut: str) -> None:
     assert [layer.kv_used for layer in report.layers] == [n * per_token for n in lengths]
     # The storage is as short as the view.
     assert [layer.kv_allocated for layer in report.layers] == [n * per_token for n in lengths]
+
+
+def test_a_shared_storage_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernel lays compacted layers down: in one piece of memory."""
+
+    def in_one_piece(tensors: list[torch.Tensor], index: torch.Tensor, inplace: bool = False) -> Any:
+        return list(torch.stack(kv_compact(tensors, index)).unbind(0))
+
+    model = tiny.llava()
+    inputs = tiny.inputs(model, ONE)
+    reports = []
+    for compact in (kv_compact, in_one_piece):
+        monkeypatch.setattr("tokenprune.runtime.early.kv_compact", compact)
+        with tokenprune.pruned(model, "random", layer=3, keep=0.8, compact_early=True), torch.no_grad():
+            model(**inputs)
+            reports.append(tokenprune.report(model))
+    assert reports[0].kv_allocated == reports[1].kv_allocated
+    assert reports[0].kv_used == reports[1].kv_used
 
 
 def test_a_static_cache_keeps_its_memory() -> None:

@@ -44,6 +44,7 @@ def test_layers_never_wait_for_the_device(name: str, rows: Any, monkeypatch: pyt
         finally:
             handle.remove()
             torch.cuda.set_sync_debug_mode("default")
+        assert tokenprune.report(model).pruned
         token = inputs["input_ids"][:, -1:]
         positions = torch.full_like(token, inputs["input_ids"].shape[1])
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)

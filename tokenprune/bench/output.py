@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, str]
 
-#: (label, column of a ratio or of milliseconds, its unit); what a row has nothing of is left out.
+#: (label, column of a ratio, "%" where it is a share); what a row has nothing of is left out.
 SPEED = (
-    ("prefill, unpruned / pruned", "unpruned/ours", "x"),
+    ("prefill, unpruned / pruned", "unpruned/ours", ""),
     ("ideal / pruned", "ideal/ours", ""),
-    ("unpruned / ideal", "unpruned/ideal", "x"),
+    ("unpruned / ideal", "unpruned/ideal", ""),
     ("scoring and compacting / unpruned prefill", "extra/unpruned", "%"),
     ("`keep=1.0` / unpruned", "keep=1.0/unpruned", ""),
     ("unpruned again / unpruned: the noise", "unpruned again/unpruned", ""),
     ("decode per token, pruned / unpruned", "decode ours/unpruned", ""),
     ("the same, `compact_early` / pruned", "decode early/ours", ""),
-    ("32-token answer, unpruned / pruned", "answer32 unpruned/ours", "x"),
-    ("the same with `compact_early`", "answer32 unpruned/early", "x"),
-    ("256-token answer, unpruned / pruned", "answer256 unpruned/ours", "x"),
-    ("the same with `compact_early`", "answer256 unpruned/early", "x"),
+    ("32-token answer, unpruned / pruned", "answer32 unpruned/ours", ""),
+    ("the same with `compact_early`", "answer32 unpruned/early", ""),
+    ("256-token answer, unpruned / pruned", "answer256 unpruned/ours", ""),
+    ("the same with `compact_early`", "answer256 unpruned/early", ""),
 )
 
 

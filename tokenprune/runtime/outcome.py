@@ -156,8 +156,13 @@ def make_outcome(text_config: Any, num_layers: int, call: Call) -> Outcome:
     )
 
 
+_PAIRS = ("keys", "values", "_quantized_keys", "_quantized_values")
+
+
 def kv_bytes(cache: Any, static_lengths: list[int]) -> tuple[list[int], list[int]]:
     """Used and allocated bytes of each layer of a cache, read off its own tensors.
+
+    A storage that several layers share, as compaction on a GPU makes it, counts once, in the first of them.
 
     Args:
         cache: a transformers cache, or None.
@@ -165,6 +170,7 @@ def kv_bytes(cache: Any, static_lengths: list[int]) -> tuple[list[int], list[int
     """
     used: list[int] = []
     allocated: list[int] = []
+    counted: set[int] = set()
     for i, layer in enumerate(getattr(cache, "layers", None) or []):
         # A quantised layer holds most of its entries in the second pair.
         names = _PAIRS if hasattr(layer, "_quantized_keys") else _PAIRS[:2]
@@ -175,8 +181,6 @@ def kv_bytes(cache: Any, static_lengths: list[int]) -> tuple[list[int], list[int
             total = total // entries * min(static_lengths[i], entries)
         used.append(total)
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        allocated.append(sum(storages.values()))
+        allocated.append(sum(size for place, size in storages.items() if place not in counted))
+        counted |= storages.keys()
     return used, allocated
-
-
-_PAIRS = ("keys", "values", "_quantized_keys", "_quantized_values")
