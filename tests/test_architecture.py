@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1] / "tokenprune"
 # From the ground up: a module imports only from those above it here, or from its own line. Lazy imports and those for
 # type checkers count.
 FLOORS = (
-    ("errors", "tensors", "hashing", "cache", "machine", "timing"),
+    ("errors", "releases", "tensors", "hashing", "cache", "machine", "timing"),
     ("files", "budget", "tokens", "estimators"),
     ("space",),
     ("images", "draw"),

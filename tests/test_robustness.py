@@ -681,6 +681,8 @@ def test_prefix_cache(name: str, batch: int) -> None:
     assert float((first - wanted[:, -4:]).abs().max()) <= judge.TOLERANCE
 
 
+# Two texts of different lengths, nothing but padding where the last picture of the batch ends.
+TEXTS = (["text:5"], ["text:2"], ["text:3", "image", "text:6"], ["image", "text:4", "image", "text:6"])
 MOVES: dict[str, tuple[Callable[[Any], None], list[int]]] = {
     "select": (lambda cache: cache.batch_select_indices(torch.tensor([3, 1, 0])), [3, 1, 0]),
     "twice": (lambda cache: cache.batch_select_indices(torch.tensor([2, 2])), [2, 2]),
@@ -697,12 +699,15 @@ MOVES: dict[str, tuple[Callable[[Any], None], list[int]]] = {
 
 @pytest.mark.parametrize("name", ["layer2", "two"])
 @pytest.mark.parametrize("pad", ["left", "right"])
+@pytest.mark.parametrize("rows", [judge.ROWS, TEXTS], ids=["ragged", "texts"])
 @pytest.mark.parametrize("move", MOVES)
-def test_rows_of_a_cache_that_are_moved_take_their_record_with_them(move: str, pad: str, name: str) -> None:
+def test_rows_of_a_cache_that_are_moved_take_their_record_with_them(
+    move: str, rows: Any, pad: str, name: str
+) -> None:
     """Contract 3: as if each row had been a prompt of its own."""
     do, source = MOVES[move]
     model = tiny.llava(layers=4)
-    inputs = tiny.inputs(model, judge.ROWS, pad=pad)
+    inputs = tiny.inputs(model, rows, pad=pad)
     after = torch.randint(tiny.FIRST_TEXT_ID, tiny.VOCAB, (8, 3), generator=torch.Generator().manual_seed(3))
     after = after[: len(source)]
     mask = F.pad(inputs["attention_mask"][source], (0, 3), value=1)
@@ -737,6 +742,24 @@ def test_rows_of_a_cache_that_are_moved_take_their_record_with_them(move: str, p
         wanted = oracle.masked_forward(model, history, lists, positions[r : r + 1]).logits[0, -3:]
         for step, logit in zip(steps, wanted, strict=True):
             assert float((step[row] - logit).abs().max()) <= judge.TOLERANCE
+
+
+def test_rows_of_which_only_padding_is_left_are_no_guess() -> None:
+    """Two texts beside pictures, cropped to where the last picture ends: nothing tells them apart any more."""
+    model = tiny.llava(layers=4)
+    inputs = tiny.inputs(model, TEXTS, pad="left")
+    columns = max(int(image[-1]) for row in tiny.visual_positions(model, inputs) for image in row) + 1
+    assert not inputs["attention_mask"][:2, :columns].any()
+    gone = inputs["input_ids"].shape[1] - columns
+    with tokenprune.pruned(model, **ENTROPY), torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        for layer in cache.layers:
+            layer.crop(-gone)
+        cache.reorder_cache(torch.tensor([1, 0, 2, 3]))
+        mask = F.pad(inputs["attention_mask"][[1, 0, 2, 3], :columns], (0, 1), value=1)
+        step = {"input_ids": torch.full((4, 1), tiny.FIRST_TEXT_ID), "attention_mask": mask}
+        with pytest.raises(tokenprune.UnsupportedModeError, match="cannot be told apart"):
+            model(**step, position_ids=mask.cumsum(1)[:, -1:] - 1, past_key_values=cache)
 
 
 def test_a_cache_of_other_prompts_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ import judge
 import oracle
 import tiny
 import tokenprune
+from tokenprune import releases
 
 peft = pytest.importorskip("peft")
 
@@ -146,14 +148,32 @@ def test_wrapping_twice_is_an_error(model: Any) -> None:
 def test_transformers_too_old_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before = installed(model)
     for version in ("4.57.1", "5.16.2"):
-        monkeypatch.setattr("tokenprune.api.transformers.__version__", version)
-        with pytest.raises(tokenprune.UnsupportedModelError, match=r"too old: install transformers >= 5\.17"):
+        monkeypatch.setattr("transformers.__version__", version)
+        with pytest.raises(tokenprune.UnsupportedModelError, match=r"too old: pip install .*>=5\.17,<=5\.24"):
             tokenprune.wrap(model, **PRUNE)
     assert installed(model) == before
-    for version in ("5.17.0", "5.18.0.dev0", "6.0.0rc1"):
-        monkeypatch.setattr("tokenprune.api.transformers.__version__", version)
-        with tokenprune.pruned(model, **PRUNE):
-            pass
+    for version in ("5.17.0", "5.18.0.dev0", "5.24.3"):
+        monkeypatch.setattr("transformers.__version__", version)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with tokenprune.pruned(model, **PRUNE):
+                pass
+
+
+def test_transformers_too_new_warns(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in ("5.25.0.dev0", "5.31.2", "6.0.0rc1"):
+        monkeypatch.setattr("transformers.__version__", version)
+        with pytest.warns(
+            tokenprune.UntestedWarning, match=rf"{version} is newer .*5\.17 to 5\.24.*pip install"
+        ):
+            tokenprune.wrap(model, **PRUNE)
+        tokenprune.unwrap(model)
+
+
+def test_supported_releases_are_those_of_the_package() -> None:
+    """What pip may install is what `wrap` takes without a word."""
+    (low, high), project = (releases.OLDEST, releases.NEWEST), Path(__file__).parents[1] / "pyproject.toml"
+    assert f'"transformers>={low[0]}.{low[1]},<{high[0]}.{high[1] + 1}"' in project.read_text()
 
 
 def test_pruned_unwraps_after_an_error(model: Any) -> None:

@@ -8,20 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar, overload
 
-import transformers
-
 from tokenprune.arguments import Arguments
 from tokenprune.config import check_profile, settle
 from tokenprune.errors import ConfigError, TokenPruneError, UnsupportedModelError
 from tokenprune.methods import Method
 from tokenprune.models import Family, find_family, stock_model
+from tokenprune.releases import check_release
 from tokenprune.reporting import Report, TotalReport, make_report, make_total
 from tokenprune.runtime.install import Runtime
 
 ModelT = TypeVar("ModelT")
 
 _ATTRIBUTE = "_tokenprune"
-_OLDEST = (5, 17)
 
 
 def wrap(model: ModelT, method: str | Method = "auto", **arguments: Any) -> ModelT:
@@ -46,13 +44,7 @@ def wrap(model: ModelT, method: str | Method = "auto", **arguments: Any) -> Mode
     Example:
         >>> model = tokenprune.wrap(model, "entropyprune", keep=0.25)  # doctest: +SKIP
     """
-    version = tuple(
-        int("".join(c for c in part if c.isdigit()) or 0) for part in transformers.__version__.split(".")[:2]
-    )
-    if version < _OLDEST:
-        raise UnsupportedModelError(
-            f"transformers {transformers.__version__} is too old: install transformers >= {'.'.join(map(str, _OLDEST))}"
-        )
+    check_release()
     inner = stock_model(model)
     with _WRAPPING:
         if _ATTRIBUTE in inner.__dict__:
@@ -64,8 +56,13 @@ def wrap(model: ModelT, method: str | Method = "auto", **arguments: Any) -> Mode
         family = find_family(inner, asked.family)
         check_profile(inner, asked)
         runtime = Runtime(inner, family, settle(inner, family, asked))
-        runtime.install()
-        inner.__dict__[_ATTRIBUTE] = runtime
+        try:
+            runtime.install()
+            inner.__dict__[_ATTRIBUTE] = runtime
+        except BaseException:
+            inner.__dict__.pop(_ATTRIBUTE, None)
+            runtime.abandon()
+            raise
     return model
 
 

@@ -32,4 +32,4 @@ class SkippedFilesWarning(UserWarning):
 
 
 class UntestedWarning(UserWarning):
-    """Nothing is known of this model: what is taken for it was published for its family, and never measured on it."""
+    """Nobody here has tried this: a model of which no profile is known, or a release of transformers."""

@@ -17,6 +17,7 @@ import torch
 
 import tokenprune
 from tokenprune import machine
+from tokenprune.releases import cache_argument, cache_of
 from tokenprune.testbed import evaluate
 from tokenprune_eval.results import Results
 from tokenprune_eval.settings import BATCH, Bench
@@ -61,11 +62,9 @@ class Asked:
         end = int(columns.max()) + 1
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, :end]
         first = {name: value[:, :end] for name, value in whole.items()}
-        cache = self.model(
-            **first, pixel_values=pixel_values, position_ids=positions, use_cache=True
-        ).past_key_values
+        out = self.model(**first, pixel_values=pixel_values, position_ids=positions, use_cache=True)
         self.kv.append(tokenprune.report(self.model).kv_used)
-        return self.model.generate(**whole, past_key_values=cache, **options)
+        return self.model.generate(**whole, **{cache_argument(self.model): cache_of(out)}, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

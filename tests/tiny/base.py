@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
@@ -17,6 +19,11 @@ PAD, BOS, EOS, IMAGE, VISION_START, VISION_END, VIDEO = range(7)
 FIRST_TEXT_ID = 10
 NEWLINE = FIRST_TEXT_ID  # the text between crops and frames; an ordinary id
 FRAMES = 2  # of a video
+
+BROKEN: dict[str, str] = {}
+"""Families whose stock forward fails in the release installed, and why."""
+if transformers.__version__ == "5.24.0":
+    BROKEN["llama4"] = "stock Llama 4 of 5.24.0 reads an output that its text model does not have"
 
 _TEXT_CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 _EMBEDDINGS = ("embed_tokens", "position_embedding", "positional_embedding", "pos_embed")
@@ -196,6 +203,8 @@ def vision_kwargs(layers: int, image_size: int, patch_size: int = 4) -> dict[str
 def build_model(
     cls: Callable[..., Any], config: Any, attn_implementation: str, dtype: torch.dtype, seed: int
 ) -> Any:
+    if config.model_type in BROKEN:
+        pytest.skip(BROKEN[config.model_type])
     # The config is made anew in every call: building a model writes the attention implementation into it.
     with torch.random.fork_rng(devices=[]):  # construction draws from the global generator
         # A dtype given here leaves the rotary frequencies in fp32, as from_pretrained does; `.to` would not.

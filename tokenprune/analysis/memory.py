@@ -204,7 +204,8 @@ def _looks_inside(model: Any) -> tuple[TowerTap, int | None] | None:
     runtime = runtime_of(model)
     if runtime is None:
         return None
-    config = runtime.settings if runtime.call is None else runtime.call.config
+    call = runtime.calls.running()
+    config = runtime.settings if call is None else call.config
     if not config.scores or config.needs.vision is None:
         return None
     return runtime.tower, config.needs.vision_layer

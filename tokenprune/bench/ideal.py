@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
+from tokenprune.releases import cache_argument
+
 KeepList = Sequence[int]
 Rope = tuple[Tensor, Tensor]
 
@@ -54,13 +56,14 @@ class Ideal:
         layers: Sequence[Any], hidden: Tensor, given: tuple[Rope, Tensor, Tensor | None], cache: DynamicCache
     ) -> Tensor:
         rope, position_ids, mask = given
+        named: dict[str, Any] = {cache_argument(layers[0]): cache} if layers else {}
         for layer in layers:
             hidden = layer(
                 hidden,
                 attention_mask=mask,
                 position_embeddings=rope,
                 position_ids=position_ids,
-                past_key_values=cache,
+                **named,
                 use_cache=True,
             )
         return hidden

@@ -31,6 +31,7 @@ from tokenprune.bench.ideal import prepare
 from tokenprune.bench.peak import peak_bytes
 from tokenprune.budget import Keep
 from tokenprune.errors import TokenPruneError
+from tokenprune.releases import cache_argument, cache_of
 from tokenprune.reporting import Report
 from tokenprune.timing import Arm, Ratio, interleave, milliseconds, ratio
 
@@ -203,19 +204,17 @@ class Bench:
         return {name: [s / self.plan.steps for s in values] for name, values in seconds.items()}
 
     def _prompt(self) -> Any:
-        return self.prefill().past_key_values
+        return cache_of(self.prefill())
 
     def _decode(self, cache: Any, steps: int) -> None:
         mask, token = self.inputs["attention_mask"], self.inputs["input_ids"][:, -1:]
         position = self.inputs["position_ids"][..., -1:] if "position_ids" in self.inputs else None
         for _ in range(steps):
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            call: dict[str, Any] = {}
+            call: dict[str, Any] = {cache_argument(self.model): cache}
             if position is not None:
                 position = call["position_ids"] = position + 1
-            output = self.model(
-                input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True, **call
-            )
+            output = self.model(input_ids=token, attention_mask=mask, use_cache=True, **call)
             token = output.logits[:, -1:].argmax(-1)
 
     def time_answers(self, tokens: int) -> dict[str, list[float]]:
@@ -245,7 +244,7 @@ class Bench:
         with torch.inference_mode():
             for name, context in arms.items():
                 with context():
-                    cache = self.prefill().past_key_values  # buffers made on first use are not this call's
+                    cache = cache_of(self.prefill())  # buffers made on first use are not this call's
                     tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
                     row[f"kv_used_{name}"] = str(sum(t.nbytes for t in tensors))
                     storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}

@@ -49,6 +49,10 @@ class CacheView:
         """Entries beyond the `used` ones that a layer's mask spans."""
         return 0
 
+    def gone(self, layer: int, length: int) -> int:
+        """Entries of the conversation that a layer will have let go of when `length` more come in (a window does)."""
+        return 0 if self.cache is None else int(self.cache.get_mask_sizes(length, layer)[1])
+
     def holds_all(self, layer: int, columns: Columns) -> bool:
         """Whether a layer's tensors hold all it was given: no window has let go of any, nothing is quantised."""
         keys = getattr(self.cache.layers[layer], "keys", None)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModeError
+from tokenprune.releases import cache_of
 from tokenprune.runtime import compiled
 from tokenprune.runtime.early import compact_early
 from tokenprune.runtime.outcome import make_outcome
@@ -88,6 +89,7 @@ class CallHooks:
         layers = len(runtime.layers)
         if stages is None and call.record is not None:
             call.record.after += call.length
+            call.record.unfinished = False
             remember(call.cache, call.record)
         if stages is not None:
             if call.cache is not None:
@@ -95,7 +97,7 @@ class CallHooks:
                 new = [stages.done[c - 1] if c else None for c in cuts]
                 if call.config.arguments.compact_early:
                     with torch.no_grad(), call.compacting.running(stages.done[-1].index.device):
-                        new = compact_early(call, new)
+                        new = compact_early(call, new, runtime.text_config)
                 record = extend(
                     call.record,
                     call.past,
@@ -132,7 +134,7 @@ class CallHooks:
         """The same, of a decoding step under torch.compile."""
         inputs = {**kwargs, **dict(zip(self._names[module], args, strict=False))}
         ids = inputs.get("input_ids")
-        cache = inputs.get("past_key_values")
+        cache = cache_of(inputs)
         if ids is None or not compiled.is_step(self.runtime.text_config, ids.shape[1], cache):
             return NotImplemented
         record = record_of(cache)

@@ -16,6 +16,7 @@ import torch._dynamo
 from torch import Tensor, nn
 
 from tokenprune.models.decoders import attention_backend
+from tokenprune.releases import cache_of
 from tokenprune.runtime.caches import is_static
 from tokenprune.runtime.masks import add_bias, local_attention
 from tokenprune.runtime.record import Columns, record_of
@@ -70,7 +71,7 @@ def is_step(config: Any, length: int, cache: Any) -> bool:
 
 def positions(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The text model's inputs of a step, with the positions of a renumbered prompt."""
-    record = record_of(kwargs["past_key_values"])
+    record = record_of(cache_of(kwargs))
     ids = kwargs.get("position_ids")
     if record is None or record.shift is None or ids is None:
         return kwargs
@@ -79,7 +80,7 @@ def positions(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def mask(i: int, hidden: Tensor, kwargs: dict[str, Any], config: Any) -> dict[str, Any]:
     """Layer i's inputs of a step, with a mask over what its cache holds."""
-    cache: Any = kwargs["past_key_values"]
+    cache: Any = cache_of(kwargs)
     record = record_of(cache)
     columns = None if record is None else record.layers[i]
     if columns is None:

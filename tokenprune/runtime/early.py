@@ -10,27 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenprune.runtime.masks import local_attention
 from tokenprune.runtime.record import Columns
 from tokenprune.runtime.state import Call
 from tokenprune_kernels.kv_compact import kv_compact
 
 
-def compact_early(call: Call, held: list[Columns | None]) -> list[Columns | None]:
+def compact_early(call: Call, held: list[Columns | None], text_config: Any) -> list[Columns | None]:
     """Shorten the caches of a prompt's layers from 1 on to what its last cut left.
 
     Args:
         call: at its end.
         held: per layer, the columns of this call that its cache holds; None for all of them.
+        text_config: of the text model.
 
     Returns:
-        The same, afterwards. Layers whose cache is quantised or holds a window are left as they are.
+        The same, afterwards. Layers whose cache is quantised are left as they are, and so are those that look back only
+        so far, whatever cache holds them: answers must not depend on its class.
     """
     assert call.stages is not None
     left = call.stages.done[-1]
     alike: dict[tuple[int, int], list[int]] = {}  # layers that hold the same entries
     for i, own in enumerate(held):
         before = call.past - (0 if call.record is None else call.record.removed(i))
-        if i and own is not left and _is_whole(call, i, before + _length(call, own)):
+        looks_back = local_attention(text_config, i)[1] is not None
+        if i and own is not left and not looks_back and _is_whole(call, i, before + _length(call, own)):
             alike.setdefault((id(own), before), []).append(i)
     held, moved = list(held), []
     for (_, before), members in alike.items():
@@ -64,7 +68,7 @@ def _is_whole(call: Call, i: int, entries: int) -> bool:
     """Whether a layer's tensors hold exactly what it was given."""
     layer: Any = call.cache.layers[i]
     keys = getattr(layer, "keys", None)
-    if not isinstance(keys, Tensor) or keys.ndim != 4 or getattr(layer, "is_sliding", False):
+    if not isinstance(keys, Tensor) or keys.ndim != 4:
         return False
     return call.view.spans_more or keys.shape[2] == entries
 

@@ -7,6 +7,7 @@ and turns selections into shorter hidden states, masks, positions and caches. A 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,7 +40,7 @@ class Runtime(Wrapped):
         self.tower = TowerTap(self)
         self.taps = Taps(self, self.tower)
         self._hooks = (CallHooks(self, self.taps), LayerHooks(self, self.taps), self.taps)
-        self._overrides: set[Override] = set()  # in force, in any thread or task
+        self._overrides: weakref.WeakSet[Override] = weakref.WeakSet()  # in force, in any thread or task
         self._shadows: list[tuple[nn.Module, str]] = []
 
     # -- life cycle -------------------------------------------------------------------------------------------------
@@ -55,8 +56,15 @@ class Runtime(Wrapped):
             self.taps.arm(self.config)
             self.installed = True
         except BaseException:
-            self._remove()
+            self.abandon()
             raise
+
+    def abandon(self) -> None:
+        """Undo whatever an `install` that was interrupted has done; once more, should an interrupt come here, too."""
+        try:
+            self._remove()
+        finally:
+            self._remove()
 
     def remove(self) -> None:
         """Take the hooks off.
@@ -71,7 +79,7 @@ class Runtime(Wrapped):
                     "a call of this model is under way (in another thread, or around this one); unwrap it afterwards"
                 )
             own = overrides_here(self)
-            if not self._overrides.issubset(own):
+            if not set(self._overrides).issubset(own):
                 raise TokenPruneError(
                     "an override of this model is in force in another thread or task; unwrap it after that has ended"
                 )
@@ -82,9 +90,8 @@ class Runtime(Wrapped):
     def _remove(self) -> None:
         compiled.forget()
         self.installed = False
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
+        self.take_off()
+        self.calls.close()
         for module, name in self._shadows:
             vars(module).pop(name, None)
         self._shadows.clear()
@@ -98,18 +105,26 @@ class Runtime(Wrapped):
             TokenPruneError: another thread has unwrapped the model since.
         """
         override = Override(self, config)
-        with self.gate:
-            if not self.installed:
-                raise TokenPruneError("this model was unwrapped by another thread just now")
-            self.taps.arm(config)  # what the method sees, where nobody needed it before
-            self._overrides.add(override)
-        begin_override(override)
         try:
+            with self.gate:
+                if not self.installed:
+                    raise TokenPruneError("this model was unwrapped by another thread just now")
+                self.taps.arm(config)  # what the method sees, where nobody needed it before
+                self._overrides.add(override)
+            begin_override(override)
             yield
         finally:
-            end_override(override)
-            with self.gate:
-                self._overrides.discard(override)
+            # Twice: an interrupt may come here, too. Should it come in both, the override ends with this frame, which
+            # alone holds it.
+            try:
+                self._end_override(override)
+            finally:
+                self._end_override(override)
+
+    def _end_override(self, override: Override) -> None:
+        end_override(override)
+        with self.gate:
+            self._overrides.discard(override)
 
     def _note_sizes(self) -> None:
         """Put a noting function before get_image_features and get_video_features, until the model is unwrapped."""
@@ -117,5 +132,5 @@ class Runtime(Wrapped):
         for kind in ("image", "video"):
             name = f"get_{kind}_features"
             if hasattr(base, name) and name not in vars(base):
-                setattr(base, name, noting_sizes(getattr(base, name), kind, self.family))
                 self._shadows.append((base, name))
+                setattr(base, name, noting_sizes(getattr(base, name), kind, self.family))

@@ -42,7 +42,8 @@ class LayerMasks:
             mask = self._make(call, i, hidden, stock)
             bias = self._bias(call, i, hidden.device)
             if bias is not None:
-                mask = masks.add_bias(self._whole(call, i, hidden, mask), bias, hidden.dtype)
+                gone = call.view.gone(i, hidden.shape[1])
+                mask = masks.add_bias(self._whole(call, i, hidden, mask), bias, hidden.dtype, gone)
             call.masks[key] = mask
         return call.masks[key]
 

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModeError
 from tokenprune.models.decoders import attention_backend
+from tokenprune.releases import cache_of
 from tokenprune.runtime import compiled
 from tokenprune.runtime.ahead import look_ahead
+from tokenprune.runtime.caches import is_static
 from tokenprune.runtime.choose import choose, enter_prompt
+from tokenprune.runtime.current import GENERATE, called_from
 from tokenprune.runtime.layer_masks import columns
-from tokenprune.runtime.record import record_of
+from tokenprune.runtime.record import begin_writing, record_of
 from tokenprune.runtime.stages import pick
 from tokenprune.runtime.state import Call
 from tokenprune.runtime.states import EnoughSeen
@@ -69,7 +72,7 @@ class LayerHooks:
             step = self._step_text_model(module, args, kwargs)
             if step is not NotImplemented:
                 return step
-        if record_of(kwargs.get("past_key_values")) is not None:
+        if record_of(cache_of(kwargs)) is not None:
             raise UnsupportedModeError(
                 "the text model was called directly on the cache of a pruned conversation; call the model itself"
             )
@@ -84,7 +87,7 @@ class LayerHooks:
     def _prompt(self, call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The text model's inputs, after what a cut before the LLM needs."""
         hidden = kwargs["inputs_embeds"]
-        call.use(kwargs.get("past_key_values", call.cache))
+        call.use(cache_of(kwargs, call.cache))
         record, stages = call.record, call.stages
         if record is not None and record.first_is_short:
             kwargs = self._continue_short(call, hidden, dict(kwargs))
@@ -149,7 +152,9 @@ class LayerHooks:
             return None
         if call.is_plain:
             return None
-        cache = kwargs.get("past_key_values", call.cache)
+        cache = cache_of(kwargs, call.cache)
+        if i == 0:
+            self._begin_writing(call, cache)
         if cache is not call.cache:  # the text model has just made it
             call.use(cache)
         record, stages = call.record, call.stages
@@ -170,6 +175,14 @@ class LayerHooks:
         self.taps.show_hidden(i, hidden, call)
         mask = self.runtime.masks.of_layer(call, i, hidden, kwargs.get("attention_mask"))
         return _with_hidden(hidden, args, {**kwargs, **self._positions(call, kwargs), "attention_mask": mask})
+
+    def _begin_writing(self, call: Call, cache: Any) -> None:
+        """Before layer 0 writes into the cache."""
+        prunes = call.stages is not None
+        if cache is None:
+            _check_early(call)
+        elif prunes or (call.record is not None and is_static(cache)):
+            begin_writing(cache, call.record, len(self.runtime.layers), prunes)
 
     def _seen_ahead(self, i: int, hidden: Tensor) -> None:
         """States that enter a layer while the text model runs on images alone, where they are what is wanted."""
@@ -240,16 +253,28 @@ class LayerHooks:
     # -- the same, of a decoding step under torch.compile -----------------------------------------------------------
 
     def _step_text_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        hidden, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        hidden, cache = kwargs.get("inputs_embeds"), cache_of(kwargs)
         if hidden is None or not compiled.is_step(self.runtime.text_config, hidden.shape[1], cache):
             return NotImplemented
         return args, compiled.positions(kwargs)
 
     def _step_layer(self, i: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        hidden, cache = args[0] if args else kwargs["hidden_states"], kwargs.get("past_key_values")
+        hidden, cache = args[0] if args else kwargs["hidden_states"], cache_of(kwargs)
         if not compiled.is_step(self.runtime.text_config, hidden.shape[1], cache):
             return NotImplemented
         return args, compiled.mask(i, hidden, kwargs, self.runtime.text_config)
+
+
+def _check_early(call: Call) -> None:
+    """Without a cache, generate() gives the model every answer so far as a prompt: nobody can tell where that began.
+
+    Raises:
+        UnsupportedModeError: `compact_early` hides what was dropped from the answer alone.
+    """
+    if call.stages is not None and call.config.arguments.compact_early and called_from(GENERATE):
+        raise UnsupportedModeError(
+            "compact_early is about the cache, and generate() was called with use_cache=False; leave one of them out"
+        )
 
 
 def _with_features(call: Call, i: int, hidden: Tensor) -> Tensor:

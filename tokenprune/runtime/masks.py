@@ -45,6 +45,20 @@ def reach(kind: str, span: int, columns: Tensor, padding: Tensor) -> Callable[..
     return chunk if kind == "chunked_attention" else window
 
 
+def _same_block(blocks: Tensor) -> Callable[..., Tensor]:
+    """Entries (B, C) of one block see each other, as a mask function of transformers.
+
+    Not by `block_sequence_ids`: transformers lets these reach beyond a window, and Gemma 3 does not.
+    """
+    last = blocks.shape[1] - 1  # a static cache's unwritten entries come behind
+
+    def both_ways(batch: Tensor, head: Tensor, query: Tensor, entry: Tensor) -> Tensor:
+        own, other = (blocks[batch, at.clamp(max=last)] for at in (query, entry))
+        return (own == other) & (own >= 0)
+
+    return both_ways
+
+
 def gather(mask: Tensor, index: Tensor, visible: Tensor | None, entries: int) -> Tensor:
     """Rows and columns `index` of a mask.
 
@@ -80,8 +94,16 @@ def hide(mask: Tensor, visible: Tensor | None) -> Tensor:
     return mask.masked_fill(~keep, torch.finfo(mask.dtype).min)
 
 
-def add_bias(mask: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """A 4D mask, bool or additive, with a bias (B, entries) on its columns; additive, in the dtype of the queries."""
+def add_bias(mask: Tensor, bias: Tensor, dtype: torch.dtype, gone: int = 0) -> Tensor:
+    """A 4D mask, bool or additive, with a bias on its columns; additive, in the dtype of the queries.
+
+    Args:
+        mask: (B | 1, heads | 1, q, columns).
+        bias: (B, entries) of all entries a layer was given.
+        dtype: of the queries.
+        gone: entries that the layer's cache has let go of, the mask's first column being the one behind them.
+    """
+    bias = bias[:, gone : gone + mask.shape[-1]]
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     given = torch.nn.functional.pad(bias, (0, mask.shape[-1] - bias.shape[1])).to(mask.device, dtype)
@@ -107,7 +129,8 @@ def rebuild(
         cache: the call's cache or None.
         layer: decoder layer index.
         within: see `reach`; None when the layer sees every entry there is.
-        blocks: (B, entries + q) entries of one block attend to each other both ways; -1 for no block.
+        blocks: (B, entries + q) entries of one block attend to each other both ways, as far as a layer looks; -1 for no
+            block.
     """
     if "flash" in attention_backend(config):
         return visible
@@ -119,8 +142,8 @@ def rebuild(
         None if visible is None else visible.to(hidden.device),
         cache,
         position_ids=None,
+        or_mask_function=None if blocks is None else _same_block(blocks),
         and_mask_function=within,
-        block_sequence_ids=blocks,
         layer_idx=layer,
         allow_is_causal_skip=visible is None,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,21 +35,32 @@ class Columns:
         return torch.zeros(self.index.shape, device=device) if self.bias is None else self.bias.to(device)
 
 
+@dataclass(frozen=True)
+class Marks:
+    """By what rows are told apart: the largest of each row's first head's keys, exact whatever the rows' order.
+
+    Attributes:
+        entries: over how many of a layer's first entries.
+        values: (B, head_dim).
+    """
+
+    entries: int
+    values: Tensor
+
+
 @dataclass
 class Rows:
     """By what the rows of a cache are known again, should it be reordered, repeated or taken apart between calls.
 
     Attributes:
         layer: a layer that holds all it was given.
-        entries: how many of its entries belong to the pruned prompt.
-        marks: (B, head_dim) the largest of each row's first head's keys over those entries: exact in any order, and
-            different where prompts are. None where no layer can tell.
+        marks: over all of the prompt's entries, which tell rows apart as prompts are, and over those up to its last
+            image, which are there after a crop, too. None where no layer can tell.
         seen: the tensor the layer's keys were in after the last call. While they are, nothing was moved.
     """
 
     layer: int
-    entries: int
-    marks: Tensor | None
+    marks: tuple[Marks, ...]
     seen: weakref.ref[Tensor] | None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -75,6 +86,7 @@ class Record:
     shift: Tensor | None = None
     after: int = 0  # columns added since to a static cache, whose own length only the device knows
     compiled: bool = False  # whether torch.compile may have run steps that `after` does not count
+    unfinished: bool = False  # whether a call is writing into the cache; after an interrupt it stays so
     verify: bool = False  # whether the last continuation may have been cropped since
     rows: Rows | None = None
 
@@ -102,6 +114,22 @@ class Record:
     def first_is_short(self) -> bool:
         """Whether even layer 0 holds fewer entries than the conversation has columns, so that no length tells it."""
         return self.layers[0] is not None
+
+
+def begin_writing(cache: Any, record: Record | None, layers: int, prunes: bool) -> None:
+    """Mark a cache while a call writes into it that no length of it would tell about, should it be interrupted.
+
+    Args:
+        cache: of the call.
+        record: its own, None when nothing had been pruned.
+        layers: of the decoder.
+        prunes: whether the call prunes: the record that it will leave is not there yet.
+    """
+    if prunes:
+        record = Record(0, 0, [None] * layers) if record is None else replace(record)
+        attach(cache, record)
+    if record is not None:
+        record.unfinished = True
 
 
 def record_of(cache: Any) -> Record | None:

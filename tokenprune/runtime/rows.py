@@ -11,7 +11,12 @@ from torch import Tensor
 
 from tokenprune.errors import UnsupportedModeError
 from tokenprune.runtime.caches import CacheView, crop, view_of
-from tokenprune.runtime.record import Columns, Record, Rows, attach, record_of
+from tokenprune.runtime.record import Columns, Marks, Record, Rows, attach, record_of
+
+HALF_WAY = (
+    "a call on this cache failed half way, and not all of its layers hold the same; start again from the prompt, or "
+    "from a copy made before"
+)
 
 
 def remember(cache: Any, record: Record) -> None:
@@ -28,14 +33,36 @@ def _rows(cache: Any, record: Record) -> Rows:
         keys = getattr(layer, "keys", None)
         if columns is None or not isinstance(keys, Tensor) or keys.ndim != 4:
             continue
-        entries = columns.length - (record.length - record.settled)
-        if view_of(cache).holds_all(i, columns) and 0 < entries <= keys.shape[2]:
-            return Rows(i, entries, _marks(keys, entries), None)
-    return Rows(len(record.layers) - 1, 0, None, None)
+        settled = columns.length - (record.length - record.settled)
+        if view_of(cache).holds_all(i, columns) and 0 < settled <= columns.length <= keys.shape[2]:
+            lengths = dict.fromkeys((columns.length, settled))
+            return Rows(i, tuple(Marks(n, _marks(keys, n)) for n in lengths), None)
+    return Rows(len(record.layers) - 1, (), None)
 
 
 def _marks(keys: Tensor, entries: int) -> Tensor:
     return keys[:, 0, :entries].amax(1)
+
+
+def _sources(keys: Tensor, marks: Marks, record: Record) -> Tensor:
+    """(batch,) the row of the pruned prompts that each row of a cache is.
+
+    Raises:
+        UnsupportedModeError: one is none of them, or may be several that were not pruned alike.
+    """
+    same = (_marks(keys, marks.entries)[:, None] == marks.values.to(keys.device)[None]).all(-1)
+    matches, found = same.sum(1), same.long().argmax(1)
+    if not bool(matches.all()):
+        raise UnsupportedModeError(
+            "this cache holds other rows than the pruned prompts it was made by; start again from the prompts"
+        )
+    for row in (matches > 1).nonzero()[:, 0].tolist():
+        if not _are_alike(record, same[row].nonzero()[:, 0]):
+            raise UnsupportedModeError(
+                "this cache was copied or its rows were moved since the last call, and some of its rows, of which "
+                "nothing but padding is left, cannot be told apart; go on with the cache itself, or from the prompts"
+            )
+    return found
 
 
 def follow(cache: Any, record: Record, batch: int) -> Record:
@@ -52,24 +79,20 @@ def follow(cache: Any, record: Record, batch: int) -> Record:
     rows, known = record.rows, record.batch
     keys = None if rows is None else getattr(cache.layers[rows.layer], "keys", None)
     unmoved = rows is not None and rows.seen is not None and rows.seen() is keys and keys is not None
+    fitting = [] if keys is None or rows is None else [m for m in rows.marks if m.entries <= keys.shape[2]]
     if rows is None or not isinstance(keys, Tensor) or known == batch == 1 or (unmoved and known == batch):
         source = None
-    elif keys.shape[2] < rows.entries and rows.marks is not None:
+    elif rows.marks and not fitting:
         source = None  # cropped into the prompt, which the lengths tell
-    elif known == 1 or (rows.marks is None and _are_alike(record)):
+    elif known == 1 or (not rows.marks and _are_alike(record)):
         source = torch.zeros(batch, dtype=torch.long, device=keys.device)
-    elif rows.marks is None:
+    elif not rows.marks:
         raise UnsupportedModeError(
             "this cache was copied or its rows were moved since the last call, and it no longer holds what they could "
             "be told apart by; go on with the cache itself, one row at a time, or from the prompts"
         )
     else:
-        same = (_marks(keys, rows.entries)[:, None] == rows.marks.to(keys.device)[None]).all(-1)
-        source = same.long().argmax(1)
-        if not bool(same.any(1).all()):
-            raise UnsupportedModeError(
-                "this cache holds other rows than the pruned prompts it was made by; start again from the prompts"
-            )
+        source = _sources(keys, fitting[0], record)
     if (
         source is not None
         and len(source) == known
@@ -87,11 +110,13 @@ def follow(cache: Any, record: Record, batch: int) -> Record:
     return record
 
 
-def _are_alike(record: Record) -> bool:
-    """Whether all rows were pruned alike, as the beams of one prompt are."""
+def _are_alike(record: Record, rows: Tensor | None = None) -> bool:
+    """Whether rows (m,), or all of them, were pruned alike, as the beams of one prompt are."""
     distinct = {id(own): own for own in record.layers if own is not None}.values()
     tensors = [t for own in distinct for t in (own.index, own.visible, own.bias) if t is not None]
     tensors += [t for t in (record.padding, record.shift) if t is not None]
+    if rows is not None:
+        tensors = [t.index_select(0, rows.to(t.device)) for t in tensors]
     return all(bool((t == t[:1]).all()) for t in tensors)
 
 
@@ -109,12 +134,14 @@ def _taken(record: Record, source: Tensor) -> Record:
             seen[id(columns)] = Columns(index, rows(columns.visible), rows(columns.bias))
         layers.append(None if columns is None else seen[id(columns)])
     own = record.rows
+    marks = () if own is None else own.marks
+    taken_marks = tuple(Marks(m.entries, m.values.index_select(0, source.to(m.values.device))) for m in marks)
     return replace(
         record,
         layers=layers,
         padding=rows(record.padding),
         shift=rows(record.shift),
-        rows=None if own is None else replace(own, marks=rows(own.marks)),
+        rows=None if own is None else replace(own, marks=taken_marks),
     )
 
 
@@ -136,6 +163,8 @@ def read(view: CacheView, num_layers: int, batch: int, length: int) -> Record | 
     if record is not None and view.was_reset(num_layers, length):
         attach(cache, None)
         return None
+    if record is not None and record.unfinished:
+        raise UnsupportedModeError(HALF_WAY)
     if record is not None:
         record = follow(cache, record, batch)
     if not view.spans_more:  # a static cache's lengths are on the device
@@ -154,10 +183,7 @@ def _check_lengths(view: CacheView, record: Record | None, num_layers: int) -> N
         return
     past, own = first + record.removed(0), last + record.removed(num_layers - 1)
     if past > own:
-        raise UnsupportedModeError(
-            "a call on this cache failed half way: its first layers hold tokens that its last ones do not; start again "
-            "from the prompt, or from a copy made before"
-        )
+        raise UnsupportedModeError(HALF_WAY)
     if own > past:
         # transformers before 5.23 crops to an absolute length, which leaves the shorter layers too long.
         crop(view.cache, record, past)

@@ -15,6 +15,7 @@ from tokenprune.config import PruneConfig
 from tokenprune.errors import NothingPrunedWarning, TokenPruneError, UnsupportedModeError
 from tokenprune.models.base import Family
 from tokenprune.models.decoders import attention_backend, takes_biases
+from tokenprune.releases import cache_of
 from tokenprune.runtime.caches import crop, view_of
 from tokenprune.runtime.masks import local_attention
 from tokenprune.runtime.plan import Key, make_plan
@@ -24,7 +25,7 @@ from tokenprune.runtime.stages import Stages
 from tokenprune.runtime.states import LayerStates
 from tokenprune.runtime.timing import Stopwatch
 from tokenprune.runtime.views import Views, prompt_digests
-from tokenprune.runtime.vision import VisionFacts, visual_inputs
+from tokenprune.runtime.vision import VisionFacts, check_facts, visual_inputs
 from tokenprune.tokens import Image, IntArray
 
 
@@ -99,7 +100,7 @@ def open_call(model: nn.Module, family: Family, config: PruneConfig, inputs: dic
     batch, length = reference.shape[:2]
     sizes, facts = visual_inputs(family, inputs)
     visual = bool(sizes)
-    view = view_of(inputs.get("past_key_values"))
+    view = view_of(cache_of(inputs))
     record = read(view, len(family.layers(model)), batch, length)
     past = view.past(record, length)
     if record is None and not visual and view.is_step(past, length):
@@ -195,6 +196,8 @@ def _plan(
     if not any(rows) or not config.cuts:
         return
     text: Any = family.text_model(model).config
+    if config.scores:
+        check_facts(call.facts, config.method)
     plan = make_plan(rows, config, call.length, mask, len(family.layers(model)))
     if not plan.prunes:
         call.notes = {key: [own] for key, own in plan.notes.items()}

@@ -40,14 +40,22 @@ class Taps:
         self.tower.install()
 
     def arm(self, config: PruneConfig) -> None:
-        """Register what these settings' method needs and nobody needed before."""
+        """Register what these settings' method needs and nobody needed before; all of it, or nothing."""
         if config.scores:
-            self._arm_states(_wanted(config))
-            self.tower.arm(config.needs)
+            self._arm(_wanted(config), config.needs)
 
-    def _arm_states(self, wanted: Sequence[tuple[int, str]]) -> None:
+    def _arm(self, wanted: Sequence[tuple[int, str]], needs: Needs) -> None:
+        known, before = len(self.runtime.hooks), (dict(self._armed), dict(self.tower.taps))
+        try:
+            self._arm_states([key for key in wanted if key not in self._armed])
+            self.tower.arm(needs)
+        except BaseException:
+            self.runtime.take_off(known)
+            self._armed, self.tower.taps = before
+            raise
+
+    def _arm_states(self, missing: Sequence[tuple[int, str]]) -> None:
         runtime = self.runtime
-        missing = [key for key in wanted if key not in self._armed]
         if missing:
             compiled.forget()
         for layer, state in missing:
@@ -72,9 +80,8 @@ class Taps:
         """
         if observer.states:
             check_states(self.runtime.text_config)
-            self._arm_states(
-                [(layer, state) for layer in range(len(self.runtime.layers)) for state in observer.states]
-            )
+            layers = range(len(self.runtime.layers))
+            self._arm([(layer, state) for layer in layers for state in observer.states], Needs())
         self.observers = (*self.observers, observer)
 
     def leave(self, observer: Observer) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -10,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenprune.config import PruneConfig
 from tokenprune.methods.base import Needs
 from tokenprune.models.base import VisionCall, VisionTap
 from tokenprune.runtime import compiled
+from tokenprune.runtime.state import Call
 from tokenprune.runtime.vision import VisionFacts, attach_facts, sizes_on_host
 from tokenprune.runtime.wrapped import Wrapped
 
@@ -22,33 +23,41 @@ class _TowerCall:
     """One call of the vision tower.
 
     Attributes:
+        call: the call it belongs to; None where generate() encodes images ahead of one.
+        config: what that call, or the one to come, is asked.
         seen: what was caught of it; None once it has been read, or where nobody asks.
         outputs: of the tap's sources so far.
         vision: what the method made of each picture's attention.
         caught: what that was made of.
     """
 
+    call: Call | None
+    config: PruneConfig
     seen: VisionCall | None = None
     outputs: dict[nn.Module, Tensor] = field(default_factory=dict)
     vision: list[Tensor] = field(default_factory=list)
     caught: VisionCall | None = None
 
+    @property
+    def needs(self) -> Needs:
+        """The method's; nothing where nobody scores."""
+        return self.config.needs if self.config.scores else Needs()
 
-class _Towers(threading.local):
-    """The vision tower's call under way in this thread."""
-
-    current: _TowerCall | None = None
+    def looks_at(self, layer: int | None) -> bool:
+        return self.needs.vision is not None and self.needs.vision_layer == layer
 
 
 class TowerTap:
     """Args:
     runtime: whose hooks they are.
+
+    Attributes:
+        taps: armed so far, by layer of the tower, None being the one that yields the features.
     """
 
     def __init__(self, runtime: Wrapped) -> None:
         self.runtime = runtime
-        self._taps: dict[int | None, VisionTap] = {}  # by layer of the tower, None being the features'
-        self._towers = _Towers()
+        self.taps: dict[int | None, VisionTap] = {}
 
     def install(self) -> None:
         # The features' grid is noted even when nobody scores: generate() encodes images ahead of the forward.
@@ -59,84 +68,88 @@ class TowerTap:
     def arm(self, needs: Needs) -> None:
         """Register what a method needs and nobody needed before."""
         layer = needs.vision_layer
-        if needs.vision is None or layer in self._taps:
+        if needs.vision is None or layer in self.taps:
             return
         compiled.forget()
         tap = self.runtime.family.vision_tap(self.runtime.model, layer)
         self.runtime.before(tap.attention, partial(self._enter_vision, layer))
         for source in tap.sources:
             self.runtime.after(source, partial(self._catch_vision, layer))
-        self._taps[layer] = tap
+        self.taps[layer] = tap
 
     def disarm(self) -> None:
         """The hooks are gone."""
-        self._taps.clear()
+        self.taps.clear()
 
     def is_replaced(self, needs: Needs) -> bool:
         """Whether modules that are listened to are no longer those of the tower."""
         if needs.vision is None:
             return False
         now = self.runtime.family.vision_tap(self.runtime.model, needs.vision_layer).sources
-        return any(a is not b for a, b in zip(now, self._taps[needs.vision_layer].sources, strict=True))
+        return any(a is not b for a, b in zip(now, self.taps[needs.vision_layer].sources, strict=True))
 
     def _enter_tower(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._towers.current = tower = _TowerCall()
-        needs, call = self._needs(), self.runtime.call
-        if needs is None or needs.vision is None or needs.vision_layer not in self._taps:
+        # Not `runtime.call`: an interrupt may have left one behind that this is no part of.
+        call = self.runtime.calls.running()
+        tower = _TowerCall(call, self.runtime.settings if call is None else call.config)
+        self.runtime.calls.enter_tower(tower)
+        needs = tower.needs
+        if needs.vision is None or needs.vision_layer not in self.taps:
             return
         sizes = None
-        if self._taps[needs.vision_layer].packed:  # once per call, before its layers
+        if self.taps[needs.vision_layer].packed:  # once per call, before its layers
             _, given = self.runtime.family.tower_input(args, kwargs)
             sizes = sizes_on_host(given, [] if call is None else call.sizes)
         tower.seen = VisionCall(kwargs, {}, (), sizes)
 
     def _enter_vision(self, layer: int | None, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        tower = self._towers.current
-        if tower is not None and tower.seen is not None and self._looks_at(layer):
+        tower = self._current
+        if tower is not None and tower.seen is not None and tower.looks_at(layer):
             tower.seen = replace(tower.seen, attention=kwargs)
 
     def _catch_vision(
         self, layer: int | None, module: nn.Module, args: Any, kwargs: Any, output: Tensor
     ) -> None:
         """Reduce each picture's attention to the floats the method wants, as soon as queries and keys are there."""
-        tower, needs = self._towers.current, self._needs()
-        if tower is None or tower.seen is None or needs is None or not self._looks_at(layer):
+        tower = self._current
+        if tower is None or tower.seen is None or not tower.looks_at(layer):
             return
-        tap = self._taps[layer]
+        tap = self.taps[layer]
         tower.outputs[module] = output
         if len(tower.outputs) == len(tap.sources):
             outputs = [tower.outputs[source] for source in tap.sources]
-            self._reduce(tower, needs, replace(tower.seen, outputs=outputs))
+            self._reduce(tower, replace(tower.seen, outputs=outputs))
 
-    def _reduce(self, tower: _TowerCall, needs: Needs, caught: VisionCall) -> None:
-        reduce = needs.vision
+    def _reduce(self, tower: _TowerCall, caught: VisionCall) -> None:
+        reduce = tower.needs.vision
         assert reduce is not None
         with torch.no_grad():
-            for parts in self._taps[needs.vision_layer].read(caught):
+            for parts in self.taps[tower.needs.vision_layer].read(caught):
                 tower.vision.append(torch.cat([reduce(own) for own in parts]))
         tower.seen, tower.outputs, tower.caught = None, {}, caught
 
     @property
     def caught(self) -> VisionCall | None:
         """What was caught of the tower's call under way in this thread, for a `replay` of the same call."""
-        return None if self._towers.current is None else self._towers.current.caught
+        return None if self._current is None else self._current.caught
 
     def replay(self, caught: VisionCall) -> None:
         """Inside a call of the tower whose output is known: what was caught of it then, instead of computing it."""
-        tower, needs = self._towers.current, self._needs()
-        if tower is not None and needs is not None and needs.vision is not None:
-            self._reduce(tower, needs, caught)
+        tower = self._current
+        if tower is not None and tower.needs.vision is not None:
+            self._reduce(tower, caught)
 
     def _leave_tower(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        tower, self._towers.current = self._towers.current, None
+        tower = self._current
+        self.runtime.calls.leave_tower()
         if output is None or tower is None:  # it failed
             return
-        needs, call, family = self._needs(), self.runtime.call, self.runtime.family
+        needs, call, family = tower.needs, tower.call, self.runtime.family
         pixels, sizes = family.tower_input(args, kwargs)
-        facts = VisionFacts(sizes, vision=tower.vision)
-        if needs is not None and needs.digest:
+        facts = VisionFacts(sizes, tower.config.method if tower.config.scores else None, vision=tower.vision)
+        if needs.digest:
             facts.digests = family.digests(pixels, sizes)
-        if needs is not None and needs.pixels is not None:
+        if needs.pixels is not None:
             model, host = self.runtime.model, sizes_on_host(sizes, [] if call is None else call.sizes)
             with torch.no_grad():
                 facts.pixels = [
@@ -148,12 +161,8 @@ class TowerTap:
         # Inside a call nobody reads them there, but what looks like one may have been left behind by an interrupt.
         attach_facts(output, facts)
 
-    def _needs(self) -> Needs | None:
-        """Of the call under way, or of the one that generate() encodes images ahead of; None where nobody scores."""
-        call = self.runtime.call
-        config = self.runtime.settings if call is None else call.config
-        return config.needs if config.scores else None
-
-    def _looks_at(self, layer: int | None) -> bool:
-        needs = self._needs()
-        return needs is not None and needs.vision is not None and needs.vision_layer == layer
+    @property
+    def _current(self) -> _TowerCall | None:
+        tower = self.runtime.calls.tower
+        assert tower is None or isinstance(tower, _TowerCall)
+        return tower

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from tokenprune.errors import UnsupportedModeError
+from tokenprune.methods import Method
 from tokenprune.models.base import Family
 from tokenprune.tokens import IntArray
 
@@ -26,12 +27,14 @@ class VisionFacts:
 
     Attributes:
         sizes: (N, k), see `Family.sizes`.
+        method: whose needs were looked for; None where nobody scored.
         digests: (items,) int64 hashes of the pixels, or None when no method asked.
         vision: what `Needs.vision` made of each picture's attention, (patches,) or (patches, c) each.
         pixels: what `Needs.pixels` made of its pixels, likewise.
     """
 
     sizes: Tensor
+    method: Method | None = None
     digests: Tensor | None = None
     vision: list[Tensor] = field(default_factory=list)
     pixels: list[Tensor] = field(default_factory=list)
@@ -50,6 +53,22 @@ def read_facts(output: Any) -> VisionFacts | None:
 def attach_facts(output: Any, facts: VisionFacts) -> None:
     # Past ModelOutput's __setattr__: its keys are the output's own.
     object.__setattr__(output, _ATTRIBUTE, facts)
+
+
+def check_facts(facts: Mapping[str, VisionFacts], method: Method) -> None:
+    """Refuse features encoded ahead of a call while other settings were in force.
+
+    Raises:
+        UnsupportedModeError: what the method wants of the vision tower was not looked for, or by another method.
+    """
+    needs = method.needs()
+    for kind, own in facts.items():
+        looked = needs.vision is None and needs.pixels is None
+        if (not looked and own.method != method) or (needs.digest and own.digests is None):
+            raise UnsupportedModeError(
+                f"the {kind} features were encoded while other settings were in force, and {method.name!r} looks into "
+                f"the vision tower; encode them again, or pass the pixels"
+            )
 
 
 def visual_inputs(family: Family, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, VisionFacts]]:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from tokenprune.config import PruneConfig, decoder_shape
 from tokenprune.errors import TokenPruneError
@@ -43,17 +42,29 @@ class Wrapped:
         self.installed = False
         self.latest: Outcome | None = None
         self.total = Total()
-        self.handles: list[RemovableHandle] = []
+        self.hooks: list[tuple[nn.Module, Hook]] = []  # registered, and on which module
 
     def before(self, module: nn.Module, hook: Hook, quick: Hook | None = None) -> None:
-        """Register `hook`, which stands in for `quick` where torch.compile runs; see `compiled.either`."""
+        """Register `hook`; where torch.compile runs, `quick` stands in for it: see `compiled.either`."""
         chosen = compiled.either(hook, quick)
-        self.handles.append(module.register_forward_pre_hook(chosen, with_kwargs=True))
+        self.hooks.append((module, chosen))  # first: an interrupt may come in the middle of the next line
+        module.register_forward_pre_hook(chosen, with_kwargs=True)
 
     def after(self, module: nn.Module, hook: Hook, quick: Hook | None = None, always: bool = False) -> None:
         """The same, behind the module; `always`: after an exception too."""
         chosen = compiled.either(hook, quick)
-        self.handles.append(module.register_forward_hook(chosen, with_kwargs=True, always_call=always))
+        self.hooks.append((module, chosen))
+        module.register_forward_hook(chosen, with_kwargs=True, always_call=always)
+
+    def take_off(self, known: int = 0) -> None:
+        """Remove the hooks but for the first `known`; by the hook itself, for of one half put on there is no handle."""
+        for module, hook in self.hooks[known:]:
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for number in [n for n, own in hooks.items() if own is hook]:
+                    for notes in ("pre_hooks_with_kwargs", "hooks_with_kwargs", "hooks_always_called"):
+                        getattr(module, f"_forward_{notes}").pop(number, None)
+                    del hooks[number]  # last: by it the rest is found again after an interrupt
+        del self.hooks[known:]
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
         raise TokenPruneError(
