@@ -76,7 +76,7 @@ def test_modes(model: Any, cut: str, options: dict[str, Any], times: int) -> Non
     judged = oracle.masked_forward(
         model,
         inputs,
-        [(layer, lists[:1]) for layer, lists in judge.cuts_of(report)],
+        [(layer, lists[:: options["num_beams"]]) for layer, lists in judge.cuts_of(report)],
         positions,
         generated=out.sequences[:, prompt:],
         positions="generate",

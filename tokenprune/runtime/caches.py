@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tokenprune.errors import UnsupportedModeError
 from tokenprune.runtime.record import Columns, Record
 
 
@@ -84,6 +85,18 @@ class StaticView(CacheView):
     def holds_all(self, layer: int, columns: Columns) -> bool:
         own = self.cache.layers[layer]
         return isinstance(getattr(own, "keys", None), Tensor) and not getattr(own, "is_sliding", False)
+
+
+def check_is_cache(cache: Any) -> None:
+    """Refuse what does not say what each layer holds.
+
+    Raises:
+        UnsupportedModeError: names its class.
+    """
+    if cache is not None and not isinstance(getattr(cache, "layers", None), list):
+        raise UnsupportedModeError(
+            f"a {type(cache).__name__} has no layers, some of which could be shorter; pass a transformers Cache or none"
+        )
 
 
 def is_static(cache: Any) -> bool:

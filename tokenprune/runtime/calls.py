@@ -92,6 +92,7 @@ class CallHooks:
             call.record.unfinished = False
             remember(call.cache, call.record)
         if stages is not None:
+            runtime.assumptions.check_call(call, output, layers)
             if call.cache is not None:
                 cuts = [sum(cut.layer <= i for cut in call.config.cuts) for i in range(layers)]
                 new = [stages.done[c - 1] if c else None for c in cuts]
@@ -108,6 +109,7 @@ class CallHooks:
                     stages.plan.last + 1,
                     call.shift,
                 )
+                runtime.assumptions.check_cache(call, record)
                 attach(call.cache, record)
                 remember(call.cache, record)
             if call.labels is not None:

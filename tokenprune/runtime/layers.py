@@ -13,6 +13,7 @@ from tokenprune.models.decoders import attention_backend
 from tokenprune.releases import cache_of
 from tokenprune.runtime import compiled
 from tokenprune.runtime.ahead import look_ahead
+from tokenprune.runtime.assumptions import refusal
 from tokenprune.runtime.caches import is_static
 from tokenprune.runtime.choose import choose, enter_prompt
 from tokenprune.runtime.current import GENERATE, called_from
@@ -93,6 +94,7 @@ class LayerHooks:
             kwargs = self._continue_short(call, hidden, dict(kwargs))
         if stages is None:
             return kwargs
+        self.runtime.assumptions.check_tower(call)
         stages.to(hidden.device)
         enter_prompt(call, hidden)
         first = call.config.cuts[0].layer
@@ -152,6 +154,7 @@ class LayerHooks:
             return None
         if call.is_plain:
             return None
+        self.runtime.assumptions.check_layer(i, args, kwargs, call)
         cache = cache_of(kwargs, call.cache)
         if i == 0:
             self._begin_writing(call, cache)
@@ -212,6 +215,8 @@ class LayerHooks:
         stages, cut = call.stages, call.cuts_done
         assert stages is not None
         # States of the layer before that wait for the hidden states a method also needs.
+        if call.config.scores and not _has_states(call, cut):
+            raise refusal("computes attention without calling its projections as modules")
         choose(call, cut, hidden=hidden, caught=call.caught)
         call.caught = None
         with call.compacting.running(hidden.device):
@@ -263,6 +268,14 @@ class LayerHooks:
         if not compiled.is_step(self.runtime.text_config, hidden.shape[1], cache):
             return NotImplemented
         return args, compiled.mask(i, hidden, kwargs, self.runtime.text_config)
+
+
+def _has_states(call: Call, cut: int) -> bool:
+    """Whether the states that selections still need were caught in the layer before the cut."""
+    stages, needs = call.stages, call.config.needs
+    assert stages is not None
+    raw = {} if call.caught is None else call.caught.raw
+    return needs.ahead is not None or raw.keys() >= set(needs.projected) or not stages.missing(cut)
 
 
 def _check_early(call: Call) -> None:

@@ -16,7 +16,7 @@ from tokenprune.errors import NothingPrunedWarning, TokenPruneError, Unsupported
 from tokenprune.models.base import Family
 from tokenprune.models.decoders import attention_backend, takes_biases
 from tokenprune.releases import cache_of
-from tokenprune.runtime.caches import crop, view_of
+from tokenprune.runtime.caches import check_is_cache, crop, view_of
 from tokenprune.runtime.masks import local_attention
 from tokenprune.runtime.plan import Key, make_plan
 from tokenprune.runtime.record import Record
@@ -100,6 +100,7 @@ def open_call(model: nn.Module, family: Family, config: PruneConfig, inputs: dic
     batch, length = reference.shape[:2]
     sizes, facts = visual_inputs(family, inputs)
     visual = bool(sizes)
+    check_is_cache(cache_of(inputs))
     view = view_of(cache_of(inputs))
     record = read(view, len(family.layers(model)), batch, length)
     past = view.past(record, length)

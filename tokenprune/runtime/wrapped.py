@@ -12,6 +12,7 @@ from tokenprune.config import PruneConfig, decoder_shape
 from tokenprune.errors import TokenPruneError
 from tokenprune.models.base import Family
 from tokenprune.runtime import compiled
+from tokenprune.runtime.assumptions import Assumptions
 from tokenprune.runtime.current import Calls, last_outcome, note_outcome, overrides_here
 from tokenprune.runtime.layer_masks import LayerMasks
 from tokenprune.runtime.outcome import Outcome, Total
@@ -38,6 +39,7 @@ class Wrapped:
         self.shape = decoder_shape(model, family)
         self.masks = LayerMasks(self.text_config, family.attention(self.layers[0]))
         self.calls = Calls({})
+        self.assumptions = Assumptions()
         self.gate = threading.RLock()  # between calls that begin and hooks that come and go
         self.installed = False
         self.latest: Outcome | None = None
