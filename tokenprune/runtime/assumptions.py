@@ -73,6 +73,24 @@ class Assumptions:
             if unseen and (needs.vision or needs.pixels):
                 raise refusal(f"encodes {kind}s without calling the parts of the vision tower as modules")
 
+    @staticmethod
+    def check_states(call: Call) -> None:
+        """On entering a cut's layer: the states that selections still need were caught in the layer before.
+
+        Raises:
+            UnsupportedModelError: they were not.
+        """
+        stages, needs = call.stages, call.config.needs
+        assert stages is not None
+        raw = {} if call.caught is None else call.caught.raw
+        seen = (
+            needs.ahead is not None
+            or raw.keys() >= set(needs.projected)
+            or not stages.missing(call.cuts_done)
+        )
+        if call.config.scores and not seen:
+            raise refusal("computes attention without calling its projections as modules")
+
     def check_call(self, call: Call, output: Any, layers: int) -> None:
         """A pruned call at its end: every cut was made, in every layer, and the cache seen is the one returned.
 

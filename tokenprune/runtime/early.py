@@ -10,10 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenprune.errors import UnsupportedModeError
+from tokenprune.runtime.current import GENERATE, called_from
 from tokenprune.runtime.masks import local_attention
 from tokenprune.runtime.record import Columns
 from tokenprune.runtime.state import Call
 from tokenprune_kernels.kv_compact import kv_compact
+
+
+def check_early(call: Call) -> None:
+    """Refuse what has no cache: generate() then gives the model its answer so far as a part of the prompt.
+
+    Raises:
+        UnsupportedModeError: nobody can tell where the answer begins, from which alone the dropped tokens are hidden.
+    """
+    if call.stages is not None and call.config.arguments.compact_early and called_from(GENERATE):
+        raise UnsupportedModeError(
+            "compact_early is about the cache, and generate() was called with use_cache=False; leave one of them out"
+        )
 
 
 def compact_early(call: Call, held: list[Columns | None], text_config: Any) -> list[Columns | None]:

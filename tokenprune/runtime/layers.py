@@ -13,10 +13,9 @@ from tokenprune.models.decoders import attention_backend
 from tokenprune.releases import cache_of
 from tokenprune.runtime import compiled
 from tokenprune.runtime.ahead import look_ahead
-from tokenprune.runtime.assumptions import refusal
 from tokenprune.runtime.caches import is_static
 from tokenprune.runtime.choose import choose, enter_prompt
-from tokenprune.runtime.current import GENERATE, called_from
+from tokenprune.runtime.early import check_early
 from tokenprune.runtime.layer_masks import columns
 from tokenprune.runtime.record import begin_writing, record_of
 from tokenprune.runtime.stages import pick
@@ -183,7 +182,7 @@ class LayerHooks:
         """Before layer 0 writes into the cache."""
         prunes = call.stages is not None
         if cache is None:
-            _check_early(call)
+            check_early(call)
         elif prunes or (call.record is not None and is_static(cache)):
             begin_writing(cache, call.record, len(self.runtime.layers), prunes)
 
@@ -215,8 +214,7 @@ class LayerHooks:
         stages, cut = call.stages, call.cuts_done
         assert stages is not None
         # States of the layer before that wait for the hidden states a method also needs.
-        if call.config.scores and not _has_states(call, cut):
-            raise refusal("computes attention without calling its projections as modules")
+        self.runtime.assumptions.check_states(call)
         choose(call, cut, hidden=hidden, caught=call.caught)
         call.caught = None
         with call.compacting.running(hidden.device):
@@ -268,26 +266,6 @@ class LayerHooks:
         if not compiled.is_step(self.runtime.text_config, hidden.shape[1], cache):
             return NotImplemented
         return args, compiled.mask(i, hidden, kwargs, self.runtime.text_config)
-
-
-def _has_states(call: Call, cut: int) -> bool:
-    """Whether the states that selections still need were caught in the layer before the cut."""
-    stages, needs = call.stages, call.config.needs
-    assert stages is not None
-    raw = {} if call.caught is None else call.caught.raw
-    return needs.ahead is not None or raw.keys() >= set(needs.projected) or not stages.missing(cut)
-
-
-def _check_early(call: Call) -> None:
-    """Without a cache, generate() gives the model every answer so far as a prompt: nobody can tell where that began.
-
-    Raises:
-        UnsupportedModeError: `compact_early` hides what was dropped from the answer alone.
-    """
-    if call.stages is not None and call.config.arguments.compact_early and called_from(GENERATE):
-        raise UnsupportedModeError(
-            "compact_early is about the cache, and generate() was called with use_cache=False; leave one of them out"
-        )
 
 
 def _with_features(call: Call, i: int, hidden: Tensor) -> Tensor:
