@@ -168,14 +168,10 @@ def test_interleaved_conversations(model: Any, family: str, rows: Any) -> None:
         for seed in (0, 1):
             inputs, question = _turns(model, rows, seed)
             out = model.generate(**inputs, **first)
-            inner = getattr(model, "model", model)
-            rope = getattr(inner, "rope_deltas", None)
-            talks.append((inputs, question, out, tokenprune.report(model), rope))
+            talks.append((inputs, question, out, tokenprune.report(model)))
         answers = []
-        for seed, (inputs, question, out, report, rope) in enumerate(talks):
+        for seed, (inputs, question, out, report) in enumerate(talks):
             cache = copy.deepcopy(out.past_key_values) if seed == 0 else out.past_key_values
-            if rope is not None:
-                inner.rope_deltas = rope  # the stock model's own state, one conversation at a time
             # generate() crops the last token's absence itself: the cache lacks the last generated token
             answers.append((*_second_turn(model, cache, out.sequences, inputs, question), report))
     for again, history, report in answers:
@@ -191,6 +187,49 @@ def test_interleaved_conversations(model: Any, family: str, rows: Any) -> None:
         ).steps()
         difference = float((torch.stack(again.logits, 1) - judged).abs().max())
         assert difference <= judge.TOLERANCE
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["no positions", "own positions"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_positions_belong_to_the_conversation(name: str, given: bool) -> None:
+    """Steps of two conversations in turn: those of each are as if there were no other, whoever makes the positions."""
+    model = tiny.build(name)
+    own, other = (
+        tiny.inputs(model, [["text:3", f"image:{size}", "text:8"]], seed=1) for size in ("4x6", "2x2")
+    )
+    length, token = own["input_ids"].shape[1], torch.full((1, 1), 40)
+
+    def steps(between: bool) -> list[torch.Tensor]:
+        cache = model(**own, use_cache=True).past_key_values
+        deltas = model.model.rope_deltas
+        logits = []
+        for i in range(3):
+            if between:
+                model(**other)
+            call: dict[str, Any] = {}  # no mask: stock makes positions of all of its columns
+            if given:
+                call["position_ids"] = (length + i + deltas)[None].expand(3, 1, 1)
+            logits.append(model(input_ids=token, past_key_values=cache, **call).logits)
+        return logits
+
+    with tokenprune.pruned(model, "uniform", keep=0.7, layer=2), torch.no_grad():
+        alone, interleaved = steps(between=False), steps(between=True)
+    assert all(torch.equal(a, b) for a, b in zip(alone, interleaved, strict=True))
+
+
+def test_positions_in_a_static_cache_are_refused_after_another_conversation() -> None:
+    model = tiny.build("qwen2_5_vl")
+    own, other = (
+        tiny.inputs(model, [["text:3", f"image:{size}", "text:8"]], seed=1) for size in ("4x6", "2x2")
+    )
+    cache = StaticCache(config=model.config.text_config, max_cache_len=128)
+    step = {"input_ids": torch.full((1, 1), 40)}
+    with tokenprune.pruned(model, "uniform", keep=0.7, layer=2), torch.no_grad():
+        model(**own, past_key_values=cache)
+        model(**step, past_key_values=cache)
+        model(**other)
+        with pytest.raises(tokenprune.UnsupportedModeError, match=r"rope_deltas.*use a growing cache"):
+            model(**step, past_key_values=cache)
 
 
 def test_second_image_in_second_turn() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModeError
 from tokenprune.releases import cache_of
-from tokenprune.runtime import compiled
+from tokenprune.runtime import compiled, deltas
 from tokenprune.runtime.early import compact_early
 from tokenprune.runtime.outcome import make_outcome
 from tokenprune.runtime.plan import Plan
@@ -61,6 +61,9 @@ class CallHooks:
         names = self._names[module]
         inputs = {**kwargs, **dict(zip(names, args, strict=False))}
         call = open_call(runtime.model, runtime.family, runtime.settings, inputs)
+        given = inputs
+        if call is not None and runtime.family.mrope:
+            inputs = deltas.restore(runtime.family.base(runtime.model), call, inputs)
         with runtime.gate:
             if not runtime.installed:  # another thread unwraps the model at this moment: it is stock already
                 return None
@@ -68,7 +71,7 @@ class CallHooks:
                 self.taps.check(call.config)
             calls.begin(module, call)
         if call is None or call.stages is None or module is not runtime.model:
-            return None
+            return None if inputs is given else ((), inputs)
         call.labels = inputs.pop("labels", None)
         # What the stock forward would pass on to the loss (the Trainer's num_items_in_batch, for example).
         call.loss_options = {name: value for name, value in inputs.items() if name not in names}
@@ -110,6 +113,8 @@ class CallHooks:
                     call.shift,
                 )
                 runtime.assumptions.check_cache(call, record)
+                if runtime.family.mrope:
+                    deltas.note(runtime.family.base(runtime.model), call, record)
                 attach(call.cache, record)
                 remember(call.cache, record)
             if call.labels is not None:

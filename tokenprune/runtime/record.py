@@ -77,6 +77,8 @@ class Record:
         layers: one entry per decoder layer; None means the layer holds every column.
         padding: (B,) columns of padding before each row's first token, or None where there is none.
         shift: (B, 1) positions to take off after a cut with `positions="compact"`, or None.
+        deltas: (B, 1) what its positions are off its columns, where positions have several axes, and the model's own
+            tensor that said so; see `deltas.py`.
     """
 
     length: int
@@ -84,6 +86,7 @@ class Record:
     layers: list[Columns | None]
     padding: Tensor | None = None
     shift: Tensor | None = None
+    deltas: tuple[Tensor, Tensor] | None = None
     after: int = 0  # columns added since to a static cache, whose own length only the device knows
     compiled: bool = False  # whether torch.compile may have run steps that `after` does not count
     unfinished: bool = False  # whether a call is writing into the cache; after an interrupt it stays so

@@ -133,6 +133,9 @@ def _taken(record: Record, source: Tensor) -> Record:
             index = columns.index.index_select(0, source.to(columns.index.device))
             seen[id(columns)] = Columns(index, rows(columns.visible), rows(columns.bias))
         layers.append(None if columns is None else seen[id(columns)])
+    deltas = record.deltas
+    if deltas is not None:
+        deltas = deltas[0].index_select(0, source.to(deltas[0].device)), deltas[1]
     own = record.rows
     marks = () if own is None else own.marks
     taken_marks = tuple(Marks(m.entries, m.values.index_select(0, source.to(m.values.device))) for m in marks)
@@ -141,6 +144,7 @@ def _taken(record: Record, source: Tensor) -> Record:
         layers=layers,
         padding=rows(record.padding),
         shift=rows(record.shift),
+        deltas=deltas,
         rows=None if own is None else replace(own, marks=taken_marks),
     )
 

@@ -66,6 +66,7 @@ class Call:
         self.labels: Tensor | None = None
         self.loss_options: dict[str, Any] = {}
         self.shift: Tensor | None = None
+        self.deltas: Tensor | None = None  # the model's own when the call began; see `deltas.py`
         self.reason: str | None = None
         self.notes: dict[Key, list[Mapping[str, int | Tensor]]] = {}
         # Filled in by the layers' hooks.
