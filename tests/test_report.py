@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
+import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -96,6 +99,46 @@ def test_decode_steps_do_not_overwrite_the_prompts_report() -> None:
     with tokenprune.pruned(model, "random", layer=2, keep=0.5):
         model.generate(**tiny.inputs(model, judge.ROWS, pad="left"), max_new_tokens=4, do_sample=False)
         assert tokenprune.report(model).tokens == 125
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_negative_prompt_does_not_overwrite_the_prompts_report(tokens: int) -> None:
+    model = tiny.llava()
+    inputs = tiny.inputs(model, [["text:3", "image", "text:8"]])
+    negative = torch.arange(10, 17)[None]
+    with tokenprune.pruned(model, "uniform", keep=0.5, layer=2):
+        model.generate(**inputs, guidance_scale=1.5, negative_prompt_ids=negative, max_new_tokens=tokens)
+        report, total = tokenprune.report(model), tokenprune.report(model, total=True)
+    assert report.pruned and len(report.images) == 1 and total.prompts == 1
+
+
+def test_a_report_is_of_the_threads_that_a_task_waited_for() -> None:
+    """Prompts of asyncio.to_thread count as the task's; those of other tasks and threads do not."""
+    model = tiny.llava()
+    one, two, three = (tiny.inputs(model, [["text:3", *["image", "text:2"] * count]]) for count in (1, 2, 3))
+    call = partial(model.generate, max_new_tokens=1)
+
+    def images() -> int:
+        return len(tokenprune.report(model).images)
+
+    async def serve(first: Any, second: Any) -> tuple[int, int]:
+        call(**first)
+        direct = images()
+        await asyncio.to_thread(lambda: call(**second))
+        return direct, images()
+
+    async def both() -> Any:
+        await asyncio.to_thread(lambda: call(**three))
+        return images(), await asyncio.gather(serve(one, two), serve(two, one))
+
+    with tokenprune.pruned(model, "uniform", keep=0.5, layer=2):
+        call(**two)
+        assert asyncio.run(both()) == (3, [(1, 2), (2, 1)])
+        assert images() == 2
+        thread = threading.Thread(target=lambda: call(**three))
+        thread.start()
+        thread.join()
+        assert images() == 2
 
 
 def test_guidance_does_not_overwrite_the_prompts_report() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tokenprune.errors import UnsupportedModeError
 from tokenprune.releases import cache_of
 from tokenprune.runtime import compiled, deltas
+from tokenprune.runtime.current import LOGITS_PROCESSORS, called_from
 from tokenprune.runtime.early import compact_early
 from tokenprune.runtime.outcome import make_outcome
 from tokenprune.runtime.plan import Plan
@@ -119,9 +120,8 @@ class CallHooks:
                 remember(call.cache, record)
             if call.labels is not None:
                 output = self._with_loss(call, stages.done[-1], call.labels, output)
-        # One token of text and no cache may be the unconditional half of guidance, which follows the prompt that the
-        # report is about.
-        if call.rows is not None and (any(call.rows) or call.length > 1 or runtime.outcome is None):
+        # What a logits processor asks about (guidance, negative prompts) follows the prompt that the report is of.
+        if call.rows is not None and (any(call.rows) or not called_from(LOGITS_PROCESSORS)):
             runtime.outcome = make_outcome(runtime.text_config, layers, call)
         return output
 

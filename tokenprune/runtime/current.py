@@ -40,7 +40,6 @@ class Override:
 
 # Weak: an override is in force as long as the block that made it lives, whatever interrupts its beginning or its end.
 _OVERRIDES: ContextVar[tuple[weakref.ref[Override], ...]] = ContextVar("tokenprune_overrides", default=())
-_OUTCOMES: ContextVar[Mapping[weakref.ref[Any], Outcome]] = ContextVar("tokenprune_outcomes", default={})  # noqa: B039
 
 
 def begin_override(override: Override) -> None:
@@ -56,14 +55,50 @@ def overrides_here(owner: object) -> list[Override]:
     return [own for own in (o() for o in _OVERRIDES.get()) if own is not None and own.owner is owner]
 
 
+class _Notes:
+    """The last outcomes of a thread or a task, by model.
+
+    A thread that a task waits for (asyncio.to_thread) gets a copy of the task's context, and with it the task's notes.
+    """
+
+    def __init__(self) -> None:
+        self.thread, self.task = threading.get_ident(), _task()
+        self.outcomes: weakref.WeakKeyDictionary[Any, Outcome] = weakref.WeakKeyDictionary()
+
+    def are_own(self) -> bool:
+        """Whether they are this thread's or task's, or of the task that waits for this thread."""
+        task = _task()
+        if task is None:
+            return self.task is not None or self.thread == threading.get_ident()
+        return self.task is not None and self.task() is task()
+
+
+_NOTES: ContextVar[_Notes | None] = ContextVar("tokenprune_notes", default=None)
+
+
+def _task() -> weakref.ref[Any] | None:
+    """The asyncio task that runs in this thread."""
+    asyncio = sys.modules.get("asyncio")
+    try:
+        task = None if asyncio is None else asyncio.current_task()
+    except RuntimeError:  # no loop runs
+        return None
+    return None if task is None else weakref.ref(task)
+
+
 def note_outcome(owner: object, outcome: Outcome) -> None:
     """Make it this thread's or task's last."""
-    alive = {ref: own for ref, own in _OUTCOMES.get().items() if ref() not in (None, owner)}
-    _OUTCOMES.set({**alive, weakref.ref(owner): outcome})
+    notes = _NOTES.get()
+    if notes is None or not notes.are_own():
+        notes = _Notes()
+        _NOTES.set(notes)
+    notes.outcomes[owner] = outcome
 
 
 def last_outcome(owner: object) -> Outcome | None:
-    return next((own for ref, own in _OUTCOMES.get().items() if ref() is owner), None)
+    """This thread's or task's."""
+    notes = _NOTES.get()
+    return notes.outcomes.get(owner) if notes is not None and notes.are_own() else None
 
 
 @dataclass(eq=False)
