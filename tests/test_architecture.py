@@ -22,6 +22,7 @@ FLOORS = (
     ("fingerprint",),
     ("methods",),
     ("arguments", "profiles"),
+    ("auto",),
     ("config",),
     ("runtime",),
     ("reporting",),

@@ -23,7 +23,7 @@ from tokenprune.bench.geometry import (
 )
 from tokenprune.bench.ideal import prepare
 from tokenprune.bench.measure import Bench, Plan, bar, measure, verdict
-from tokenprune.bench.output import append, latest, markdown, plot
+from tokenprune.bench.output import append, check_table, latest, markdown, plot
 from tokenprune.bench.peak import peak_bytes
 from tokenprune.cli import app
 from tokenprune.cli import bench as bench_command
@@ -123,6 +123,22 @@ def test_append_refuses_other_columns(tmp_path: Path) -> None:
         append(path, {"a": "1"})
 
 
+def test_append_after_a_kill(tmp_path: Path) -> None:
+    """A last line without its end gets it; one that is not whole is refused, before anything is measured."""
+    path = tmp_path / "bench.csv"
+    path.write_text("a,b\n1,2")
+    append(path, {"a": "=3", "b": "4"})
+    assert path.read_text() == "a,b\n1,2\n'=3,4\n"
+    path.write_text("a,b\n1,2\n3")
+    for check in (lambda: append(path, {"a": "5", "b": "6"}), lambda: check_table(path)):
+        with pytest.raises(tokenprune.ConfigError, match=r"last line of .*bench.csv is not whole"):
+            check()
+    assert path.read_text() == "a,b\n1,2\n3"
+    path.write_text("")
+    append(path, {"a": "1", "b": "2"})
+    assert path.read_text() == "a,b\n1,2\n"
+
+
 def test_interleave_pairs_rounds_and_leaves_setup_out() -> None:
     ran: list[str] = []
     arms = {
@@ -212,6 +228,12 @@ def test_help_names_every_geometry() -> None:
         ("--clock sun", "--clock is one of"),
         ("--answer 7", "--answer is 32, 256 or 0"),
         ("--method fastv,x", "NAME,PARAM=VALUE"),
+        ("--method auto", "name the one to time"),
+        ("--method random,seed=2", "a geometry has none"),
+        ("--method vflowopt,size_term=false", "a geometry has none"),
+        ("--method entropyprune,layer=7,compact_early=true", "not compact_early, layer; there are --layer"),
+        ("--method entropyprune,nosuch=1", "has no parameter"),
+        ("--device meta", "cannot be used here"),
     ],
 )
 def test_refusals(words: str, message: str) -> None:

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -138,13 +139,13 @@ def test_keep_refuses_everything_else(text: str) -> None:  # contract 15
 
 
 def test_texts_take_the_type_of_their_default() -> None:
-    texts = {"source": "key", "column_groups": "true", "keep": "25%", "frame_floor": "2", "strict": "yes"}
-    read = Arguments.from_text(texts)
+    texts = {"voters": "cls", "size_term": "no", "keep": "25%", "frame_floor": "2", "strict": "yes"}
+    read = Arguments.from_text(texts)  # of auto, which is VFlowOpt where parameters are given
     assert read == Arguments(
         keep=0.25,
         frame_floor=2,
         strict=True,
-        parameters={"source": "key", "column_groups": True},
+        parameters={"voters": "cls", "size_term": False},
     )
     assert Arguments.from_text({"method": "random", "seed": "7"}).parameters == {"seed": 7}
     assert Arguments.from_text({"cuts": "2:50%, 9:36,18", "keep": "0.2"}).cuts == (
@@ -225,7 +226,19 @@ def test_env() -> None:
 
 def test_run_answers_and_reports(model: Path, image: Path, tmp_path: Path) -> None:
     picture = tmp_path / "kept.png"
-    options = ("--keep", "25%", "--layer", 1, "--compare", "--picture", picture, "--max-new-tokens", 6)
+    options = (
+        "--method",
+        "entropyprune",
+        "--keep",
+        "25%",
+        "--layer",
+        1,
+        "--compare",
+        "--picture",
+        picture,
+        "--max-new-tokens",
+        6,
+    )
     document = read("run", "small", image, "Where is the seven?", *options)
     assert document["question"] == QUESTION  # its words, as the bundled model knows them
     assert {"answer", "unpruned_answer"} <= document.keys()
@@ -341,10 +354,10 @@ def test_bad_keep(image: Path, keep: str) -> None:
     [
         ([], "--keep 25%"),
         (["--keep", "50%", "--method", "nosuch"], "choose one of entropyprune"),
-        (["--keep", "50%", "--param", "nosuch=1"], "it has source, normalization"),
+        (["--keep", "50%", "--param", "nosuch=1"], "it has t, alpha, voters"),
         (["--keep", "50%", "--param", "source"], "name=value"),
-        (["--keep", "50%", "--param", "source=nose"], "must be one of query, key"),
-        (["--keep", "50%", "--param", "column_groups=2"], "true or false"),
+        (["--keep", "50%", "--param", "voters=nose"], "must be one of attended, cls"),
+        (["--keep", "50%", "--param", "size_term=2"], "true or false"),
         (["--keep", "50%", "--param", "source=key", "--param", "source=key"], "give it once"),
         (["--keep", "50%", "--method", "random", "--param", "seed=x"], "a whole number"),
         (["--keep", "50%", "--method", "none"], "leave --keep out"),
@@ -371,8 +384,8 @@ def test_bad_options(image: Path, options: list[str], advice: str) -> None:
         (["--keep", "145", "--param", "strict=true"], "pass at most 144, or a fraction"),
         (["--keep", "5%", "--layer", "2"], "the reachable range starts above {floor:.1%}"),
         (["--keep", "9", "--layer", "2"], "the reachable range is"),
-        (["--keep", "50%", "--layer", "0"], "at layers 1 to {last}"),
-        (["--keep", "50%", "--layer", "99"], "at layers 1 to {last}"),
+        (["--keep", "50%", "--method", "entropyprune", "--layer", "0"], "at layers 1 to {last}"),
+        (["--keep", "50%", "--layer", "99"], "at layers 0 to {last}"),
     ],
 )
 def test_what_only_the_model_can_refuse(model: Path, image: Path, options: list[str], advice: str) -> None:
@@ -405,6 +418,11 @@ def _text_only(folder: Path) -> None:
 
 def _empty(folder: Path) -> None:
     folder.mkdir()
+
+
+def _of_type(kind: str, folder: Path) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
 
 
 def _nonsense(folder: Path) -> None:
@@ -508,7 +526,10 @@ def test_errors_hold_no_escapes_for_the_terminal(image: Path) -> None:
     [
         (_text_only, "is a 'llama' model, which cannot be pruned; supported: gemma3, idefics3, internvl, "),
         (_empty, "give a model folder"),
-        (_nonsense, "give a model folder"),
+        (_nonsense, "is a 'nosuch' model, which transformers 5."),
+        (partial(_of_type, "llava_llama"), "its twin is llava-hf/llava-1.5-7b-hf"),
+        (partial(_of_type, "llava_qwen"), "its twin is llava-hf/llava-onevision-qwen2-7b-ov-hf"),
+        (partial(_of_type, "internvl_chat"), "its twin is OpenGVLab/InternVL3-8B-hf"),
         (_no_processor, "give a "),
     ],
 )
@@ -721,3 +742,38 @@ def test_drift_shows_controls_and_the_worst_cases(model: Path, tmp_path: Path, c
     assert "say how much to keep" in refused(*common)
     assert "not both" in refused(*common, "--profile", tmp_path / "p.json", "--method", "fastv")
     assert "cannot read" in refused(*common, "--profile", tmp_path / "none.json")
+
+
+def test_drift_shows_no_escapes_of_the_data(model: Path, image: Path, tmp_path: Path, cache: Path) -> None:
+    """A prompt of a data file may hold what steers a terminal."""
+    (tmp_path / "q.jsonl").write_text(
+        json.dumps({"image": str(image), "prompt": "\x1b]0;pwned\x07\x1b[2Jhow many ?"})
+    )
+    shown = call(
+        "drift", "small", "--data", tmp_path / "q.jsonl", "--keep", "50%", "--method", "uniform"
+    ).stdout
+    assert "how many" in shown and "\x1b" not in shown and "\x07" not in shown
+
+
+def test_quick_writes_its_profile_where_nothing_can_be_kept(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENPRUNE_CACHE", "/proc/nowhere")
+    common = ("tune", "small", "--data", "testbed", "--budget", "50%", "--quick")
+    assert "set TOKENPRUNE_CACHE" in refused(*common)  # before anything is measured
+    result = call(*common, "--out", tmp_path / "p.json")
+    assert result.exit_code == 0 and "not kept for" in result.stderr
+    assert tokenprune.Profile.load(tmp_path / "p.json").keep == 0.5
+
+
+def test_a_processor_without_torchvision_says_what_to_install(
+    stand_in: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ImportError("\nQwen2VLVideoProcessor requires the Torchvision library but it was not found.")
+
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", fail)
+    line = refused("run", stand_in, image, QUESTION, "--keep", "50%")
+    assert "its processor needs torchvision; pip install torchvision" in line

@@ -28,7 +28,8 @@ from tokenprune.compare.page import write_page
 from tokenprune.compare.questions import Question, is_right, load_questions, normal
 from tokenprune.compare.run import Comparison, compare
 from tokenprune.compare.statistics import mean_interval
-from tokenprune.compare.store import LINES
+from tokenprune.compare.store import ASKED, LINES
+from tokenprune.files import csv_text
 from tokenprune.models import find_family, stock_model
 from tokenprune.testbed import evaluate, evaluation_set, load
 from tokenprune.tune import measure
@@ -296,6 +297,50 @@ def test_resume_after_a_kill(bed: Any, questions: Any, found: Any, tmp_path: Pat
         (r["arm"], r["question"]) for r in map(json.loads, (copy / LINES).open()) if r["kind"] == "answer"
     ]
     assert len(keys) == len(set(keys))
+
+
+DAMAGE: dict[str, tuple[str, Any]] = {
+    "asked is empty": (ASKED, lambda data: b""),
+    "asked is half": (ASKED, lambda data: data[:20]),
+    "asked is a list": (ASKED, lambda data: b"[1]"),
+    "zeros of a power cut": (LINES, lambda data: data + b"\0" * 512 + b"\n"),
+    "a broken line": (LINES, lambda data: data[:700] + b"\n" + data[900:]),
+    "a line without kind": (LINES, lambda data: b'{"arm": "none"}\n' + data),
+    "no text": (LINES, lambda data: b"\xff\xfe\n" + data),
+    "an answer without text": (LINES, lambda data: data + b'{"kind": "answer", "arm": "none"}\n'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_resume_of_a_damaged_folder(
+    damage: str, bed: Any, questions: Any, found: Any, tmp_path: Path
+) -> None:
+    """Whole lines are kept, the rest is asked again; what was asked stands twice."""
+    whole, folder = found
+    copy, (name, change) = tmp_path / "out", DAMAGE[damage]
+    shutil.copytree(folder, copy)
+    (copy / name).write_bytes(change((copy / name).read_bytes()))
+    again = compare(*bed, questions, copy, resume=True, **OPTIONS)
+    assert again.summary.answers == whole.summary.answers
+    assert all(isinstance(json.loads(line)["kind"], str) for line in (copy / LINES).open())
+
+
+def test_a_folder_that_no_longer_says_what_was_asked(
+    bed: Any, questions: Any, found: Any, tmp_path: Path
+) -> None:
+    copy = tmp_path / "out"
+    shutil.copytree(found[1], copy)
+    (copy / ASKED).write_text("")
+    lines = [line for line in (copy / LINES).open() if json.loads(line)["kind"] != "asked"]
+    (copy / LINES).write_text("".join(lines))
+    with pytest.raises(ConfigError, match="is damaged, and nothing else says"):
+        compare(*bed, questions, copy, resume=True, **OPTIONS)
+
+
+def test_no_cell_is_a_formula() -> None:
+    assert [csv_text(text) for text in ("=1+1", "+x", "-2.5", "-", "@a", "plain", "1e3", "")] == [
+        *("'=1+1", "'+x", "-2.5", "'-", "'@a", "plain", "1e3", "")
+    ]
 
 
 def test_more_budgets_later_and_another_comparison_is_refused(

@@ -88,13 +88,21 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[ConfigError], str]] = [
     ({"keep": "0.25"}, ConfigError, KEEP),
     ({"keep": None}, ConfigError, r"say how much to keep, for example keep=0\.25"),
     ({}, ConfigError, r"say how much to keep, for example keep=0\.25"),
-    ({"keep": 0.5, "layer": -1}, ConfigError, RANGE),
-    ({"keep": 0.5, "layer": LAYERS}, ConfigError, RANGE),
-    ({"keep": 0.5, "layer": True}, ConfigError, LAYER),
-    ({"keep": 0.5, "layer": 1.5}, ConfigError, LAYER),
-    ({"keep": 0.5, "layer": "1"}, ConfigError, LAYER),
-    ({"keep": 0.5, "layer": 0}, ConfigError, "layers 1 to 3, not 0: it scores states of the layer before"),
-    ({"keep": 0.5, "cuts": [(0, 0.7), (2, None)]}, ConfigError, "layers 1 to 3, not 0: it scores states"),
+    ({"method": "entropyprune", "keep": 0.5, "layer": -1}, ConfigError, RANGE),
+    ({"method": "entropyprune", "keep": 0.5, "layer": LAYERS}, ConfigError, RANGE),
+    ({"method": "entropyprune", "keep": 0.5, "layer": True}, ConfigError, LAYER),
+    ({"method": "entropyprune", "keep": 0.5, "layer": 1.5}, ConfigError, LAYER),
+    ({"method": "entropyprune", "keep": 0.5, "layer": "1"}, ConfigError, LAYER),
+    (
+        {"method": "entropyprune", "keep": 0.5, "layer": 0},
+        ConfigError,
+        "layers 1 to 3, not 0: it scores states of the layer before",
+    ),
+    (
+        {"method": "entropyprune", "keep": 0.5, "cuts": [(0, 0.7), (2, None)]},
+        ConfigError,
+        "layers 1 to 3, not 0: it scores states",
+    ),
     (
         {"method": "guess", "keep": 0.5},
         ConfigError,
@@ -102,7 +110,11 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[ConfigError], str]] = [
     ),
     ({"method": None, "keep": 0.5}, ConfigError, "unknown method None; choose one of"),
     ({"method": EntropyPrune, "keep": 0.5}, ConfigError, "unknown method .*, or pass a Method"),
-    ({"keep": 0.5, "ratio": 0.5}, ConfigError, "'entropyprune' has no parameter 'ratio'; it has source"),
+    (
+        {"method": "entropyprune", "keep": 0.5, "ratio": 0.5},
+        ConfigError,
+        "'entropyprune' has no parameter 'ratio'; it has source",
+    ),
     (
         {"method": "uniform", "keep": 0.5, "seed": 0},
         ConfigError,
@@ -114,7 +126,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[ConfigError], str]] = [
         "source: set on the method instance",
     ),
     (
-        {"keep": 0.5, "source": "keys"},
+        {"method": "entropyprune", "keep": 0.5, "source": "keys"},
         ConfigError,
         "source must be one of query, key, value, hidden, not 'keys'",
     ),
@@ -146,7 +158,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[ConfigError], str]] = [
     ({"cuts": [(1, 0.5), (2, None)]}, ConfigError, "say how much to keep"),
     ({"cuts": [(1, 0.5), (2, 0.2)], "keep": 0.3}, ConfigError, "every cut says its own keep"),
     ({"cuts": [(1, 0.5), (2, 0)]}, BudgetError, "keep of the cut at layer 2 must be"),
-    ({"cuts": [(1, 0.5), (LAYERS, 0.2)]}, ConfigError, RANGE),
+    ({"method": "entropyprune", "cuts": [(1, 0.5), (LAYERS, 0.2)]}, ConfigError, RANGE),
     ({"cuts": [("1", 0.5), (2, 0.2)]}, ConfigError, "layer of a cut must be an int, not '1'"),
     ({"cuts": [(True, 0.5)]}, ConfigError, "layer of a cut must be an int, not True"),
     ({"cuts": [(1, 0.5, 3)]}, ConfigError, r"cuts must be a list of \(layer, keep\) pairs"),
@@ -156,7 +168,11 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[ConfigError], str]] = [
     ({"method": "none", "keep": 0.5}, ConfigError, "'none' keeps everything: leave keep"),
     ({"method": "none", "cuts": [(1, 0.5)]}, ConfigError, "'none' keeps everything"),
     ({"method": "none", "keep_lists": [[[[0]]]]}, ConfigError, "'none' keeps everything"),
-    ({"keep_lists": []}, ConfigError, "keep_lists has 0 cuts, but the model is cut 1 times"),
+    (
+        {"method": "entropyprune", "keep_lists": []},
+        ConfigError,
+        "keep_lists has 0 cuts, but the model is cut 1 times",
+    ),
     ({"keep_lists": 3}, ConfigError, r"keep_lists must be keep_lists\[cut\]\[row\]\[image\]"),
 ]
 
@@ -192,8 +208,8 @@ def test_a_single_key_value_head(source: str) -> None:
         untouched(model),
         refusal(ConfigError, f"source='{source}' has a single head .*; use source='query'"),
     ):
-        tokenprune.wrap(model, keep=0.5, layer=1, source=source)
-    with tokenprune.pruned(model, keep=0.5, layer=1, source="query"):
+        tokenprune.wrap(model, "entropyprune", keep=0.5, layer=1, source=source)
+    with tokenprune.pruned(model, "entropyprune", keep=0.5, layer=1, source="query"):
         logits(model, tiny.inputs(model, [ONE]))
         assert tokenprune.report(model).pruned
 
@@ -209,9 +225,12 @@ def text_only() -> Any:
     [
         (
             text_only,
-            r"LlamaForCausalLM \(model_type 'llama'\) is not supported; supported: gemma3, .*, vipllava, with a",
+            r"LlamaForCausalLM \(model_type 'llama'\) is not supported; supported: gemma3, .*, or pass family=",
         ),
-        (lambda: tiny.llava(layers=1).model, r"LlavaModel .* is not supported; .*ForConditionalGeneration"),
+        (
+            lambda: tiny.llava(layers=1).model,
+            r"LlavaModel is the body of a 'llava' model.*ForConditionalGeneration",
+        ),
         (
             lambda: nn.Linear(2, 2),
             "expected a loaded transformers model, got Linear; load it with from_pretrained",
@@ -311,18 +330,57 @@ def test_all_images_smaller_than_a_number_of_tokens(llava: Any, recwarn: pytest.
     ("arguments", "text"),
     [
         # 25 tokens, a cut at 1 of 4: (25 + 3 * 1) / 100 = 28 % .. 100 %
-        ({"keep": 0.27, "layer": 1}, r"27\.0%.*reachable range is 28\.0% to 100\.0%"),
         (
-            {"keep": 6, "layer": 1},
-            r"average of 6 of 25 tokens.*reachable range is 28\.0% to 100\.0%.*after_cut",
+            {"keep": 0.27, "layer": 1, "strict": True},
+            r"27\.0%.*reachable range is 7 to 25 tokens \(28\.0% to 100\.0%\)",
         ),
+        ({"keep": 6, "layer": 1}, r"average of 6 of 25 tokens.*reachable range is 7 to 25 tokens.*after_cut"),
         # two cuts: one layer of 25, two of 13 (12.5 is rounded), then one of 1 .. 13
-        ({"keep": 0.3, "cuts": [(1, 0.5), (3, None)]}, r"reachable range is 52\.0% to 64\.0%"),
-        ({"keep": 0.8, "cuts": [(1, 0.5), (3, None)]}, r"reachable range is 52\.0% to 64\.0%"),
+        (
+            {"keep": 0.505, "cuts": [(1, 0.5), (3, None)], "strict": True},
+            r"reachable range is 13 to 16 tokens \(52\.0% to 64\.0%\)",
+        ),
+        ({"keep": 17, "cuts": [(1, 0.5), (3, None)]}, r"reachable range is 13 to 16 tokens"),
     ],
 )
 def test_unreachable_average_at_the_call(llava: Any, arguments: dict[str, Any], text: str) -> None:
     refuse_call(llava, tiny.inputs(llava, [ONE]), BudgetError, text, **arguments)
+
+
+@pytest.mark.parametrize("method", ["entropyprune", "fastv", "vflowopt"])
+def test_a_small_image_among_others_is_kept_as_near_as_it_can_be(method: str) -> None:
+    """Shares that a large image can keep and a small one cannot: no evaluation dies of one tiny picture."""
+    model = tiny.qwen2_5_vl(layers=28)
+    inputs = tiny.inputs(model, [["image:16x16", "text:4"], ["image:2x2", "text:4"]])
+    keep = 0.25 if method != "vflowopt" else 0.1
+    small = "another share than asked"
+    with tokenprune.pruned(model, method, keep=keep):
+        logits(model, inputs)
+        report = tokenprune.report(model)
+        large, tiny_one = report.images
+        assert large.kept and not large.notes and abs(large.average - keep * large.tokens) < 1.5
+        assert tiny_one.kept[-1] == 1 and any(small in note for note in tiny_one.notes)
+        assert small in str(report)
+        with tokenprune.override(model, strict=True), refusal(BudgetError, "cannot be reached"):
+            logits(model, inputs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            {"keep": 0.8, "cuts": [(1, 0.5), (3, None)]},
+            r"80\.0%.* cuts at 1, 3 of 4: .* 50\.0% and ends at 62\.5%",
+        ),
+        (
+            {"keep": 0.3, "cuts": [(1, 0.5), (3, None)]},
+            r"30\.0%.* cuts at 1, 3 of 4: .* above 50\.0% and ends",
+        ),
+    ],
+)
+def test_what_no_image_can_reach_is_refused_at_wrap(llava: Any, arguments: dict[str, Any], text: str) -> None:
+    with untouched(llava), refusal(BudgetError, text):
+        tokenprune.wrap(llava, **arguments)
 
 
 def test_the_edge_of_the_reachable_range(llava: Any) -> None:

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import tokenprune
 from tokenprune import ConfigError
+from tokenprune.cli.shell import InputError
 from tokenprune.profiles.profile import Profile
 from tokenprune.testbed import evaluate, evaluation_set
 from tokenprune.testbed.language import make_inputs
@@ -28,11 +30,19 @@ with warnings.catch_warnings():
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.models import get_model
     from lmms_eval.tasks import TaskManager
+    from lmms_eval.utils import simple_parse_args_string
 
 from tokenprune_eval.lmms import manifest
 from tokenprune_eval.lmms.conversation import from_messages, sample_frames, user_turn, videos_as_frames
 from tokenprune_eval.lmms.meter import Meter
-from tokenprune_eval.lmms.model import Chat, Simple, generation_options, read_arguments
+from tokenprune_eval.lmms.model import (
+    Chat,
+    Simple,
+    _check_hash,
+    generation_options,
+    limit_pixels,
+    read_arguments,
+)
 from tokenprune_eval.lmms.run import FailedError, accuracy, run_lmms_eval
 from tokenprune_eval.lmms.testbed import GROUP, task_name, write_tasks
 
@@ -401,8 +411,43 @@ def test_a_profile_and_its_hash(tmp_path: Path) -> None:
     given = {"pretrained": "small", "device": "cpu", "profile": str(path)}
     wrapped = Chat(**given, profile_hash=profile.hash[:12])
     assert tokenprune.is_wrapped(wrapped.model)
+    for wrong in ("0" * 12, "", 123, 1e10):
+        with pytest.raises(ConfigError, match="hash"):
+            Chat(**given, profile_hash=wrong)
+
+
+@pytest.mark.parametrize("start", ["123456", "00420a", "12e456", "1e5abc", "7"])
+def test_a_hash_that_looks_like_a_number(start: str) -> None:
+    """lmms-eval reads 123456 and 12e4 as numbers before the adapter sees them."""
+    profile = SimpleNamespace(hash=(start + "f" * 64)[:64])
+    for n in range(1, len(start) + 1):
+        read = simple_parse_args_string(f"profile_hash={profile.hash[:n]}")["profile_hash"]
+        _check_hash(profile, read)
     with pytest.raises(ConfigError, match="hash"):
-        Chat(**given, profile_hash="0" * 12)
+        _check_hash(profile, 31415)
+
+
+def test_pixels_are_limited_where_a_processor_scales_to_them() -> None:
+    processor = SimpleNamespace(image_processor=Qwen2VLImageProcessorPil())
+    limit_pixels(processor, 1003520, 1003520)
+    assert dict(processor.image_processor.size)["longest_edge"] == 1003520
+    picture = Image.new("RGB", (1600, 900))
+    grid = processor.image_processor(picture, return_tensors="pt")["image_grid_thw"][0]
+    assert abs(int(grid.prod()) * 14 * 14 / 1003520 - 1) < 0.05
+    for least, most, text in ((5, 4, "more than"), ("x", None, "number of pixels"), (0, None, "number of")):
+        with pytest.raises(ConfigError, match=text):
+            limit_pixels(processor, least, most)
+    with pytest.raises(ConfigError, match="takes no min_pixels or max_pixels"):
+        Chat(pretrained="small", device="cpu", keep=0.25, min_pixels=1003520, max_pixels=1003520)
+
+
+def test_bad_model_arguments() -> None:
+    with pytest.raises(ConfigError, match="say which model: --model_args pretrained="):
+        Chat(keep=0.25)
+    with pytest.raises(InputError, match="dtype is auto, float32"):
+        Chat(pretrained="small", dtype="float128", keep=0.25)
+    with pytest.raises(ConfigError, match="temperature takes a number, not 'hot'"):
+        generation_options({"temperature": "hot"})
 
 
 def test_generation_options() -> None:

@@ -109,7 +109,7 @@ def test_maps_are_the_scores_of_the_cut_after():
     inputs = tiny.inputs(model, [["text:3", "image:4x6", "text:4"]])
     values = read_layers(model, [inputs], maps=1).maps[0][1]
     with (
-        tokenprune.pruned(model, keep=7, budget="after_cut", layer=2, normalization="trace"),
+        tokenprune.pruned(model, "entropyprune", keep=7, budget="after_cut", layer=2, normalization="trace"),
         torch.no_grad(),
     ):
         model(**inputs)

@@ -16,6 +16,8 @@ import tokenprune
 from tokenprune import ConfigError, Profile, UntestedWarning
 from tokenprune.analysis.memory import Memory, last_state
 from tokenprune.fingerprint import fingerprint
+from tokenprune.models.base import Family
+from tokenprune.models.llava import Llava
 from tokenprune.profiles.known import known_profile, remember_profile
 from tokenprune.profiles.profile import Measured, ProfileCut
 from tokenprune.tune import METRICS, measure, quick
@@ -107,15 +109,89 @@ def told(model: Any, **arguments: Any) -> Any:
 
 def test_auto_without_a_profile_warns_once_and_says_so(model: Any) -> None:
     with pytest.warns(
-        UntestedWarning, match=r"EntropyPrune as published for llava .*tokenprune tune"
+        UntestedWarning, match=r"VFlowOpt with its defaults is taken.*tokenprune tune"
     ) as caught:
         report = told(model, keep=0.5)
-    assert len(caught) == 1 and report.method == "entropyprune"
-    assert "untested on this model" in str(report)
-    for arguments in ({"layer": 2}, {"source": "key"}, {"method": "entropyprune"}, {"cuts": [(1, None)]}):
+    assert len(caught) == 1 and report.method == "vflowopt" and report.parameters["size_term"]
+    assert report.layers_cut == (0, 2, 4) and "untested on this model" in str(report)
+    for arguments in ({"layer": 2}, {"even": 0.3}, {"method": "vflowopt"}, {"cuts": [(1, None)]}):
         with warnings.catch_warnings():
             warnings.simplefilter("error", UntestedWarning)
-            assert told(model, keep=0.5, **arguments).method == "entropyprune"
+            assert told(model, keep=0.5, **arguments).method == "vflowopt"
+
+
+def test_auto_where_vflowopt_cannot_run_as_it_is(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash attention takes no size term; a tower that nobody can look into leaves an even grid before the LLM."""
+    monkeypatch.setattr("tokenprune.auto.takes_biases", lambda _: False)
+    with pytest.warns(
+        UntestedWarning, match="VFlowOpt without its size term, which sdpa does not take, is taken"
+    ):
+        report = told(model, keep=0.5)
+    assert report.method == "vflowopt" and not report.parameters["size_term"]
+    monkeypatch.setattr(Llava, "vision_tap", Family.vision_tap)
+    with pytest.warns(UntestedWarning, match=r"even grid .*nobody can look into the tower of llava models"):
+        report = told(model, keep=0.5)
+    assert report.method == "uniform" and report.layers_cut == (0,)
+
+
+# Every source of cuts and budget, then an override of the budget: what was asked stays what was asked.
+SOURCES: dict[str, Any] = {
+    "auto": {"keep": 0.4},
+    "keep": {"method": "vflowopt", "keep": 0.4},
+    "layer": {"method": "uniform", "layer": 1, "keep": 0.4},
+    "cuts": {"method": "uniform", "cuts": [(0, 0.5), (2, None)], "keep": 0.4},
+    "profile": {"profile": "solved"},
+    "profile and keep": {"profile": "solved", "keep": 0.5},
+    "fixed profile": {"profile": "fixed"},
+    "fixed profile and its keep": {"profile": "fixed", "keep": 0.4},
+    "fixed profile and layer": {"profile": "fixed", "layer": 1},
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_was_asked_is_never_rewritten(source: str, model: Any) -> None:
+    known(
+        model, 0.4, cuts=(ProfileCut(layer=0, keep=0.5), ProfileCut(layer=2, keep=0.4), ProfileCut(layer=4))
+    )
+    made = {
+        "solved": Profile(method="uniform", keep=0.4, model=fingerprint(model), cuts=(ProfileCut(layer=0),)),
+        "fixed": Profile(
+            method="uniform",
+            keep=0.4,
+            model=fingerprint(model),
+            cuts=(ProfileCut(layer=0, keep=0.45), ProfileCut(layer=2, keep=0.35)),
+        ),
+    }
+    arguments = {**SOURCES[source]}
+    if "profile" in arguments:
+        arguments["profile"] = made[arguments["profile"]]
+    call = calls(model, 1)[0]
+
+    def now() -> Any:
+        with torch.no_grad():
+            model(**call)
+        report = tokenprune.report(model)
+        return report.method, report.layers_cut, report.kept, report.images[0].average
+
+    with tokenprune.pruned(model, **arguments):
+        first = now()
+        assert first[3] == pytest.approx(25 * (0.5 if source == "profile and keep" else 0.4), abs=1.2)
+        for keep in (0.3, 0.2, 10):
+            if isinstance(keep, float) and keep < 0.25 and "layer" in arguments:
+                continue  # a cut at layer 1 of 6 spends more
+            with tokenprune.override(model, keep=keep):
+                method, layers, _, average = now()
+                assert (method, layers) == first[:2] or isinstance(keep, int)
+                assert average == pytest.approx(keep * 25 if isinstance(keep, float) else keep, abs=1.2)
+                with tokenprune.override(model, method="auto", keep=0.35):
+                    assert now()[0] == "vflowopt" and tokenprune.report(model).profile is not None
+                with tokenprune.override(model, profile=made["fixed"]):
+                    assert now()[:2] == ("uniform", (0, 2))
+                with tokenprune.override(model, method="random", layer=0):
+                    assert now()[0] == "random" and tokenprune.report(model).profile is None
+                with tokenprune.override(model, method="none"):
+                    assert now()[0] == "none"
+        assert now() == first
 
 
 def test_auto_takes_the_profile_nearest_from_above(model: Any) -> None:

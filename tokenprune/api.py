@@ -103,7 +103,7 @@ def override(model: ModelT, **changes: Any) -> Iterator[ModelT]:
         ConfigError: a wrong argument; the model is left as it was.
     """
     runtime = _runtime(model)
-    asked = runtime.settings.arguments.changed(changes)
+    asked = runtime.settings.asked.changed(changes)
     if changes.get("profile") is not None:
         check_profile(runtime.model, asked)
     config = settle(runtime.model, runtime.family, asked)

@@ -12,36 +12,42 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tokenprune.budget import BudgetMeaning, Cut, Keep, check_keep
 from tokenprune.errors import ConfigError
 from tokenprune.methods import METHODS, Method
 from tokenprune.models.base import Family
 
+if TYPE_CHECKING:
+    from tokenprune.profiles.profile import Profile
+
 Positions = Literal["keep", "compact"]
 Allocation = Literal["image", "pooled"]
 AUTO = "auto"
-PUBLISHED = "entropyprune"  # what "auto" is where nothing is known of a model, or parameters are given
+DEFAULT = (
+    "vflowopt"  # what "auto" is where no profile is known of a model: what won on every model it was tried on
+)
 # keep_lists[cut][row][image] = kept raster indices
 KeepLists = Sequence[Sequence[Sequence[Any]]]
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """What is asked of a wrapped model.
+    """What is asked of a wrapped model, as it was asked; `tokenprune.config.settle` says what becomes of it.
 
     Attributes:
         method: a name from `tokenprune methods`, or a `Method` of your own. "auto" (default) takes the profile known
             for this model whose budget is nearest from above, solved for the budget asked; where none is known, or
-            where layers or parameters are given, it is "entropyprune".
+            where layers or parameters are given, it is "vflowopt" with its defaults (where that cannot look into the
+            model's vision tower, "uniform" before the LLM).
         keep: how many visual tokens to keep: a float in (0, 1] is a fraction, an int a number per image.
         layer: prune on entering this decoder layer; 0 is before the LLM. Default: the family's published layer.
             "auto": the one `detect_ecl` found for this model.
         cuts: several cuts instead of `layer`: (layer, keep) pairs, each keep a share of the image's original
             tokens; leave the last one's keep None to have it solved from the budget.
-        budget: what `keep` means: "average" over the decoder layers (as papers count), or "after_cut".
+        budget: what `keep` means: "average" over the decoder layers (as papers count), or "after_cut". Default: what
+            the profile says, else "average".
         positions: "keep" the original position ids, or "compact" them (cuts before the LLM with 1-D RoPE only).
         strict: raise instead of warning when a call prunes nothing although the budget asked for it.
         keep_lists: force what is kept: keep_lists[cut][row][image] = ascending raster indices.
@@ -65,7 +71,7 @@ class Arguments:
     keep: Keep | None = None
     layer: int | Literal["auto"] | None = None
     cuts: Sequence[Cut | tuple[int, Keep | None]] | None = None
-    budget: BudgetMeaning = "average"
+    budget: BudgetMeaning | None = None
     positions: Positions = "keep"
     strict: bool = False
     keep_lists: KeepLists | None = None
@@ -75,10 +81,11 @@ class Arguments:
     family: str | Family | None = None
     profile: Any = None
     allow_mismatch: bool = False
-    parameters: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _one_of("budget", self.budget, ("average", "after_cut"))
+        if self.budget is not None:
+            _one_of("budget", self.budget, ("average", "after_cut"))
         _one_of("positions", self.positions, ("keep", "compact"))
         _one_of("allocation", self.allocation, ("image", "pooled"))
         if (
@@ -111,26 +118,32 @@ class Arguments:
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Arguments:
         """From keyword arguments as `wrap` takes them: names that are none of ours are the method's parameters."""
-        if given.get("profile") is not None:
-            given = _from_profile(given)
+        given = _with_profile(given)
         own = {name: value for name, value in given.items() if name in NAMES}
         return cls(**own, parameters={name: value for name, value in given.items() if name not in NAMES})
 
     def changed(self, changes: Mapping[str, Any]) -> Arguments:
         """These arguments after an `override`.
 
-        A new method starts from its own default parameters; a new `layer` replaces `cuts` and the other way round.
-        Method "none", and cuts that all say their own keep, need no `keep=None` beside them.
+        A new method starts from its own default parameters; a new profile replaces method, cuts and budget. A new
+        `layer` replaces `cuts` and the other way round. Method "none", and cuts that all say their own keep, need no
+        `keep=None` beside them.
         """
         if "family" in changes:
             raise ConfigError("family is fixed when a model is wrapped; unwrap it first")
-        if changes.get("profile") is not None:
-            changes = _from_profile(changes)
+        changes = _with_profile(changes)
         new = {name: value for name, value in changes.items() if name in NAMES}
         own = {name: value for name, value in changes.items() if name not in NAMES}
-        if "method" not in changes:
-            own = {**self.parameters, **own}
         gone: set[str] = set()
+        if new.get("profile") is not None:
+            gone |= {"keep", "layer", "cuts", "budget", "keep_lists"}
+            new.setdefault("method", AUTO)
+        elif "method" in changes and self.profile is not None:
+            gone.add("profile")
+            if self.keep is None and self.cuts is None and changes["method"] != "none":
+                new = {"keep": self.profile.keep, "budget": self.profile.budget, **new}  # at the same budget
+        elif "method" not in changes:
+            own = {**self.parameters, **own}
         if "layer" in changes:
             gone.add("cuts")
         if "cuts" in changes:
@@ -139,12 +152,44 @@ class Arguments:
                 new["cuts"] = check_cuts(new["cuts"])
                 if new["cuts"][-1].keep is not None:
                     gone.add("keep")
+        if changes.get("method") == AUTO:
+            gone |= {"layer", "cuts", "keep_lists"} - changes.keys()
         if changes.get("method") == "none":
             gone |= {"keep", "layer", "cuts", "keep_lists"}
         if {"layer", "cuts", "keep"} & changes.keys():
             gone.add("keep_lists")
         replaced: dict[str, Any] = {**dict.fromkeys(gone), "parameters": own, **new}
         return dataclasses.replace(self, **replaced)
+
+    def under(self, profile: Profile) -> Arguments:
+        """With what a profile says, but for what is asked beside it.
+
+        Raises:
+            ConfigError: the profile is for another method, or holds what its method does not take.
+        """
+        if self.method not in (AUTO, profile.method):
+            raise ConfigError(
+                f"the profile is for method {profile.method!r}, not {self.method!r}: leave one of them out"
+            )
+        profile.check()
+        said = profile.arguments(self.keep)
+        if self.layer is not None or self.cuts is not None:
+            solved = self.cuts is None or check_cuts(self.cuts)[-1].keep is None
+            said |= {"cuts": self.cuts, "keep": (self.keep or profile.keep) if solved else self.keep}
+        return dataclasses.replace(
+            self,
+            method=profile.method,
+            keep=said["keep"],
+            cuts=said["cuts"],
+            budget=self.budget or profile.budget,
+            profile=profile,
+            parameters={**profile.parameters, **self.parameters},
+        )
+
+    @property
+    def meaning(self) -> BudgetMeaning:
+        """What `keep` means where nobody says."""
+        return self.budget or "average"
 
     @classmethod
     def from_text(cls, texts: Mapping[str, str]) -> Arguments:
@@ -154,7 +199,7 @@ class Arguments:
             ConfigError: a text that cannot be read; says what it may be.
         """
         method = texts.get("method", AUTO)
-        method = PUBLISHED if method == AUTO else method
+        method = DEFAULT if method == AUTO else method
         read: dict[str, Any] = {}
         for name, text in texts.items():
             if name in NAMES:
@@ -192,24 +237,18 @@ class Arguments:
 NAMES = tuple(f.name for f in dataclasses.fields(Arguments) if f.name != "parameters")
 
 
-def _from_profile(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a profile says, under what is given beside it."""
+def _with_profile(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given, with the profile itself where its path is given."""
+    profile = given.get("profile")
+    if profile is None:
+        return dict(given)
     from tokenprune.profiles.profile import Profile  # pydantic is not needed otherwise
 
-    profile = given["profile"]
     if isinstance(profile, str | Path):
         profile = Profile.load(profile)
     if not isinstance(profile, Profile):
         raise ConfigError(f"profile must be a tokenprune.Profile or the path of one, not {profile!r:.80}")
-    said = profile.arguments(check_keep(given["keep"]) if given.get("keep") is not None else None)
-    if {"layer", "cuts"} & given.keys():
-        said.pop("cuts")
-    given = {name: value for name, value in given.items() if name != "method" or value != AUTO}
-    if given.get("method", said["method"]) != said["method"]:
-        raise ConfigError(
-            f"the profile is for method {said['method']!r}, not {given['method']!r}: leave one of them out"
-        )
-    return {**said, **given, "profile": profile}
+    return {**given, "profile": profile}
 
 
 def _one_of(name: str, value: object, values: tuple[str, str]) -> None:

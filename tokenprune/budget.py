@@ -60,7 +60,12 @@ def average_floor(layer: int, num_layers: int, n: int) -> float:
 
 
 def plan_counts(
-    n: int, num_layers: int, cuts: Sequence[Cut], keep: Keep | None, budget: BudgetMeaning = "average"
+    n: int,
+    num_layers: int,
+    cuts: Sequence[Cut],
+    keep: Keep | None,
+    budget: BudgetMeaning = "average",
+    nearest: bool = False,
 ) -> list[int]:
     """Tokens one image keeps after each cut.
 
@@ -76,6 +81,7 @@ def plan_counts(
         cuts: in ascending order of layer.
         keep: the budget; None when every cut says its own.
         budget: the meaning of `keep`.
+        nearest: where the cuts cannot reach the target, as near as they come, instead of an error.
 
     Returns:
         One count per cut, non-increasing, each in [1, n].
@@ -92,7 +98,9 @@ def plan_counts(
             count = max(1, _floor(tokens(cut.keep, n) + 0.5))
         else:
             assert keep is not None  # checked when the configuration was made
-            count = _solve(n, num_layers, cut.layer, tokens(keep, n), spent, previous, budget, i > 0)
+            count = _solve(n, num_layers, cut.layer, tokens(keep, n), spent, previous, budget, i > 0, nearest)
+        if count > previous and nearest:
+            count = previous
         if count > previous:
             raise BudgetError(
                 f"the cut at layer {cut.layer} would keep {count} of {n} tokens, more than the {previous} left by "
@@ -112,6 +120,7 @@ def _solve(
     previous: int,
     budget: BudgetMeaning,
     rounded: bool,
+    nearest: bool,
 ) -> int:
     if budget == "after_cut":
         return max(1, _floor(target))
@@ -123,10 +132,12 @@ def _solve(
         # A single image token cannot be halved: the budget still rounds to one token.
         if n == 1 or (layer == 0 and target < 1):
             return 1
+        if nearest:
+            return 1 if target < low else previous
         raise BudgetError(
             f"an average of {target:g} of {n} tokens ({target / n:.1%}) cannot be reached by a cut at layer {layer} of "
-            f"{num_layers}: the reachable range is {low / n:.1%} to {high / n:.1%}; cut earlier, keep more, or use "
-            f"budget='after_cut'"
+            f"{num_layers}: the reachable range is {low:.4g} to {high:.4g} tokens ({low / n:.1%} to {high / n:.1%}); "
+            f"cut earlier, keep more, or use budget='after_cut'"
         )
     return max(1, _floor((num_layers * target - spent) / rest))
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from torch import nn
 
-from tokenprune.arguments import AUTO, PUBLISHED, Arguments
-from tokenprune.budget import BudgetMeaning, Cut, Keep, average_floor
-from tokenprune.errors import BudgetError, ConfigError, UntestedWarning
+from tokenprune.arguments import Arguments
+from tokenprune.auto import resolve
+from tokenprune.budget import BudgetMeaning, Cut, Keep
+from tokenprune.errors import BudgetError, ConfigError
 from tokenprune.fingerprint import fingerprint
 from tokenprune.methods import DecoderShape, Method, NoPruning, ScoreMethod, make_method
 from tokenprune.methods.base import PROJECTED, Needs
@@ -23,12 +22,14 @@ from tokenprune.models.decoders import attention_backend, check_states, takes_bi
 @dataclass(frozen=True)
 class PruneConfig:
     """Attributes:
-    arguments: as asked.
+    asked: what was asked, for an `override` to start from.
+    arguments: the same once a profile, and what "auto" stands for, are filled in.
     method: the pruning method.
     cuts: where to prune, ascending; empty for `none`.
     layer_reason: where the cut's layer came from, for the report.
     """
 
+    asked: Arguments
     arguments: Arguments
     method: Method
     cuts: tuple[Cut, ...]
@@ -45,16 +46,14 @@ class PruneConfig:
         return self.arguments.keep_lists is None and bool(self.cuts)
 
 
-def settle(model: nn.Module, family: Family, arguments: Arguments) -> PruneConfig:
-    """Check the arguments against the model, before anything is touched.
+def settle(model: nn.Module, family: Family, asked: Arguments) -> PruneConfig:
+    """Fill in what is left open, and check it all against the model, before anything is touched.
 
     Raises:
         ConfigError: names the argument and what it may be.
     """
     num_layers = len(family.layers(model))
-    note = ""
-    if arguments.method == AUTO:
-        arguments, note = _chosen(model, family, arguments)
+    arguments, note = resolve(model, family, asked)
     made = make_method(arguments.method, dict(arguments.parameters))
     made.check(decoder_shape(model, family))
     _check_needs(model, family, made)
@@ -62,10 +61,14 @@ def settle(model: nn.Module, family: Family, arguments: Arguments) -> PruneConfi
         raise ConfigError(
             f"frame_floor needs a method that scores tokens; {made.name!r} does not: leave it out"
         )
+    if arguments.allocation == "pooled" and made.needs().merges and not made.needs().row:
+        raise ConfigError(
+            f"method {made.name!r} merges tokens, which allocation='pooled' does not offer; use allocation='image'"
+        )
     if isinstance(made, NoPruning):
         if arguments.says_how_much:
             raise ConfigError("method 'none' keeps everything: leave keep, cuts and keep_lists out")
-        return PruneConfig(arguments, made, (), "nothing is cut")
+        return PruneConfig(asked, arguments, made, (), "nothing is cut")
     cuts, reason = _cuts(model, family, arguments, made)
     reason += note
     for cut in cuts:
@@ -76,37 +79,7 @@ def settle(model: nn.Module, family: Family, arguments: Arguments) -> PruneConfi
             f"positions='compact' is offered for cuts before the LLM (layer=0) of models with one position per token; "
             f"here the cuts are at {', '.join(str(c.layer) for c in cuts)} of a {family.name} model: use 'keep'"
         )
-    return PruneConfig(arguments, made, cuts, reason)
-
-
-def _chosen(model: nn.Module, family: Family, arguments: Arguments) -> tuple[Arguments, str]:
-    """What "auto" stands for: the arguments, and what the report is to say of it."""
-    published = dataclasses.replace(arguments, method=PUBLISHED)
-    given = (arguments.layer, arguments.cuts, arguments.keep_lists, arguments.profile)
-    if arguments.keep is None or arguments.parameters or any(one is not None for one in given):
-        return published, ""
-    from tokenprune.profiles.known import known_profile  # pydantic is not needed otherwise
-
-    profile = known_profile(fingerprint(model), arguments.keep)
-    if profile is None:
-        warnings.warn(
-            f"no profile is known for this model: EntropyPrune as published for {family.name} models is taken, "
-            f"untested on it; 'tokenprune tune MODEL --data pictures/ --budget {arguments.keep} --quick' chooses "
-            f"in a minute, 'tokenprune drift MODEL --data pictures/ --keep {arguments.keep}' shows what this one does",
-            UntestedWarning,
-            stacklevel=2,
-        )
-        return published, "; untested on this model: see tokenprune tune and tokenprune drift"
-    said = profile.arguments(arguments.keep)
-    chosen = dataclasses.replace(
-        arguments,
-        method=profile.method,
-        keep=said["keep"],
-        cuts=said["cuts"],
-        profile=profile,
-        parameters=dict(profile.parameters),
-    )
-    return chosen, f"; profile {profile.hash[:8]} for {profile.keep}"
+    return PruneConfig(asked, arguments, made, cuts, reason)
 
 
 def check_profile(model: nn.Module, arguments: Arguments) -> None:
@@ -181,7 +154,7 @@ def _check_budget(arguments: Arguments, cuts: tuple[Cut, ...], num_layers: int) 
     elif cuts[-1].keep is None:
         if keep is None:
             raise ConfigError("say how much to keep, for example keep=0.25 (a fraction) or keep=144 (tokens)")
-        _check_average(keep, cuts, num_layers, arguments.budget)
+        _check_average(keep, cuts, num_layers, arguments.meaning)
     elif keep is not None:
         raise ConfigError("every cut says its own keep; leave the overall keep out, or the last cut's")
 
@@ -229,13 +202,20 @@ def _detected_layer(model: nn.Module) -> tuple[int, str]:
 
 def _check_average(keep: Keep, cuts: tuple[Cut, ...], num_layers: int, budget: BudgetMeaning) -> None:
     """A fraction no image size can reach is refused now; the rest is known once the image is."""
-    if budget != "average" or isinstance(keep, int) or len(cuts) > 1:
+    if budget != "average" or isinstance(keep, int) or any(isinstance(cut.keep, int) for cut in cuts):
         return
-    layer = cuts[0].layer
-    if layer and keep <= layer / num_layers:
-        low = average_floor(layer, num_layers, 10**9)
-        raise BudgetError(
-            f"an average of {keep:.1%} cannot be reached by a cut at layer {layer} of {num_layers}: "
-            "the reachable range "
-            f"starts above {low:.1%}; cut earlier, keep more, or use budget='after_cut'"
-        )
+    spent, previous, start = 0.0, 1.0, 0  # in layers times shares
+    for cut in cuts:
+        spent += (cut.layer - start) * previous
+        start, previous = cut.layer, previous if cut.keep is None else float(cut.keep)
+    low, high = spent / num_layers, (spent + (num_layers - start) * previous) / num_layers
+    if low < keep <= high + 1e-9:
+        return
+    where = (
+        f"a cut at layer {start}" if len(cuts) == 1 else f"cuts at {', '.join(str(c.layer) for c in cuts)}"
+    )
+    ends = "" if high > 1 - 1e-9 else f" and ends at {high:.1%}"
+    raise BudgetError(
+        f"an average of {keep:.1%} cannot be reached by {where} of {num_layers}: the reachable range starts above "
+        f"{low:.1%}{ends}; cut earlier, keep more, or use budget='after_cut'"
+    )

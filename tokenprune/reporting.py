@@ -310,7 +310,7 @@ def make_report(outcome: Outcome) -> Report:
         layers_cut=tuple(cut.layer for cut in config.cuts),
         layer_reason=config.layer_reason,
         keep=config.arguments.keep,
-        budget=config.arguments.budget,
+        budget=config.arguments.meaning,
         images=tuple(images),
         layers=tuple(map(LayerReport, outcome.lengths, used, allocated)),
         length=outcome.length,

@@ -1,11 +1,25 @@
-"""The plain tensors that quantised ones consist of."""
+"""The plain tensors that quantised ones consist of, and arithmetic in the dtypes that are written down."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
+
+
+@contextmanager
+def as_written(device: torch.device, grad: bool = False) -> Iterator[None]:
+    """Inside, every operation has the dtype of its operands, whatever `torch.autocast` the caller runs under.
+
+    Args:
+        device: of the operands.
+        grad: whether gradients may flow.
+    """
+    with torch.autocast(device.type, enabled=False), torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+        yield
 
 
 def plain_tensors(held: Any) -> Iterator[Tensor]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenprune.cli.loading import load_model
+from tokenprune.cli.loading import check_device, load_model
 from tokenprune.cli.options import DeviceOption, Dtype, DtypeOption, JsonOption
 from tokenprune.cli.shell import InputError, console, print_json
 
@@ -70,13 +70,15 @@ def bench(
     best: stock layers on tokens chosen beforehand.
     """
     from tokenprune.bench.measure import Bench, measure
-    from tokenprune.bench.output import append, table
+    from tokenprune.bench.output import append, check_table, table
 
     sizes = [_batch(text) for text in batch or ("1", "8", *(() if model else ("8r",)))]
     if model and any(ragged for _, ragged in sizes):
         raise InputError("--batch 8r needs a geometry: a model of your own is asked the same in every row")
+    if csv is not None and csv.is_file() and csv.stat().st_size:
+        check_table(csv)
     plan = _plan(method, keep, layer, repeats, steps, answer, clock)
-    subject = _subject(model, geometry, dtype.value, device, threads)
+    subject = _subject(model, geometry, dtype.value, device, threads, plan)
     rows: list[dict[str, Any]] = []
     for size, ragged in sizes:
         rows.append(measure(Bench(subject, size, ragged, plan)))
@@ -91,8 +93,9 @@ def bench(
 def _plan(
     method: str, keep: str, layer: int | None, repeats: int, steps: int, answer: list[int] | None, clock: str
 ) -> Plan:
-    from tokenprune.arguments import Arguments, read_keep
+    from tokenprune.arguments import AUTO, Arguments, read_keep
     from tokenprune.bench.measure import Plan
+    from tokenprune.methods import make_method
     from tokenprune.timing import CLOCKS
 
     if clock not in CLOCKS:
@@ -101,14 +104,25 @@ def _plan(
     if not set(totals) <= {32, 256}:
         raise InputError("--answer is 32, 256 or 0")
     name, *words = method.split(",")
+    if name == AUTO:
+        raise InputError("--method auto is another method on every model; name the one to time")
     given = Arguments.from_text({"method": name, **dict(_pair(word) for word in words)})
+    if others := sorted(given.given().keys() - {"method", *given.parameters}):
+        raise InputError(
+            f"--method takes parameters of {name!r} only, not {', '.join(others)}; there are --layer and --keep"
+        )
+    make_method(name, dict(given.parameters))
     return Plan(name, given.parameters, read_keep(keep), layer, repeats, steps, totals, clock)
 
 
 def _subject(
-    model: str | None, geometry: str, dtype: str, device: str | None, threads: int | None
+    model: str | None, geometry: str, dtype: str, device: str | None, threads: int | None, plan: Plan
 ) -> Subject:
     import torch
+
+    from tokenprune.methods import make_method
+
+    method, needs = plan.method, make_method(plan.method, dict(plan.parameters)).needs()
 
     from tokenprune.bench.geometry import GEOMETRIES, own_subject, random_subject
 
@@ -122,7 +136,12 @@ def _subject(
         torch.backends.cuda.enable_cudnn_sdp(False)
     if model is not None:
         return own_subject(model, *load_model(model, dtype, device))
-    return random_subject(GEOMETRIES[geometry], device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if needs.vision is not None or needs.pixels is not None or needs.digest:
+        raise InputError(
+            f"--method {method}: it looks at pictures, and a geometry has none, nor a vision tower; time uniform, "
+            f"entropyprune or fastv there, or give a model"
+        )
+    return random_subject(GEOMETRIES[geometry], check_device(None if device == "auto" else device))
 
 
 def _batch(text: str) -> tuple[int, bool]:

@@ -17,7 +17,7 @@ from tokenprune.cli.options import (
     MetricOption,
     ModelArgument,
 )
-from tokenprune.cli.shell import InputError, console, print_json
+from tokenprune.cli.shell import InputError, console, one_line, print_json
 
 
 def drift(
@@ -102,4 +102,5 @@ def _show(found: Any, title: str, cases: list[dict[str, Any]]) -> None:
     out.print(table)
     for case in cases:
         where = f"  {case['picture']}" if "picture" in case else ""
-        out.print(f"{case['drift']:.4f}  sample {case['sample']}: {case['prompt'][:80]}{where}", markup=False)
+        text = one_line(f"sample {case['sample']}: {case['prompt'][:80]}{where}")
+        out.print(f"{case['drift']:.4f}  {text}", markup=False)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenprune.cli.shell import InputError, one_line, quiet_transformers
+from tokenprune.errors import UnsupportedModelError
 from tokenprune.files import given_path
 
 if TYPE_CHECKING:
@@ -54,8 +55,10 @@ def load_model(
 
     if attention not in ATTENTION:
         raise InputError(f"attention is one of {', '.join(ATTENTION)}, not {attention!r}")
-    device = _check_device(device)
-    wanted = None if dtype == "auto" else getattr(torch, dtype)
+    device = check_device(device)
+    wanted = None if dtype == "auto" else getattr(torch, dtype, None)
+    if dtype != "auto" and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
+        raise InputError(f"dtype is auto, float32, bfloat16 or float16, not {dtype!r}")
     from tokenprune.testbed import MODELS
 
     if name in MODELS:
@@ -90,15 +93,37 @@ def _pretrained(auto: Any, source: str, name: str, **options: Any) -> Any:
         return auto.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # broken files raise whatever their reader does
         # Their messages fill a screen; the first sentence says what happened.
-        reason = re.split(r"(?<=[a-z)'\"])[.:]?\s(?=[A-Z])", one_line(str(error)))[0][:160].rstrip(".: ")
+        text = one_line(str(error))
+        if "torchvision" in text.lower():
+            raise InputError(
+                f"cannot load {name!r}: its processor needs torchvision; pip install torchvision, in the build that "
+                f"goes with your torch (https://pytorch.org/get-started/locally)"
+            ) from error
+        kind = re.search(r"model type `([\w-]+)`", text)
+        if kind is not None:
+            raise UnsupportedModelError(_unknown(name, kind[1])) from error
+        reason = re.split(r"(?<=[a-z)'\"])[.:]?\s(?=[A-Z])", text)[0][:160].rstrip(".: ")
         hint = "" if Path(source).is_dir() else f", nor is there a folder {name!r}"
         raise InputError(
             f"cannot load {name!r}: {reason}{hint}; give a model folder, a hub id, or 'small' or 'smol', the testbed's"
         ) from error
 
 
+def _unknown(name: str, kind: str) -> str:
+    """Of a checkpoint that transformers does not read."""
+    from tokenprune.models import TWINS
+
+    if kind in TWINS:
+        return (
+            f"{name!r} is a {kind!r} checkpoint as its authors released it, which transformers does not read; its twin "
+            f"is {TWINS[kind]}"
+        )
+    from tokenprune.releases import release
+
+    return f"{name!r} is a {kind!r} model, which {release()} does not know; 'tokenprune models' lists what is pruned"
+
+
 def _check_type(name: str, config: Any) -> None:
-    from tokenprune.errors import UnsupportedModelError
     from tokenprune.models import FAMILIES
 
     supported = sorted(t for family in FAMILIES.values() for t in family.model_types)
@@ -115,7 +140,7 @@ def _an_example() -> str:
     return next(family.examples[0] for family in FAMILIES.values() if family.examples)
 
 
-def _check_device(device: str | None) -> str:
+def check_device(device: str | None) -> str:
     import torch
 
     if device is None:

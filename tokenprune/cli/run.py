@@ -12,7 +12,7 @@ import typer
 from tokenprune.cli.loading import load_images, load_model
 from tokenprune.cli.options import DeviceOption, Dtype, DtypeOption, JsonOption, ModelArgument
 from tokenprune.cli.parse import parse_pairs
-from tokenprune.cli.shell import InputError, console, print_json
+from tokenprune.cli.shell import InputError, console, one_line, print_json
 from tokenprune.files import given_path
 
 if TYPE_CHECKING:
@@ -105,15 +105,18 @@ def _prune_arguments(
     method: str, keep: str | None, layer: str | None, budget: Budget, param: list[str]
 ) -> dict[str, Any]:
     """The arguments of `wrap`; what can be checked without a model is, before a large one is loaded."""
-    from tokenprune.arguments import AUTO, PUBLISHED, Arguments
+    from tokenprune.arguments import AUTO, DEFAULT, Arguments
     from tokenprune.methods import make_method
 
-    texts = {"method": method, "budget": budget.value, **parse_pairs(method, param)}
-    texts |= {name: text for name, text in (("keep", keep), ("layer", layer)) if text is not None}
+    texts = {"method": method, **parse_pairs(method, param)}
+    meaning = None if budget is Budget.average else budget.value
+    texts |= {
+        n: text for n, text in (("keep", keep), ("layer", layer), ("budget", meaning)) if text is not None
+    }
     if keep is not None and method == "none":
         raise InputError("method 'none' keeps everything: leave --keep out, or choose another --method")
     asked = Arguments.from_text(texts)
-    make_method(PUBLISHED if asked.method == AUTO else asked.method, dict(asked.parameters))
+    make_method(DEFAULT if asked.method == AUTO else asked.method, dict(asked.parameters))
     if method != "none" and asked.keep is None and not (asked.cuts and asked.cuts[-1].keep):  # type: ignore[union-attr]
         raise InputError("say how much to keep, for example --keep 25% or --keep 144")
     return asked.given()
@@ -177,7 +180,7 @@ def _show(document: dict[str, Any], report: Report) -> None:
     }
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
-        table.add_row(name, Text(value))  # the model's own words: brackets in them are no markup
+        table.add_row(name, Text(one_line(value)))  # the model's own words: brackets in them are no markup
     out = console()
     out.print(table)
     out.print()

@@ -75,9 +75,19 @@ def short_warnings(debug: bool) -> Iterator[None]:
         yield
 
 
+def warn(message: str) -> None:
+    """Say something on stderr, on one line, and go on."""
+    typer.echo(f"warning: {one_line(message)}", err=True)
+
+
 def one_line(text: str) -> str:
     """A text from anywhere on one line, without the escapes by which it could steer the terminal."""
-    return " ".join("".join(c if c.isprintable() or c.isspace() else "?" for c in text).split())
+    return " ".join(printable(text).split())
+
+
+def printable(text: str) -> str:
+    """A text with a question mark for every character that would steer the terminal."""
+    return "".join(c if c.isprintable() or c.isspace() else "?" for c in text)
 
 
 def print_json(document: Any) -> None:
@@ -89,8 +99,14 @@ def console(stderr: bool = False) -> Console:
     """A rich console; where it does not end in a terminal, wide enough for every table."""
     from rich.console import Console
 
+    class Plain(Console):
+        """Texts may come from files and models: what would steer the terminal is shown, not sent."""
+
+        def print(self, *shown: Any, **options: Any) -> None:
+            super().print(*(printable(own) if isinstance(own, str) else own for own in shown), **options)
+
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else 120)
+    return Plain(stderr=stderr, highlight=False, width=None if stream.isatty() else 120)
 
 
 @contextmanager

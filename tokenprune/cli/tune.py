@@ -18,7 +18,8 @@ from tokenprune.cli.options import (
     MetricOption,
     ModelArgument,
 )
-from tokenprune.cli.shell import InputError, console, print_json, progress
+from tokenprune.cli.shell import InputError, console, print_json, progress, warn
+from tokenprune.errors import ConfigError
 from tokenprune.files import given_path
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ def tune(
 ) -> None:
     """Choose a method and its parameters by drift on a few images, and keep them as a profile."""
     from tokenprune.analysis.calibration import calibration_calls, load_calibration
+    from tokenprune.profiles.known import KIND
+    from tokenprune.profiles.store import check_writable
     from tokenprune.tune.drift import check_metric
 
     keep = _budget(budget)
@@ -114,6 +117,8 @@ def tune(
     for folder in (out and out.parent, report and report.parent):
         if folder is not None and not given_path(folder).is_dir():
             raise InputError(f"there is no folder {str(folder)!r}; make it first")
+    if out is None:
+        check_writable(KIND)
     options: dict[str, Any] = {
         "methods": method,
         "metric": metric,
@@ -178,11 +183,16 @@ def _keep(profiles: list[Profile], out: Path | None) -> list[str]:
 
     paths = []
     for profile in profiles:
-        path = remember_profile(profile)
         if out is not None:
             several = len(profiles) > 1
             path = profile.save(out.with_stem(f"{out.stem}-{profile.keep:.4g}") if several else out)
-        paths.append(str(path))
+        try:
+            kept = remember_profile(profile)
+        except ConfigError as error:
+            if out is None:
+                raise
+            warn(f"the profile is written, and not kept for 'auto': {error}")
+        paths.append(str(kept if out is None else path))
     return paths
 
 

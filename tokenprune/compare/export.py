@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.compare.summary import Row, Share, Summary
+from tokenprune.files import csv_text
 
 
 def write_csv(summary: Summary, path: Path, about: Mapping[str, str]) -> None:
@@ -19,7 +20,7 @@ def write_csv(summary: Summary, path: Path, about: Mapping[str, str]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: csv_text(text) for name, text in row.items()} for row in rows)
 
 
 def write_json(summary: Summary, path: Path, about: Mapping[str, str]) -> None:

@@ -9,8 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.errors import ConfigError
+from tokenprune.files import write_whole
 
 ASKED, LINES = "asked.json", "lines.jsonl"
+# What a line of each kind has at least: one that lacks it was damaged.
+_KINDS = {
+    "asked": ("asked",),
+    "arm": ("arm", "setting"),
+    "answer": ("arm", "question", "text", "kept", "kv", "flops", "drift"),
+    "refused": ("arm", "reason"),
+    "time": ("arm", "batch_size", "what"),
+}
 
 
 class Store:
@@ -31,14 +40,16 @@ class Store:
                 f"there is a comparison in {str(folder)!r} already: go on with --resume, or name another"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        if held.exists() and self.path.exists():
-            differ = _differences(json.loads(held.read_text()), json.loads(json.dumps(asked)))
+        if self.path.exists():
+            differ = _differences(self._asked(held), json.loads(json.dumps(asked)))
             if differ:
                 raise ConfigError(
                     f"the comparison in {str(folder)!r} was asked something else ({', '.join(differ)}); name another"
                 )
-        held.write_text(json.dumps(asked, indent=1))
-        self._mend()
+            self._mend()
+        write_whole(held, json.dumps(asked, indent=1))
+        if not any(True for _ in self.rows("asked")):
+            self.add("asked", [{"asked": dict(asked)}])
 
     def add(self, kind: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows; they are on disk when this returns."""
@@ -52,21 +63,48 @@ class Store:
         """What was added under a kind, in order."""
         if not self.path.exists():
             return
-        with self.path.open(encoding="utf-8") as file:
+        with self.path.open("rb") as file:
             for line in file:
-                row = json.loads(line)
-                if row.pop("kind") == kind:
+                row = _row(line)
+                if row is not None and row.pop("kind") == kind:
                     yield row
 
+    def _asked(self, held: Path) -> Mapping[str, Any]:
+        """What the answers there were asked, which stands with them, too.
+
+        Raises:
+            ConfigError: both are damaged.
+        """
+        asked = _document(held.read_bytes()) if held.exists() else None
+        if asked is None:
+            asked = next((row["asked"] for row in self.rows("asked")), None)
+        if not isinstance(asked, dict):
+            raise ConfigError(
+                f"{str(held)!r} is damaged, and nothing else says what its answers were asked; name another folder"
+            )
+        return asked
+
     def _mend(self) -> None:
-        """Cut off a last line that a kill left unfinished."""
-        if not self.path.exists():
-            return
-        data = self.path.read_bytes()
-        end = data.rfind(b"\n") + 1
-        if end < len(data):
-            with self.path.open("r+b") as file:
-                file.truncate(end)
+        """Leave out lines that a kill or a power cut damaged: what they held is asked again."""
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        whole = [line for line in lines if _row(line) is not None]
+        if len(whole) < len(lines):
+            write_whole(self.path, b"".join(whole).decode())
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line's row; None where it is damaged."""
+    row = _document(line) if line.endswith(b"\n") else None
+    needed = _KINDS.get(row["kind"]) if row is not None and isinstance(row.get("kind"), str) else None
+    return row if needed is not None and row is not None and row.keys() >= set(needed) else None
+
+
+def _document(data: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(data)
+    except ValueError:  # no JSON, or no text at all
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _differences(held: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:

@@ -52,6 +52,7 @@ class Needs:
             evaluated there too.
         digest: whether a seed made from the image's pixels and the prompt is wanted.
         row: whether the method sees all images of a row at once, as one `ImageTokens` with a budget they share.
+        merges: whether selections may merge tokens (refused with `allocation="pooled"`, unless `row`).
         bias: whether selections may carry biases (refused with flash and flex attention).
         ahead: for a cut before the LLM: K, so that `states` are what layer K - 1 (K, for "hidden") would make of the
             image's tokens if they were alone in the prompt. It costs K layers on them.
@@ -71,6 +72,7 @@ class Needs:
     pixels: Callable[[Tensor], Tensor] | None = None
     digest: bool = False
     row: bool = False
+    merges: bool = False
     bias: bool = False
     ahead: int | None = None
     counts: bool = False
@@ -361,6 +363,12 @@ class Choice:
     def check(self, name: str, value: object) -> None:
         if value not in self.values:
             raise ConfigError(f"{name} must be one of {', '.join(self.values)}, not {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raises ConfigError for what is neither True nor False: "no" would mean yes."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, not {value!r}")
 
 
 def cut_layers(setting: Setting, lowest: int = 1) -> Whole:

@@ -12,7 +12,15 @@ from torch import Tensor
 from tokenprune.budget import Cut, Keep
 from tokenprune.errors import ConfigError
 from tokenprune.estimators import ESTIMATORS, SpectralEstimator, make_estimator
-from tokenprune.methods.base import Choice, DecoderShape, ImageTokens, Needs, ScoreMethod, cut_layers
+from tokenprune.methods.base import (
+    Choice,
+    DecoderShape,
+    ImageTokens,
+    Needs,
+    ScoreMethod,
+    check_flag,
+    cut_layers,
+)
 from tokenprune.space import Dimension, OneOf, Setting
 from tokenprune_kernels.dual_gram_entropy import dual_gram_entropy, reference
 from tokenprune_kernels.dual_gram_entropy.arguments import EIGENVALUE_FLOOR
@@ -63,6 +71,7 @@ class EntropyPrune(ScoreMethod):
         NORMALIZATION.check("normalization", self.normalization)
         GRAM.check("gram", self.gram)
         ESTIMATOR.check("estimator", self.estimator)
+        check_flag("column_groups", self.column_groups)
         ahead = self.lookahead
         if isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 0:
             raise ConfigError(f"lookahead must be a number of layers, 0 for none, not {ahead!r}")

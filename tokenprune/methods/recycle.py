@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import ConfigError
-from tokenprune.methods.base import Choice, DecoderShape, ImageTokens, Method, Needs, ScoreMethod
+from tokenprune.methods.base import Choice, DecoderShape, ImageTokens, Method, Needs, ScoreMethod, check_flag
 from tokenprune.tokens import Grid, Selection
 
 ENLARGED = "recycling cells were enlarged to fit the budget"
 HOW = Choice(("hopfield", "cells"))
+_MOST = 1e6  # of cells' sides and inverse temperatures: float32 has room for its products
 _PATTERNS = (
     2  # kept tokens that take one up in "hopfield"; at its temperatures the third gets next to nothing
 )
@@ -63,13 +64,16 @@ class Recycle(Method):
         HOW.check("how", self.how)
         for what, least in (("side", 1.0), ("beta", 0.0)):
             value = getattr(self, what)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= _MOST:
                 of = "the side of recycling cells" if what == "side" else what
-                raise ConfigError(f"{of} must be a number of at least {least:g}, not {value!r}")
+                raise ConfigError(f"{of} must be a number from {least:g} to {_MOST:g}, not {value!r}")
+        for what in ("protect", "size_term"):
+            check_flag(what, getattr(self, what))
 
     def needs(self) -> Needs:
         needs = self.method.needs()
-        return replace(needs, bias=self.size_term, features=needs.features or self.how == "hopfield")
+        features = needs.features or self.how == "hopfield"
+        return replace(needs, bias=self.size_term, merges=True, features=features)
 
     def check(self, shape: DecoderShape) -> None:
         self.method.check(shape)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from tokenprune.budget import Cut, Keep
 from tokenprune.errors import ConfigError
-from tokenprune.methods.base import Choice, ImageTokens, Method, Needs, ScoreMethod
+from tokenprune.methods.base import Choice, ImageTokens, Method, Needs, ScoreMethod, check_flag
 from tokenprune.methods.importance import ImportanceMap
 from tokenprune.methods.recycle import HOW, Recycle
 from tokenprune.methods.spread import Spread
@@ -61,6 +61,8 @@ class VFlowOpt(Method):
 
     def __post_init__(self) -> None:
         RECYCLING.check("recycling", self.recycling)
+        for name in ("protect_recycled", "size_term"):
+            check_flag(name, getattr(self, name))
         _ = self.chooser  # checks what is its own
         for name in ("r1", "r2"):
             value = getattr(self, name)

@@ -43,6 +43,14 @@ REFUSED = {
     "mllama": "its images are read by cross-attention: there are no visual tokens in the sequence to prune"
 }
 
+# Checkpoints as their authors released them, by model_type, and the twin that transformers reads.
+TWINS = {
+    "llava_llama": "llava-hf/llava-1.5-7b-hf (or llava-hf/llava-v1.6-vicuna-7b-hf)",
+    "llava_mistral": "llava-hf/llava-v1.6-mistral-7b-hf",
+    "llava_qwen": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+    "internvl_chat": "OpenGVLab/InternVL3-8B-hf",
+}
+
 # What people put around a model, by class, and what to give instead.
 WRAPPERS = {
     "OptimizedModule": "wrap the model before torch.compile (or the compiled one's ._orig_mod)",
@@ -81,12 +89,14 @@ def find_family(model: nn.Module, asked: str | Family | None = None) -> Family:
         ConfigError: no family has the name.
     """
     if isinstance(asked, Family):
+        _check_fits(asked, model)
         return asked
     if asked is not None:
         if asked not in FAMILIES:
             raise ConfigError(
                 f"unknown family {asked!r}; choose one of {', '.join(FAMILIES)}, or pass a Family"
             )
+        _check_fits(FAMILIES[asked], model)
         return FAMILIES[asked]
     config: Any = model.config
     kind = getattr(config, "model_type", type(model).__name__)
@@ -95,11 +105,38 @@ def find_family(model: nn.Module, asked: str | Family | None = None) -> Family:
         if kind in family.model_types and head is not None:
             return family
     supported = ", ".join(sorted(t for f in FAMILIES.values() for t in f.model_types))
+    if any(kind in family.model_types for family in FAMILIES.values()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is the body of a {kind!r} model, and pruning hooks into the whole: wrap the class "
+            f"with its language head (...ForConditionalGeneration); as an embedding model it is not supported yet"
+        )
     why = f": {REFUSED[kind]}" if kind in REFUSED else ""
     raise UnsupportedModelError(
-        f"{type(model).__name__} (model_type {kind!r}) is not supported{why}; supported: {supported}, with a language "
-        f"head (the ...ForConditionalGeneration class), or pass family="
+        f"{type(model).__name__} (model_type {kind!r}) is not supported{why}; supported: {supported}, or pass family="
     )
+
+
+def misfit(family: Family, model: nn.Module, error: Exception) -> UnsupportedModelError:
+    """What a family raises on a model that is not laid out as it thinks, as an error that says so."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UnsupportedModelError(
+        f"family={family.name!r} does not fit a {type(model).__name__}: {reason}; leave family out, or pass a Family "
+        f"of your own"
+    )
+
+
+def _check_fits(family: Family, model: nn.Module) -> None:
+    """Refuse a family whose parts the model does not have.
+
+    Raises:
+        UnsupportedModelError: names what is missing.
+    """
+    try:
+        layers = family.layers(model)
+        family.base(model), family.final_norm(model), family.vision_tower(model), family.attention(layers[0])
+        family.token_id(model, "image"), family.decoder(model)
+    except Exception as error:  # whatever a foreign layout makes it raise
+        raise misfit(family, model, error) from error
 
 
 __all__ = ["FAMILIES", "REFUSED", "Family", "find_family", "stock_model"]

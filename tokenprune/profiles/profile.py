@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from tokenprune.errors import ConfigError
 from tokenprune.files import given_path
+from tokenprune.methods import NoPruning, make_method
 from tokenprune.profiles import hub
 from tokenprune.profiles.store import Document, Fingerprint, Line, Number, read_document, write_document
 
@@ -93,6 +94,16 @@ class Profile(Document):
             raise ValueError("the hash is not that of the content: the file was changed after it was made")
         return self
 
+    def check(self) -> None:
+        """Refuse parameters that the method does not take: a profile says nothing else, least of all of itself.
+
+        Raises:
+            ConfigError: no such method or parameter, or a value that it refuses.
+        """
+        made = make_method(self.method, dict(self.parameters))
+        if isinstance(made, NoPruning):
+            raise ConfigError("a profile for method 'none' says nothing")
+
     def content_hash(self) -> str:
         """SHA-256 of everything but `hash`, as canonical JSON."""
         content = self.model_dump(mode="json", exclude={"hash"})
@@ -154,6 +165,10 @@ class Profile(Document):
         """
         path = given_path(path)
         found = read_document(cls, path, "pruning profile")
+        try:
+            found.check()
+        except ConfigError as error:
+            raise ConfigError(f"{path} is no pruning profile: {error}") from None
         if not found.hash:
             raise ConfigError(
                 f"{path} is no pruning profile (hash: missing); make it with Profile.save or tokenprune tune"

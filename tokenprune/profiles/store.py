@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -11,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tokenprune.cache import cache_folder
 from tokenprune.errors import ConfigError
+from tokenprune.files import read_regular, write_whole
 
 DocumentT = TypeVar("DocumentT", bound=BaseModel)
 Line = Annotated[str, Field(max_length=400, pattern=r"^[ -~]*$")]  # nothing that steers a terminal
@@ -51,18 +51,13 @@ def check_writable(kind: str) -> None:
 
 
 def write_document(document: BaseModel, path: Path) -> None:
-    """Write a document beside its place and rename it, so that a reader never sees half of it.
+    """Write a document; see `write_whole`.
 
     Raises:
         ConfigError: the file could not be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, suffix=".tmp", encoding="utf-8", delete=False
-        ) as file:
-            file.write(document.model_dump_json(indent=1))
-        os.replace(file.name, path)
+        write_whole(path, document.model_dump_json(indent=1))
     except OSError as error:
         raise ConfigError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
 
@@ -79,9 +74,7 @@ def read_document(kind: type[DocumentT], path: Path, what: str) -> DocumentT:
         ConfigError: no such file, or something else in it; names the file and the field.
     """
     try:
-        if path.stat().st_size > LARGEST:
-            raise ConfigError(f"{path} is too large for a {what}; remove it and make it again")
-        return kind.model_validate_json(path.read_bytes())
+        return kind.model_validate_json(read_regular(path, LARGEST))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
     except ValidationError as error:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.errors import UnsupportedModeError
+from tokenprune.errors import TokenPruneError, UnsupportedModeError
+from tokenprune.models import misfit
 from tokenprune.releases import cache_of
 from tokenprune.runtime import compiled, deltas
 from tokenprune.runtime.current import LOGITS_PROCESSORS, called_from
@@ -61,7 +62,7 @@ class CallHooks:
         calls.drop_interrupted()
         names = self._names[module]
         inputs = {**kwargs, **dict(zip(names, args, strict=False))}
-        call = open_call(runtime.model, runtime.family, runtime.settings, inputs)
+        call = self._open(inputs)
         given = inputs
         if call is not None and runtime.family.mrope:
             inputs = deltas.restore(runtime.family.base(runtime.model), call, inputs)
@@ -79,6 +80,15 @@ class CallHooks:
         if isinstance(inputs.get("logits_to_keep"), Tensor):
             inputs["logits_to_keep"] = _after_last_image(call.stages.plan, inputs["logits_to_keep"])
         return (), inputs
+
+    def _open(self, inputs: dict[str, Any]) -> Call | None:
+        runtime = self.runtime
+        try:
+            return open_call(runtime.model, runtime.family, runtime.settings, inputs)
+        except (AttributeError, KeyError, IndexError, TypeError) as error:
+            if runtime.config.asked.family is None or isinstance(error, TokenPruneError):
+                raise
+            raise misfit(runtime.family, runtime.model, error) from error
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         entry = self.runtime.calls.end(module)

@@ -12,6 +12,7 @@ from tokenprune.runtime.selections import check_selection
 from tokenprune.runtime.state import Call
 from tokenprune.runtime.states import LayerStates
 from tokenprune.runtime.views import Shown
+from tokenprune.tensors import as_written
 from tokenprune.tokens import Selection
 
 
@@ -34,7 +35,7 @@ def choose(call: Call, cut: int, *, hidden: Tensor | None = None, caught: LayerS
         return
     views = call.views
     source = hidden if hidden is not None else next(iter(caught.raw.values()))  # type: ignore[union-attr]
-    with torch.no_grad(), call.scoring.running(source.device):
+    with as_written(source.device), call.scoring.running(source.device):
         counts = {key: stages.plan.to_choose(cut, key) for key in wanted}
         asked = [key for key, k in counts.items() if k]
         images = Shown(
@@ -64,7 +65,7 @@ def enter_prompt(call: Call, embeds: Tensor) -> None:
         views.embeds = embeds
     if not views.needs.counts:
         return
-    with torch.no_grad(), call.scoring.running(embeds.device):
+    with as_written(embeds.device), call.scoring.running(embeds.device):
         told = []
         for key in stages.images:
             planned = tuple(cut[key] for cut in stages.plan.counts)

@@ -23,6 +23,7 @@ from tokenprune.runtime.state import Call
 from tokenprune.runtime.states import EnoughSeen
 from tokenprune.runtime.taps import Taps
 from tokenprune.runtime.wrapped import Changed, Wrapped
+from tokenprune.tensors import as_written
 
 
 class LayerHooks:
@@ -217,7 +218,7 @@ class LayerHooks:
         self.runtime.assumptions.check_states(call)
         choose(call, cut, hidden=hidden, caught=call.caught)
         call.caught = None
-        with call.compacting.running(hidden.device):
+        with as_written(hidden.device, grad=True), call.compacting.running(hidden.device):
             hidden, *features = stages.apply(cut, [hidden, *call.features.values()])
             call.features = dict(zip(call.features, features, strict=True))
         return hidden

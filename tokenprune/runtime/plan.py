@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import NoneType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from tokenprune.runtime.forced import check_keep_lists
 from tokenprune.tokens import Image, IntArray
 
 Key = tuple[int, int]  # (row, image)
+SMALL = "kept another share than asked: too few tokens for it"
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,10 @@ def make_plan(
         counts = [{} for _ in config.cuts]
         for key, image in images.items():
             notes[key] = _note_small(image, config)
-            for kept, k in zip(counts, _counts(image, config, num_layers, key in ends_row), strict=True):
+            planned, missed = _counts(image, config, num_layers, key in ends_row)
+            if missed:
+                notes[key][SMALL] = 1
+            for kept, k in zip(counts, planned, strict=True):
                 kept[key] = k
     text = [_text_columns(row, length, None if mask is None else mask[r]) for r, row in enumerate(rows)]
     return Plan(config, rows, length, counts, text, ends, ends_row, notes)
@@ -142,17 +147,35 @@ def _keyed(rows: list[list[Image]]) -> dict[Key, Image]:
     return {(r, i): image for r, row in enumerate(rows) for i, image in enumerate(row)}
 
 
-def _counts(image: Image, config: PruneConfig, num_layers: int, ends_row: bool) -> list[int]:
+def _counts(
+    image: Image, config: PruneConfig, num_layers: int, ends_row: bool
+) -> tuple[list[int], BudgetError | None]:
+    """Tokens an image keeps after each cut; and why they are not what the budget says, where it has too few for that.
+
+    Raises:
+        BudgetError: a number of tokens that cannot be met; a share, too, where `strict` wants it met.
+    """
     asked, own = config.arguments, len(image.parts) or 1  # a number of tokens is one per image
     cuts = tuple(Cut(cut.layer, _times(cut.keep, own)) for cut in config.cuts)
-    planned = plan_counts(image.n, num_layers, cuts, _times(asked.keep, own), asked.budget)
+    keep, missed = _times(asked.keep, own), None
+    try:
+        planned = plan_counts(image.n, num_layers, cuts, keep, asked.meaning)
+    except BudgetError as error:
+        # A larger image could: `settle` has made sure of it.
+        if (
+            asked.strict
+            or isinstance(keep, int)
+            or not all(isinstance(cut.keep, float | NoneType) for cut in cuts)
+        ):
+            raise
+        planned, missed = plan_counts(image.n, num_layers, cuts, keep, asked.meaning, nearest=True), error
     frames = sum(grid.frames for grid in image.grids)
     if asked.frame_floor and asked.frame_floor * frames > planned[-1] - ends_row:
         raise BudgetError(
             f"frame_floor={asked.frame_floor} takes {asked.frame_floor * frames} tokens for the {frames} frames of a "
             f"{image.kind} that keeps {planned[-1]}; keep more, or lower the floor"
         )
-    return planned
+    return planned, missed
 
 
 def _note_small(image: Image, config: PruneConfig) -> dict[str, int]:

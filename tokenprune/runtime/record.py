@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,7 +65,15 @@ class Rows:
     seen: weakref.ref[Tensor] | None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "seen": None}  # a copy of a cache has other tensors
+        return {**self.__dict__, "seen": None}  # what is read from a file has other tensors
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rows:
+        """In a copy of the whole cache the rows stand in the copies of its tensors, which are made first."""
+        keys = None if self.seen is None else self.seen()
+        copied = None if keys is None else memo.get(id(keys))
+        return Rows(
+            self.layer, copy.deepcopy(self.marks, memo), None if copied is None else weakref.ref(copied)
+        )
 
 
 @dataclass

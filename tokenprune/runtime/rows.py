@@ -59,8 +59,8 @@ def _sources(keys: Tensor, marks: Marks, record: Record) -> Tensor:
     for row in (matches > 1).nonzero()[:, 0].tolist():
         if not _are_alike(record, same[row].nonzero()[:, 0]):
             raise UnsupportedModeError(
-                "this cache was copied or its rows were moved since the last call, and some of its rows, of which "
-                "nothing but padding is left, cannot be told apart; go on with the cache itself, or from the prompts"
+                "the rows of this cache were moved since the last call, and some, of which only padding is left, "
+                "cannot be told apart; go on with the cache as it was, or from the prompts"
             )
     return found
 
@@ -88,8 +88,8 @@ def follow(cache: Any, record: Record, batch: int) -> Record:
         source = torch.zeros(batch, dtype=torch.long, device=keys.device)
     elif not rows.marks:
         raise UnsupportedModeError(
-            "this cache was copied or its rows were moved since the last call, and it no longer holds what they could "
-            "be told apart by; go on with the cache itself, one row at a time, or from the prompts"
+            "the rows of this cache were moved since the last call, or it was read from a file, and its windows no "
+            "longer hold what they could be told apart by; go on one row at a time, or from the prompts"
         )
     else:
         source = _sources(keys, fitting[0], record)

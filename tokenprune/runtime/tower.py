@@ -16,6 +16,7 @@ from tokenprune.runtime import compiled
 from tokenprune.runtime.state import Call
 from tokenprune.runtime.vision import VisionFacts, attach_facts, sizes_on_host
 from tokenprune.runtime.wrapped import Wrapped
+from tokenprune.tensors import as_written
 
 
 @dataclass
@@ -123,7 +124,7 @@ class TowerTap:
     def _reduce(self, tower: _TowerCall, caught: VisionCall) -> None:
         reduce = tower.needs.vision
         assert reduce is not None
-        with torch.no_grad():
+        with as_written(caught.outputs[0].device):
             for parts in self.taps[tower.needs.vision_layer].read(caught):
                 tower.vision.append(torch.cat([reduce(own) for own in parts]))
         tower.seen, tower.outputs, tower.caught = None, {}, caught
@@ -151,7 +152,7 @@ class TowerTap:
             facts.digests = family.digests(pixels, sizes)
         if needs.pixels is not None:
             model, host = self.runtime.model, sizes_on_host(sizes, [] if call is None else call.sizes)
-            with torch.no_grad():
+            with as_written(pixels.device):
                 facts.pixels = [
                     needs.pixels(family.eight_bit(model, own)) for own in family.patches(model, pixels, host)
                 ]

@@ -28,7 +28,7 @@ from tokenprune.tune.drift import BatchDrift, check_metric, drifts, measure
 from tokenprune.tune.making import make_profile
 from tokenprune.tune.samplers import check_sampler, make_sampler
 from tokenprune.tune.space import Range, Space, setting_of
-from tokenprune.tune.studies import cached_storage, open_storage, open_study
+from tokenprune.tune.studies import cached_storage, open_storage, open_study, storage_errors
 
 Cost = Literal["flops", "latency"]
 _TRIED = "tried"  # a trial's attribute: what was measured
@@ -207,8 +207,9 @@ def search(
         "cost": asked_for.cost,
         "methods": space.describe(),
     }
-    with _quietly():
-        study = _opened(asked, asked_for, space)
+    url = _url(asked_for, asked)
+    with _quietly(), storage_errors(url):
+        study = _opened(asked, asked_for, space, url)
         batches = list(batched(calls, asked_for.batch_size))
         objective = _Objective(model, batches, space, asked_for, memory)
         spent_anyway = len(calls) + (1 + _FINALISTS) * len(fresh)
@@ -225,12 +226,20 @@ def _check(keep: Keep | Range, calls: Sequence[Mapping[str, Any]], cost: Cost | 
         raise ConfigError("there are no samples to search on")
 
 
-def _opened(asked: Mapping[str, Any], options: SearchOptions, space: Space) -> Any:
+def _name(options: SearchOptions, asked: Mapping[str, Any]) -> str:
+    return options.study or f"tokenprune-{content_digest(dict(asked))[:16]}"
+
+
+def _url(options: SearchOptions, asked: Mapping[str, Any]) -> str | None:
+    return cached_storage(_name(options, asked)) if options.storage == "cache" else options.storage
+
+
+def _opened(asked: Mapping[str, Any], options: SearchOptions, space: Space, url: str | None) -> Any:
     """The study, with its sampler and pruner."""
-    name = options.study or f"tokenprune-{content_digest(dict(asked))[:16]}"
-    url = cached_storage(name) if options.storage == "cache" else options.storage
     storage = open_storage(url, options.heartbeat)
-    study = open_study(name, asked, ["minimize"] * options.objectives, storage, options.resume)
+    study = open_study(
+        _name(options, asked), asked, ["minimize"] * options.objectives, storage, options.resume
+    )
     known = len(study.get_trials(deepcopy=False))
     study.sampler = make_sampler(options.sampler, options.seed, known, options.worker, space.defaults())
     study.pruner = optuna.pruners.WilcoxonPruner(p_threshold=0.1, n_startup_steps=2)

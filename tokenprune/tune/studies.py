@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import sqlite3
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import optuna
-from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, SQLAlchemyError
 
 from tokenprune.cache import cache_folder
 from tokenprune.errors import ConfigError
@@ -22,8 +27,45 @@ _ASKED = "tokenprune"  # the study's attribute that says what was asked
 
 
 def cached_storage(name: str) -> str:
-    """The SQLite file of a study in the user's cache folder."""
-    return f"sqlite:///{cache_folder() / 'studies' / name}.db"
+    """The SQLite file of a study in the user's cache folder, as a URL; a name that is a path stays inside it."""
+    inside = quote(name, safe=" ").replace("..", "%2E%2E")
+    file = cache_folder() / "studies" / f"{inside}.db"
+    return URL.create("sqlite", database=str(file)).render_as_string()
+
+
+def without_password(url: str) -> str:
+    """A storage's URL as it may be shown."""
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        return re.sub(r"(?<=:)[^:/@]*(?=@)", "***", url)
+
+
+@contextmanager
+def storage_errors(url: str | None) -> Iterator[None]:
+    """What a storage that is damaged, full or read-only raises, as an error that says so.
+
+    Raises:
+        ConfigError: names the storage, and what it said.
+    """
+    try:
+        yield
+    except (optuna.exceptions.StorageInternalError, SQLAlchemyError, sqlite3.Error) as error:
+        cause = error.__cause__ or error
+        reason = _masked(str(getattr(cause, "orig", None) or cause).splitlines()[0][:200], url)
+        raise ConfigError(
+            f"the study's storage {without_password(url or 'in memory')!r} cannot be used: {reason}; begin another "
+            f"where it is damaged (study, or storage), and put it elsewhere where it is full or read-only"
+        ) from error
+
+
+def _masked(text: str, url: str | None) -> str:
+    """A text from a database's driver without the password that it was given."""
+    try:
+        password = make_url(url).password if url else None
+    except ArgumentError:
+        password = None
+    return text.replace(str(password), "***") if password else text
 
 
 def open_storage(url: str | None, heartbeat: int) -> Any:
@@ -44,18 +86,28 @@ def open_storage(url: str | None, heartbeat: int) -> Any:
         if url.startswith(_JOURNAL):
             path = given_path(url[len(_JOURNAL) :])
             path.parent.mkdir(parents=True, exist_ok=True)
-            return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
+            return _journal(path)
         options: dict[str, Any] = {}
         if url.startswith("sqlite:///"):
-            Path(url[len("sqlite:///") :]).parent.mkdir(parents=True, exist_ok=True)
+            Path(make_url(url).database or "").parent.mkdir(parents=True, exist_ok=True)
             options["engine_kwargs"] = {"connect_args": {"timeout": 60}}  # several workers write in turn
         return _database(url, heartbeat, options)
     except (SQLAlchemyError, ImportError, ValueError, OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0][:200]
+        reason = _masked(str(error).splitlines()[0][:200], url)
         raise ConfigError(
-            f"cannot open the storage {url!r}: {reason}; give a database's URL such as sqlite:///study.db, or "
-            f"journal:PATH"
+            f"cannot open the storage {without_password(url)!r}: {reason}; give a database's URL such as "
+            f"sqlite:///study.db, or journal:PATH"
         ) from None
+
+
+def _journal(path: Path) -> Any:
+    """Whatever a journal that is none makes Optuna raise is an error about the file."""
+    try:
+        return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is no journal of Optuna's ({type(error).__name__}: {error})") from error
 
 
 def _database(url: str, heartbeat: int, options: Mapping[str, Any]) -> Any:

@@ -23,6 +23,8 @@ from tokenprune.models import stock_model
 from tokenprune_eval.lmms.conversation import Message, from_messages, user_turn, videos_as_frames, with_system
 from tokenprune_eval.lmms.meter import FirstToken, Meter, now
 
+# In the processors' `size` these edges are numbers of pixels.
+_EDGES = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
 _MOST_NEW_TOKENS = 1024  # where a task does not say
 
 
@@ -40,7 +42,8 @@ class Tokenprune(lmms):
         drift: prompts whose drift is measured, each at the cost of an unpruned prefill; 0: none.
         profile: a path, or "auto" for the one known for the model.
         profile_hash: the profile's hash, checked; it makes lmms-eval's response cache, which goes by these arguments,
-            notice another profile under the same path.
+            notice another profile under the same path. The first digits do.
+        min_pixels, max_pixels: of a picture, for processors that take them (Qwen-VL).
 
     Raises:
         ConfigError: a wrong argument.
@@ -49,7 +52,7 @@ class Tokenprune(lmms):
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str | None = None,
         device: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
@@ -59,10 +62,16 @@ class Tokenprune(lmms):
         system_prompt: str | None = None,
         use_cache: bool = True,
         drift: int = 16,
-        profile_hash: str | None = None,
+        profile_hash: str | float | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
         **pruning: Any,
     ) -> None:
         super().__init__()
+        if not pretrained:
+            raise ConfigError(
+                "say which model: --model_args pretrained=MODEL, a hub id, a folder, or 'small' or 'smol'"
+            )
         asked = read_arguments(pruning)
         _check_hash(asked.profile, profile_hash)
         self.accelerator = Accelerator()
@@ -70,7 +79,8 @@ class Tokenprune(lmms):
         if self._world_size > 1 and device != "cpu" and torch.cuda.is_available():
             device = f"cuda:{self.accelerator.local_process_index}"
         self.batch_size_per_gpu = _batch_size(batch_size)
-        model, self.processor = load_model(pretrained, dtype, device, attn_implementation)
+        model, self.processor = load_model(str(pretrained), str(dtype), device, attn_implementation)
+        limit_pixels(self.processor, min_pixels, max_pixels)
         if getattr(self.processor, "tokenizer", None) is not None:
             self.processor.tokenizer.padding_side = "left"
         self._model = tokenprune.wrap(model, **asked.given())
@@ -351,14 +361,17 @@ def generation_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     if other := sorted(kwargs.keys() - options.keys() - {"until"}):
         logger.debug(f"tokenprune: left out, for generate knows nothing of it: {', '.join(other)}")
     options.setdefault("max_new_tokens", _MOST_NEW_TOKENS)
-    sample = bool(options.pop("do_sample", True)) and (options.get("temperature") or 0) > 0
+    temperature = options.get("temperature") or 0
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+        raise ConfigError(f"temperature takes a number, not {temperature!r}")
+    sample = bool(options.pop("do_sample", True)) and temperature > 0
     if not sample:
         for name in ("temperature", "top_p", "top_k"):
             options.pop(name, None)
     return {"do_sample": sample, **{name: value for name, value in options.items() if value is not None}}
 
 
-def _check_hash(profile: Any, expected: str | None) -> None:
+def _check_hash(profile: Any, expected: str | float | None) -> None:
     if profile is None:
         if expected is not None:
             raise ConfigError("profile_hash goes with profile=PATH")
@@ -368,8 +381,46 @@ def _check_hash(profile: Any, expected: str | None) -> None:
             f"tokenprune: add profile_hash={profile.hash} to --model_args, so that cached responses of another profile "
             f"under this path are not taken for this one's"
         )
-    elif not profile.hash.startswith(str(expected)):
+    elif not any(_as_argument(profile.hash[:n]) == expected for n in range(1, len(profile.hash) + 1)):
         raise ConfigError(f"the profile's hash is {profile.hash}, not {expected}")
+
+
+def _as_argument(text: str) -> str | float:
+    """What lmms-eval makes of a model argument: digits become a number, and 12e3 does, too."""
+    if text.isnumeric():
+        return int(text)
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def limit_pixels(processor: Any, least: int | None, most: int | None) -> None:
+    """Have a processor scale pictures to within a number of pixels, as tables at a fixed resolution ask for.
+
+    Raises:
+        ConfigError: its pictures have one size whatever they are, or a limit is no number of pixels.
+    """
+    given = {"min_pixels": least, "max_pixels": most}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
+        return
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} takes a number of pixels, not {value!r}")
+    images = getattr(processor, "image_processor", None)
+    size = getattr(images, "size", None)
+    if images is None or size is None or "longest_edge" not in size or not hasattr(images, "merge_size"):
+        raise ConfigError(
+            f"a {type(images).__name__} takes no {' or '.join(given)}: only Qwen-VL's scale to a number of pixels"
+        )
+    least, most = (given.get(name, size[edge]) for name, edge in _EDGES)
+    if least is None or most is None or least > most:
+        raise ConfigError(f"min_pixels={least} is more than max_pixels={most}")
+    images.size = type(size)(shortest_edge=least, longest_edge=most)
+    for name, value in (("min_pixels", least), ("max_pixels", most)):
+        if hasattr(images, name):
+            setattr(images, name, value)
 
 
 def _batch_size(given: int | str) -> int:

@@ -51,6 +51,8 @@ def read_settings(given: Mapping[str, Any]) -> Settings:
             f'the setting "tokenprune" must be an object such as {{"method": "uniform", "keep": 0.25}}, not {given!r}'
         )
     asked = Arguments.of(dict(given))
+    if asked.profile is not None:
+        asked = asked.under(asked.profile)
     if asked.method == AUTO:
         raise ConfigError('say which method is served, for example "method": "vflowopt", or give a "profile"')
     if asked.keep is None:
