@@ -118,3 +118,19 @@ def test_floor_beyond_the_budget() -> None:
     with tokenprune.pruned(model, "random", keep=3, layer=0, frame_floor=4):
         with pytest.raises(tokenprune.ConfigError, match="frame_floor=4 takes 4 tokens for the 1 frames"):
             model(**inputs)
+
+
+def test_merging_within_a_pool_is_refused_at_wrap() -> None:
+    model = tiny.llava()
+    for arguments in ({}, {"recycling": "cells"}):
+        with pytest.raises(
+            tokenprune.ConfigError, match="merges tokens, which allocation='pooled' does not offer"
+        ):
+            tokenprune.wrap(model, "vflowopt", keep=0.5, allocation="pooled", **arguments)
+        assert not tokenprune.is_wrapped(model)
+    with (
+        tokenprune.pruned(model, "vflowopt", keep=0.5, allocation="pooled", recycling="none"),
+        torch.no_grad(),
+    ):
+        model(**tiny.inputs(model, [["image", "text:3", "image", "text:2"]]))
+        assert tokenprune.report(model).pruned

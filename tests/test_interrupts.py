@@ -25,6 +25,7 @@ from test_wrapping import installed
 from tokenprune.api import runtime_of
 from tokenprune.models import find_family
 from tokenprune.releases import cache_argument, cache_of
+from tokenprune.runtime.current import _OVERRIDES
 
 Wanted = Callable[[FrameType], bool]
 
@@ -112,6 +113,57 @@ def test_generate_interrupted_anywhere(run: str, monkeypatch: pytest.MonkeyPatch
     assert interrupted > 0.9 * points  # a few fall into callbacks that swallow it
     tokenprune.unwrap(model)
     assert not any("tokenprune" in type(callback).__module__ for callback in gc.callbacks)
+
+
+METHODS: tuple[dict[str, Any], ...] = (
+    *({"method": "vflowopt"}, {"method": "importance", "layer": 1}, {"method": "fastv", "layer": 1}),
+    *(
+        {"method": "entropyprune", "layer": 1},
+        {"method": "random", "layer": 0},
+        {"method": "uniform", "layer": 0},
+    ),
+)
+
+
+def held(model: Any) -> dict[str, Any]:
+    """What may hang on a model and on this thread."""
+    return {
+        **installed(model),
+        "callbacks": [own for own in gc.callbacks if "tokenprune" in type(own).__module__],
+        "overrides": [own for own in _OVERRIDES.get() if own() is not None],
+    }
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_nothing_is_left_of_any_method(family: str) -> None:
+    """After calls, overrides, calls that fail and calls that are interrupted: no hook, attribute or callback."""
+    model = tiny.build(family, layers=3)
+    rows = [["image", "text:4"]] if family == "paligemma" else judge.ROWS[:1]
+    inputs = tiny.inputs(model, rows)
+    stock = model.generate(**inputs, **GREEDY)  # transformers puts hooks of its own into the tower
+    before = held(model)
+    layers, tower = find_family(model).layers(model), find_family(model).vision_tower(model)
+
+    def boom(*_: Any) -> None:
+        raise error
+
+    for arguments in METHODS:
+        tokenprune.wrap(model, **{"keep": 0.7, "budget": "after_cut", **arguments})
+        model.generate(**inputs, **GREEDY)
+        with tokenprune.override(model, method="vflowopt", layer=1, keep=0.5, budget="after_cut"):
+            model.generate(**inputs, **GREEDY)
+        for module in (layers[1], tower):
+            for error in (ValueError, KeyboardInterrupt):
+                handle = module.register_forward_pre_hook(boom)
+                with pytest.raises(error):
+                    model.generate(**inputs, **GREEDY)
+                handle.remove()
+        gc.collect()
+        runtime = runtime_of(model)
+        assert runtime is not None and not runtime.calls.stack and runtime.calls.tower is None
+        tokenprune.unwrap(model)
+        assert held(model) == before
+    assert torch.equal(model.generate(**inputs, **GREEDY), stock)
 
 
 @pytest.mark.parametrize("cut", [{"layer": 0}, {"layer": 2}])

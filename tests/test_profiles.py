@@ -292,3 +292,62 @@ def test_a_profile_goes_to_the_hub_and_back(
     FakeHub.files["me/model", "bad.json"] = b'{"version": 1}'
     with pytest.raises(ConfigError, match="no pruning profile"):
         Profile.from_hub("me/model", "bad.json")
+
+
+def test_special_files_are_no_profiles(tmp_path: Path) -> None:
+    """A pipe would be waited for, a device never ends."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(ConfigError, match="regular file"):
+            Profile.load(path)
+    (tmp_path / "large").write_bytes(b" " * (2**20 + 1))
+    with pytest.raises(ConfigError, match="more than the 1,048,576"):
+        Profile.load(tmp_path / "large")
+
+
+def test_saving_obeys_the_umask_and_leaves_nothing_behind(profile: Profile, tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        assert profile.save(tmp_path / "p.json").stat().st_mode & 0o777 == 0o644
+    finally:
+        os.umask(before)
+    (tmp_path / "folder.json").mkdir()
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="cannot write"):
+            profile.save(tmp_path / "folder.json")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.json", "p.json"]
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        *({"allow_mismatch": True}, {"keep": 1.0}, {"method": "uniform"}, {"compact_early": True}),
+        *(
+            {"profile": "/etc/passwd"},
+            {"budget": "after_cut"},
+            {"family": "llava"},
+            {"seed": "x"},
+            {"t": 1.0},
+        ),
+    ],
+)
+def test_a_profile_holds_parameters_of_its_method_only(own: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny.llava(layers=2)
+    profile = Profile(method="random", keep=0.5, cuts=(ProfileCut(layer=1),), parameters=own)
+    path = profile.save(tmp_path / "p.json")
+    for given in (path, profile):
+        with pytest.raises(ConfigError, match=r"has no parameter|must be an int"):
+            tokenprune.wrap(model, profile=given, allow_mismatch=True)
+    assert not tokenprune.is_wrapped(model)
+
+
+@pytest.mark.parametrize("method", ["auto", "none", "nosuch"])
+def test_a_profile_names_a_method(method: str, tmp_path: Path) -> None:
+    path = Profile(method=method, keep=0.5).save(tmp_path / "p.json")
+    with pytest.raises(ConfigError, match=r"is no pruning profile: (unknown method|a profile for method)"):
+        Profile.load(path)
+
+
+def test_arguments_travel_between_processes() -> None:
+    asked = tokenprune.Arguments(method="random", keep=0.5, parameters={"seed": 3})
+    assert pickle.loads(pickle.dumps(asked)) == asked

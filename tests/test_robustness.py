@@ -868,3 +868,41 @@ def test_text_first_and_an_image_in_the_second_turn(name: str, rows: list[list[s
     prompt = judged.logits[:, length : mask.shape[1]]
     assert judge.difference_at(report.index, got, prompt, two["attention_mask"]) <= judge.TOLERANCE
     assert float((torch.stack(steps, 1) - judged.steps()).abs().max()) <= judge.TOLERANCE
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_copied_cache_of_windows_goes_on(batch: int) -> None:
+    """Nothing of the prompt may be left in it by which rows could be told apart; in a copy they stand as they stood."""
+    model = tiny.llava("mistral", sliding_window=12, layers=4)
+    inputs = tiny.inputs(model, judge.ROWS[:batch], pad="left")
+    mask = F.pad(inputs["attention_mask"], (0, 1), value=1)
+    step = {"input_ids": torch.full((batch, 1), 40), "attention_mask": mask}
+    step["position_ids"] = mask.cumsum(1)[:, -1:] - 1
+    own = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with tokenprune.pruned(model, "random", layer=1, keep=0.6), torch.no_grad():
+        cache = model(**inputs, position_ids=own, use_cache=True).past_key_values
+        copied, moved = copy.deepcopy(cache), copy.deepcopy(cache)
+        wanted = model(**step, past_key_values=cache).logits
+        assert torch.equal(model(**step, past_key_values=copied).logits, wanted)
+        if batch > 1:
+            moved.reorder_cache(torch.tensor([1, 0, 2, 3]))
+            with pytest.raises(tokenprune.UnsupportedModeError, match="rows of this cache were moved"):
+                model(**step, past_key_values=moved)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_autocast(family: str) -> None:
+    """Scores and merges are computed in the dtypes that they are written in; the model runs as the caller asks."""
+    model = tiny.build(family, layers=6)
+    rows = [["image", "text:4"], ["image", "text:4"]] if family == "paligemma" else judge.ROWS
+    inputs = tiny.inputs(model, rows, pad="left")
+    for arguments in (
+        {"method": "vflowopt", "keep": 0.5},
+        {"method": "vflowopt", "keep": 0.5, "recycling": "cells", "t": 1.0, "alpha": 0.5},
+        {"method": "entropyprune", "layer": 2, "keep": 0.6},
+        {"method": "fastv", "layer": 2, "keep": 0.6},
+    ):
+        with tokenprune.pruned(model, **arguments), torch.no_grad():
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                logits = model(**inputs).logits
+            assert logits.isfinite().all() and tokenprune.report(model).pruned

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import optuna
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from sqlalchemy import make_url
 
 import tiny
 import tokenprune
@@ -31,6 +33,7 @@ from tokenprune.space import OneOf, Real, Setting, Whole
 from tokenprune.tune import measure
 from tokenprune.tune.search import Found, search
 from tokenprune.tune.space import setting_of
+from tokenprune.tune.studies import cached_storage, open_storage
 
 WORKER = Path(__file__).with_name("search_worker.py")
 STATES = optuna.trial.TrialState
@@ -374,3 +377,47 @@ def test_passes_end_a_search(model: Any, calls: list[Any], memory: Memory) -> No
     ]
     with pytest.raises(ConfigError, match="at least 1"):
         run(model, calls, memory, passes=0)
+
+
+# -- storages that are not as they should be ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["/tmp/evil", "../../evil", "..", "a b", "what?", "100%20", "é#"])
+@pytest.mark.parametrize("folder", ["cache", "what?", "a%20b"])
+def test_a_study_stays_in_the_cache_folder(
+    folder: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENPRUNE_CACHE", str(tmp_path / folder))
+    file = Path(make_url(cached_storage(name)).database or "")
+    assert file.parent == tmp_path / folder / "studies" and ".." not in file.name
+
+
+def test_no_password_is_shown() -> None:
+    for url in ("postgresql://me:SECRET@127.0.0.1:1/x", "nosuch://me:SECRET@host/x"):
+        with pytest.raises(ConfigError, match="cannot open the storage") as caught:
+            open_storage(url, 30)
+        assert "SECRET" not in str(caught.value)
+
+
+def test_a_damaged_study_is_named(model: Any, calls: list[Any], memory: Memory, tmp_path: Path) -> None:
+    path = tmp_path / "study.db"
+    run(model, calls, memory, trials=1, storage=f"sqlite:///{path}", study="a")
+    whole, seed = path.read_bytes(), random.Random(1)
+    for page in range(4096, len(whole) - 4096, 8192):
+        path.write_bytes(whole[:page] + seed.randbytes(4096) + whole[page + 4096 :])
+        with suppress(ConfigError):  # a page that is not read may be damaged
+            run(model, calls, memory, trials=1, storage=f"sqlite:///{path}", study="a", resume=True)
+    path.write_bytes(whole[:100] + b"x" * 5000)
+    with pytest.raises(ConfigError, match=r"storage .*study\.db"):
+        run(model, calls, memory, trials=1, storage=f"sqlite:///{path}", study="a", resume=True)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"other": "json"}\n', "[1]\n", "3\n", '{"op_code": 99, "worker_id": "x"}\n']
+)
+def test_a_journal_of_other_json_is_named(
+    content: str, model: Any, calls: list[Any], memory: Memory, tmp_path: Path
+) -> None:
+    (tmp_path / "journal").write_text(content)
+    with pytest.raises(ConfigError, match="journal"):
+        run(model, calls, memory, trials=1, storage=f"journal:{tmp_path / 'journal'}", study="a")

@@ -79,8 +79,14 @@ def rows(found: dict[Cell, Counter[str]]) -> list[dict[str, str]]:
 
 
 def table(records: Iterable[dict[str, str]]) -> str:
-    """A Markdown table; where versions differ the cell says so."""
+    """A Markdown table; where versions differ the cell says so.
+
+    Beside a family's name: the versions in which its stock forward fails, of which there are no rows.
+    """
+    records = list(records)
     cells: dict[Cell, dict[str, str]] = {}
+    runs = {(record["family"], record["transformers"]) for record in records}
+    versions = sorted({version for _, version in runs})
     for record in records:
         value = "no" if int(record["failed"]) else "yes" if int(record["passed"]) else ""
         cells.setdefault((record["family"], record["column"]), {})[record["transformers"]] = value
@@ -89,14 +95,17 @@ def table(records: Iterable[dict[str, str]]) -> str:
     for family in families:
         texts = []
         for name in NAMES:
-            values = cells.get((family, name), {})
+            own = cells.get((family, name), {})
+            values = {v: own.get(v, "") for v in versions if (family, v) in runs}
             same = set(values.values())
             texts.append(
                 same.pop()
                 if len(same) == 1
                 else ", ".join(f"{v}: {x or '-'}" for v, x in sorted(values.items()))
             )
-        lines.append(f"| {family} | " + " | ".join(texts) + " |")
+        fails = [v for v in versions if (family, v) not in runs]
+        named = f"{family} (not {', '.join(fails)})" if fails else family
+        lines.append(f"| {named} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
 
