@@ -316,6 +316,10 @@ def test_demo(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         # contract 15: the mean over layers is within one token of what was asked for
         assert abs(row["keep"] * 144 - row["tokens_average"]) < 1
         assert row["kv_bytes"] < whole["kv_bytes"] and row["prefill_ms"] > 0
+    committed = {(one["method"], one["keep"]): one["accuracy"] for one in document["compared"]}
+    assert committed.keys() == {(row["method"], row["keep"]) for row in document["rows"]}
+    for keep in demo_module.BUDGETS:  # what a newcomer sees is what the evidence says
+        assert committed["auto", keep] > max(committed["uniform", keep], committed["random", keep])
     assert [one["family"] for one in document["shown"]] == list(demo_module.QUICK_SHOWN)
     assert sorted(map(str, out.iterdir())) == sorted(document["pictures"])
     assert "1 thread" in document["measured"] and torch.__version__ in document["measured"]
@@ -329,7 +333,14 @@ def test_demo_as_text(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(demo_module, "BUDGETS", (0.5,))
     result = call("demo", "--model", "small", "--quick", "--scenes", 1, "--out", tmp_path)
     assert result.exit_code == 0 and result.stderr == ""
-    for word in ("true answer", "accuracy: entropyprune", "prefill ms: none", "KV cache", "Measured on"):
+    for word in (
+        "true answer",
+        "): entropyprune",
+        "held-out questions by tokenprune compare, committed",
+        "prefill ms: none",
+        "KV cache",
+        "Measured on",
+    ):
         assert word in result.stdout
 
 

@@ -1,6 +1,7 @@
 """README's accuracy section from committed comparisons: ``python -m tokenprune_eval.accuracy --readme README.md``.
 
-A comparison comes from `tokenprune compare`; its compare.csv is committed as eval/results/compare_MODEL.csv.
+A comparison comes from `tokenprune compare`; its compare.csv is committed as eval/results/compare_MODEL.csv. With
+``--demo`` the same numbers are written for `tokenprune demo`, which asks too few questions to tell methods apart.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenprune.compare.arms import CONTROLS, NONE
+from tokenprune.testbed import compared
 
 RESULTS = Path("eval/results")
 MODELS = ("small", "smol")
@@ -92,10 +94,21 @@ def _losses(name: str, comparisons: dict[str, list[Row]]) -> str:
     return "; ".join(said) if said else "nowhere"
 
 
+def shown(comparisons: dict[str, list[Row]]) -> list[Row]:
+    """What `tokenprune demo` shows of them: a row per model, method and budget."""
+    return [
+        {"model": model, "method": _form(row["arm"]), **{name: row[name] for name in compared.COPIED}}
+        for model, rows in comparisons.items()
+        for row in rows
+        if _form(row["arm"]) in compared.METHODS and not row["refused"]
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the section, or put it between its marks."""
     parser = argparse.ArgumentParser(description="The accuracy section of the README.")
     parser.add_argument("--readme", type=Path, help="put it between its marks in this file")
+    parser.add_argument("--demo", action="store_true", help="write what `tokenprune demo` shows, too")
     options = parser.parse_args(argv)
     comparisons = {}
     for model in MODELS:
@@ -104,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         with path.open(newline="") as file:
             comparisons[model] = list(csv.DictReader(file))
+    if options.demo:
+        compared.write(shown(comparisons))
     text = section(comparisons)
     if options.readme is None:
         print(text)

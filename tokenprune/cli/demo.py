@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,17 +25,9 @@ if TYPE_CHECKING:
     from tokenprune.testbed.questions import Sample
 
 BUDGETS = (0.33, 0.22, 0.11)  # average retention over the decoder layers
-METHODS = (
-    "auto",
-    "uniform",
-    "random",
-    "vflowopt",
-    "entropyprune",
-)  # the default, the controls, the papers' forms
-FORMS: dict[str, dict[str, Any]] = {
-    "vflowopt": {"recycling": "cells", "even": 0.0, "size_term": False},
-    "entropyprune": {"source": "query", "normalization": "none"},
-}
+# The default, the methods (entropyprune as released), the controls: those of the comparison that stands beside them.
+METHODS = ("auto", "vflowopt", "entropyprune", "uniform", "random")
+FORMS: dict[str, dict[str, Any]] = {"entropyprune": {"source": "query", "normalization": "none"}}
 
 
 @dataclass(frozen=True)
@@ -363,6 +355,7 @@ def _document(
     """Everything the demo found, ready for JSON."""
     import torch
 
+    from tokenprune.testbed import compared
     from tokenprune.testbed.evaluate import wilson_interval
 
     rows = []
@@ -395,6 +388,11 @@ def _document(
         "layer": SETTINGS[name].layer,
         "parameters": FORMS,
         "rows": rows,
+        "compared": [
+            {"method": method, "keep": keep, **asdict(found)}
+            for (method, keep), found in compared.read(name).items()
+            if keep is None or keep in BUDGETS
+        ],
         "shown": [_shown(variants, samples[i], i) for i in shown],
         "pictures": pictures,
         "machine": machine,
@@ -422,23 +420,49 @@ def _show(document: dict[str, Any], variants: list[Variant], samples: list[Sampl
         table = _table(f"{sample.question}  (true answer: {sample.answer})", justify="left")
         _add_methods(table, variants, lambda v: _answer_cell(v, index))  # noqa: B023  # called at once
         out.print(table)
+    _show_compared(document["model"])
     half = max(row["high"] - row["low"] for row in document["rows"]) / 2
     table = _table(
-        f"{document['questions']} questions about {document['scenes']} unseen scenes", justify="right"
+        f"{document['questions']} questions about {document['scenes']} unseen scenes, asked just now",
+        justify="right",
     )
-    _add_methods(table, variants, lambda v: f"{v.accuracy:.1%}", "accuracy: ")
+    _add_methods(table, variants, lambda v: f"{v.accuracy:.0%}", f"right (± {100 * half:.0f}): ")
     table.add_section()
     _add_methods(table, variants, lambda v: f"{v.prefill_ms:.0f}", "prefill ms: ")
     table.add_section()
     _add_costs(table, variants)
     out.print(table)
     out.print(
-        f"Accuracy is good to about ± {100 * half:.0f} points (95 %). auto is wrap(model, keep=...): the profile known "
-        f"for this model; vflowopt and entropyprune are as published, the latter cut before decoder layer "
-        f"{document['layer']}, controls before the LLM; the columns are the average over layers, as papers count."
+        f"{document['questions']} questions are good to about ± {100 * half:.0f} points (95 %), too few to tell "
+        f"methods apart: the table before does. auto is wrap(model, keep=...): the profile known for this model; "
+        f"vflowopt has its defaults, entropyprune is as released and cut before decoder layer {document['layer']}, the "
+        f"controls uniform and random before the LLM. Columns are the average over layers, as papers count."
     )
     out.print(f"Kept tokens over the image: {', '.join(document['pictures'])}")
     out.print(document["measured"], markup=False)
+
+
+def _show_compared(name: str) -> None:
+    """The committed comparison, which asked enough to tell methods apart; nothing where there is none."""
+    from tokenprune.testbed import compared
+
+    found = compared.read(name)
+    if not found:
+        return
+    one = next(iter(found.values()))
+    table = _table(
+        f"accuracy in % of {one.questions} held-out questions by tokenprune compare, committed ({one.cpu}, {one.date})",
+        justify="right",
+    )
+
+    def cell(method: str, keep: float | None) -> str:
+        own = found.get((method, keep))
+        return "" if own is None else f"{100 * own.accuracy:.1f} ± {50 * (own.high - own.low):.1f}"
+
+    for method in ("none", *METHODS):
+        cells = [cell(method, None)] if method == "none" else ["", *(cell(method, keep) for keep in BUDGETS)]
+        table.add_row(method, *cells)
+    console().print(table)
 
 
 def _table(title: str, justify: Any) -> Table:
