@@ -194,3 +194,12 @@ import tokenprune
 print(sorted(loaded() - before))
 """
     assert run_python(code, cwd=tmp_path, path=[*SOURCES]) == "[]"
+
+
+def test_missing_kernels_say_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['tokenprune_kernels'] = None\nimport tokenprune\n"
+        "try: tokenprune.wrap\nexcept ImportError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install tokenprune-vlm" in done.stdout and done.stdout.count("\n") == 1

@@ -59,7 +59,15 @@ def __getattr__(name: str) -> Any:
     """Import torch and transformers at the first use: `tokenprune --help` does without them."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME.get(name, "tokenprune.api")), name)
+    try:
+        value = getattr(importlib.import_module(_HOME.get(name, "tokenprune.api")), name)
+    except ModuleNotFoundError as error:
+        if str(error.name).split(".")[0] != "tokenprune_kernels":
+            raise
+        raise ImportError(
+            "the kernels are missing: pip install tokenprune-vlm brings them; in a checkout, pip install -e . or add "
+            "the folder kernels to PYTHONPATH"
+        ) from error
     globals()[name] = value
     return value
 
