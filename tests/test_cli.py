@@ -336,7 +336,7 @@ def test_demo_as_text(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for word in (
         "true answer",
         "): entropyprune",
-        "held-out questions by tokenprune compare, committed",
+        "accuracy in % of",
         "prefill ms: none",
         "KV cache",
         "Measured on",

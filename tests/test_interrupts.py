@@ -65,10 +65,10 @@ def ours(frame: FrameType) -> bool:
 GREEDY = {"do_sample": False, "max_new_tokens": 3}
 # (family, settings that are interrupted, settings of the next call, options of generate, points)
 RUNS: dict[str, Any] = {
-    "tower": ("llava", {"method": "importance", "layer": 2}, {"method": "importance", "t": 1.0}, {}, 120),
-    "merging": ("qwen2_5_vl", {"method": "vflowopt"}, {"method": "entropyprune", "layer": 2}, {}, 120),
-    "other": ("llava_next", {"method": "entropyprune", "layer": 2}, {"method": "vflowopt"}, {}, 60),
-    "static": ("llava", {"method": "vflowopt"}, {"keep": 0.3}, {"cache_implementation": "static"}, 60),
+    "tower": ("llava", {"method": "importance", "layer": 2}, {"method": "importance", "t": 1.0}, {}, 100),
+    "merging": ("qwen2_5_vl", {"method": "vflowopt"}, {"method": "entropyprune", "layer": 2}, {}, 100),
+    "other": ("llava_next", {"method": "entropyprune", "layer": 2}, {"method": "vflowopt"}, {}, 50),
+    "static": ("llava", {"method": "vflowopt"}, {"keep": 0.3}, {"cache_implementation": "static"}, 50),
 }
 
 

@@ -60,7 +60,7 @@ def read_regular(path: Path, most: int) -> bytes:
     if not stat.S_ISREG(found.st_mode):
         raise ConfigError(f"{path} is no regular file; give the file itself")
     if found.st_size > most:
-        raise ConfigError(f"{path} has {found.st_size:,} bytes, more than the {most:,} that it may have")
+        raise ConfigError(f"{path} is too large: {found.st_size:,} bytes, and it may have {most:,}")
     with path.open("rb") as file:
         return file.read(most + 1)
 
