@@ -896,6 +896,11 @@ def test_autocast(family: str) -> None:
     model = tiny.build(family, layers=6)
     rows = [["image", "text:4"], ["image", "text:4"]] if family == "paligemma" else judge.ROWS
     inputs = tiny.inputs(model, rows, pad="left")
+    try:
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            model(**inputs)
+    except RuntimeError as error:
+        pytest.skip(f"stock of this version cannot: {error}"[:90])
     for arguments in (
         {"method": "vflowopt", "keep": 0.5},
         {"method": "vflowopt", "keep": 0.5, "recycling": "cells", "t": 1.0, "alpha": 0.5},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from torch import nn
@@ -20,6 +21,31 @@ from tokenprune.runtime.state import Call
 
 Hook = Callable[..., Any]
 Changed = tuple[tuple[Any, ...], dict[str, Any]] | None  # what a pre-hook returns
+
+
+@dataclass(eq=False)
+class _Put:
+    """A hook put on a module, perhaps only half: torch's handle is made too late to take that off.
+
+    Attributes:
+        number: torch's, once it was looked for.
+    """
+
+    module: nn.Module
+    hook: Hook
+    number: int | None = None
+
+    def take_off(self) -> None:
+        module = self.module
+        tables = (module._forward_pre_hooks, module._forward_hooks)
+        if self.number is None:
+            self.number = next((n for own in tables for n, hook in own.items() if hook is self.hook), None)
+        if self.number is None:
+            return
+        # The hook first: another thread must not call it without what is noted of it.
+        notes = ("pre_hooks_with_kwargs", "hooks_with_kwargs", "hooks_always_called")
+        for table in (*tables, *(getattr(module, f"_forward_{name}") for name in notes)):
+            table.pop(self.number, None)
 
 
 class Wrapped:
@@ -44,28 +70,24 @@ class Wrapped:
         self.installed = False
         self.latest: Outcome | None = None
         self.total = Total()
-        self.hooks: list[tuple[nn.Module, Hook]] = []  # registered, and on which module
+        self.hooks: list[_Put] = []
 
     def before(self, module: nn.Module, hook: Hook, quick: Hook | None = None) -> None:
         """Register `hook`; where torch.compile runs, `quick` stands in for it: see `compiled.either`."""
         chosen = compiled.either(hook, quick)
-        self.hooks.append((module, chosen))  # first: an interrupt may come in the middle of the next line
+        self.hooks.append(_Put(module, chosen))  # first: an interrupt may come in the middle of the next line
         module.register_forward_pre_hook(chosen, with_kwargs=True)
 
     def after(self, module: nn.Module, hook: Hook, quick: Hook | None = None, always: bool = False) -> None:
         """The same, behind the module; `always`: after an exception too."""
         chosen = compiled.either(hook, quick)
-        self.hooks.append((module, chosen))
+        self.hooks.append(_Put(module, chosen))
         module.register_forward_hook(chosen, with_kwargs=True, always_call=always)
 
     def take_off(self, known: int = 0) -> None:
-        """Remove the hooks but for the first `known`; by the hook itself, for of one half put on there is no handle."""
-        for module, hook in self.hooks[known:]:
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for number in [n for n, own in hooks.items() if own is hook]:
-                    for notes in ("pre_hooks_with_kwargs", "hooks_with_kwargs", "hooks_always_called"):
-                        getattr(module, f"_forward_{notes}").pop(number, None)
-                    del hooks[number]  # last: by it the rest is found again after an interrupt
+        """Remove the hooks but for the first `known`; where an interrupt breaks it off, the next call completes it."""
+        for put in self.hooks[known:]:
+            put.take_off()
         del self.hooks[known:]
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
