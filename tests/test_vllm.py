@@ -10,11 +10,13 @@ import io
 import json
 import os
 import random
+import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,6 +104,97 @@ def in_transformers(bed: Any, samples: list[Sample], setting: dict[str, Any]) ->
     more = {"size_term": False} if setting["method"] == "vflowopt" else {}
     with tokenprune.pruned(bed[0], **setting, layer=0, **more):
         return evaluate(*bed, samples, batch_size=1).answers
+
+
+# -- what a server must not have ---------------------------------------------------------------------------------------
+
+
+def rotary_rows(model: Any) -> int:
+    """Positions that the decoder's table has; reading beyond it raises nothing."""
+    return model.language_model.model.layers[0].self_attn.rotary_emb.cos_sin_cache.shape[0]
+
+
+def test_no_position_lies_beyond_the_rotary_table(folder: Path, bed: Any, samples: list[Sample]) -> None:
+    """A prompt that is too long unpruned is refused however few tokens it keeps; one that just fits is answered beyond
+    the end of the model's own table, as the library answers; what others ask goes on as before."""
+    from transformers import AutoConfig
+
+    single = [s for s in samples if len(s.images) == 1][:6]
+    length = max(len(bed[1].tokenizer(chat_prompt(bed[1], s.question, 1)).input_ids) for s in single) + 143
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = length  # decoding goes beyond it
+    short = folder.with_name("short")
+    shutil.copytree(folder, short)
+    (short / "config.json").write_text(json.dumps(config))
+    assert AutoConfig.from_pretrained(short).text_config.max_position_embeddings == length
+    setting = {"method": "uniform", "keep": 0.1}
+    llm = engine(short, setting, max_model_len=length)
+    (rows,) = llm.apply_model(rotary_rows)
+    assert rows == 2 * length
+    before = ask(llm, bed[1], single)
+    assert texts(before) == in_transformers(bed, single, setting)
+    picture = Image.fromarray(single[0].images[0])
+    for count in (2, 4):
+        prompt = {
+            "prompt": chat_prompt(bed[1], single[0].question, count),
+            "multi_modal_data": {"image": [picture] * count},
+        }
+        with pytest.raises(ValueError, match=rf"unpruned the prompt has .* has {length} positions"):
+            llm.generate([prompt], SamplingParams(temperature=0, max_tokens=6), use_tqdm=False)
+        again = ask(llm, bed[1], single)
+        assert [o.outputs[0].token_ids for o in again] == [o.outputs[0].token_ids for o in before]
+
+
+def test_a_prompt_that_ends_in_a_picture_is_refused(folder: Path, bed: Any, samples: list[Sample]) -> None:
+    llm = engine(folder, {"method": "uniform", "keep": 0.5})
+    one = {"prompt": "where <image>", "multi_modal_data": {"image": Image.fromarray(samples[0].images[0])}}
+    with pytest.raises(ValueError, match="ends in a picture"):
+        llm.generate([one], SamplingParams(max_tokens=2), use_tqdm=False)
+    assert texts(ask(llm, bed[1], samples[:1]))
+
+
+def test_what_is_not_served_pruned_is_refused_at_the_start() -> None:
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from tokenprune.serving import vllm as plugin
+
+    plugin.register()
+    for name in set(ModelRegistry.get_supported_archs()) - plugin.ARCHITECTURES.keys():
+        if name.startswith("Tokenprune"):
+            continue
+        for given in ({"method": "uniform", "keep": 0.5}, "nonsense", 3):
+            config = SimpleNamespace(
+                additional_config={"tokenprune": given},
+                model_config=SimpleNamespace(hf_config=SimpleNamespace(architectures=[name])),
+            )
+            with pytest.raises(tokenprune.ConfigError, match="is not served pruned; served are LlavaFor"):
+                plugin.refuse(config)
+        assert issubclass(MODELS_CONFIG_MAP[name], plugin._Configured)
+        plugin.refuse(SimpleNamespace(additional_config={}))
+
+
+def test_an_unknown_vllm_is_refused_unless_the_setting_takes_it(
+    folder: Path, bed: Any, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenprune.serving import vllm as plugin
+
+    monkeypatch.setattr(plugin, "TESTED", ((0, 1), (0, 2)))
+    with pytest.raises(Exception, match=r"was never tried with pruned images \(only 0\.1 to 0\.2\)"):
+        engine(folder, {"method": "uniform", "keep": 0.5})
+    llm = engine(folder, {"method": "uniform", "keep": 0.5, "any_vllm": True})
+    assert texts(ask(llm, bed[1], samples[:2]))
+
+
+def test_pipelines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokenprune.serving import vllm as plugin
+
+    config = SimpleNamespace(
+        additional_config={"tokenprune": {"method": "uniform", "keep": 0.5}},
+        parallel_config=SimpleNamespace(pipeline_parallel_size=2),
+    )
+    with pytest.raises(tokenprune.ConfigError, match="pipeline_parallel_size > 1"):
+        plugin.configure(config)
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------

@@ -9,9 +9,15 @@ original positions.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from tokenprune.errors import ConfigError
+
 SETTING = "tokenprune"
+ANY_VERSION = "any_vllm"  # in the setting: true takes a vLLM that nobody here has run
+TESTED = ((0, 32), (0, 33))  # of vLLM, the oldest and the newest
 # By vLLM's architecture: where its pruned one is.
 ARCHITECTURES = {
     "LlavaForConditionalGeneration": "tokenprune.serving.vllm.llava:PrunedLlava",
@@ -28,7 +34,13 @@ def register() -> None:
     for name, path in ARCHITECTURES.items():
         ModelRegistry.register_model(pruned_name(name), path)
         if not issubclass(MODELS_CONFIG_MAP.get(name, object), _Configured):
-            MODELS_CONFIG_MAP[name] = _configured(MODELS_CONFIG_MAP.get(name))
+            MODELS_CONFIG_MAP[name] = _configured(MODELS_CONFIG_MAP.get(name), configure)
+    for name in set(ModelRegistry.get_supported_archs()) - ARCHITECTURES.keys():
+        ours = name.startswith(pruned_name("")) or issubclass(
+            MODELS_CONFIG_MAP.get(name, object), _Configured
+        )
+        if not ours:
+            MODELS_CONFIG_MAP[name] = _configured(MODELS_CONFIG_MAP.get(name), refuse)
 
 
 def pruned_name(architecture: str) -> str:
@@ -40,8 +52,8 @@ class _Configured:
     """Marks our class in vLLM's table of things to do to a config."""
 
 
-def _configured(before: Any) -> Any:
-    """vLLM's hook on a config of an architecture: what was there before, then the setting, if there is one."""
+def _configured(before: Any, then: Callable[[Any], None]) -> Any:
+    """vLLM's hook on a config of an architecture: what was there before, then ours."""
     from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
     class Configured(before or VerifyAndUpdateConfig, _Configured):  # type: ignore[misc]
@@ -49,29 +61,91 @@ def _configured(before: Any) -> Any:
         def verify_and_update_config(vllm_config: Any) -> None:
             if before is not None:
                 before.verify_and_update_config(vllm_config)
-            configure(vllm_config)
+            then(vllm_config)
 
     return Configured
+
+
+def refuse(vllm_config: Any) -> None:
+    """The setting on a model that is not served pruned, whatever it says.
+
+    Raises:
+        ConfigError: names those that are.
+    """
+    if (vllm_config.additional_config or {}).get(SETTING) is not None:
+        raise ConfigError(
+            f"{', '.join(vllm_config.model_config.hf_config.architectures)} is not served pruned; served are "
+            f"{', '.join(ARCHITECTURES)}: leave the setting {SETTING!r} out, or serve one of these"
+        )
 
 
 def configure(vllm_config: Any) -> None:
     """Turn a config with the setting into one of the pruned architecture; without it nothing happens.
 
     Raises:
-        ConfigError: a wrong setting.
+        ConfigError: a wrong setting, or one that cannot be served here.
     """
     given = (vllm_config.additional_config or {}).get(SETTING)
     if given is None:
         return
     from tokenprune.serving.vllm.settings import read_settings
 
+    if isinstance(given, Mapping):
+        given = dict(given)
+        _check_version(given.pop(ANY_VERSION, False))
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise ConfigError(
+            "pruned images are not served with pipeline_parallel_size > 1; use tensor parallelism"
+        )
     model_config = vllm_config.model_config
     config = model_config.hf_config
     settings = read_settings(given)
     config.tokenprune = settings.to_dict()
     config.architectures = [pruned_name(name) for name in config.architectures]
+    _lengthen(config, model_config.max_model_len)
     # Three equal axes of positions: the runner then takes positions with gaps, and asks the model for them again once
     # the encoder has told which tokens are kept. The decoder itself has one axis, see `llava.py`.
     config.mrope_section = [1, 1, 1]
     model_config.multimodal_config.video_pruning_rate = 1e-9
     model_config.__dict__.pop("uses_mrope", None)
+
+
+def _check_version(any_version: object) -> None:
+    """Refuse a vLLM that nobody here has run, unless the setting says otherwise.
+
+    Raises:
+        ConfigError: says which were run.
+    """
+    import vllm
+
+    found = re.match(r"(\d+)\.(\d+)", vllm.__version__)
+    number = (0, 0) if found is None else (int(found[1]), int(found[2]))
+    if any_version is not True and not TESTED[0] <= number <= TESTED[1]:
+        low, high = (".".join(map(str, version)) for version in TESTED)
+        raise ConfigError(
+            f"vLLM {vllm.__version__} was never tried with pruned images (only {low} to {high}); install one of these, "
+            f"or set {ANY_VERSION!r}: true in the setting"
+        )
+
+
+def _lengthen(config: Any, generated: int) -> None:
+    """Make room for original positions: vLLM checks the pruned length only, and reads its table beyond the end.
+
+    The unpruned prompt may have as many positions as the model has, which the processor sees to; decoding adds to that.
+
+    Args:
+        config: of the model.
+        generated: tokens that decoding may add at most.
+
+    Raises:
+        ConfigError: rotary embeddings that a longer table would change.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind in ("dynamic", "longrope"):
+        raise ConfigError(
+            f"rotary embeddings of type {kind!r} change with their length; it is not served pruned"
+        )
+    config.tokenprune_context = text.max_position_embeddings
+    text.max_position_embeddings += generated

@@ -49,6 +49,10 @@ class PrunedInternVLProcessor(PrunedProcessor, InternS1MultiModalProcessor):
     def pictures(self) -> Tiles:
         return Tiles(self.info.get_hf_config())
 
+    @property
+    def _placeholder(self) -> int:
+        return int(self.info.get_hf_config().image_token_id)
+
     def _layout(self, height: int, width: int) -> Layout:
         processor = self.info.get_hf_processor().image_processor
         return self.pictures().of_tiles(processor.get_number_of_image_patches(height, width, {}))
@@ -95,7 +99,7 @@ class PrunedInternVL(PrunedImages, InternS1ForConditionalGeneration):
             getattr(attention, f"{letter}_{last}").register_forward_hook(partial(self._note, name))
 
     def _note(self, name: str, _module: Any, _args: Any, output: Tensor) -> None:
-        setattr(self, name, output)
+        setattr(self, name, self._of_all_heads(output))
 
     def given(self, kwargs: Mapping[str, Any], count: int) -> Iterator[tuple[Layout, Tensor]]:
         tiles = [int(number) for number in kwargs["image_num_patches"]]

@@ -67,9 +67,18 @@ class PrunedImages:
         """Note queries and keys of that layer whenever it runs."""
 
         def note(_module: Any, _args: Any, output: Any) -> None:
-            self._query, self._key, _ = output[0].chunk(3, dim=-1)
+            query, key, _ = output[0].chunk(3, dim=-1)
+            self._query, self._key = self._of_all_heads(query), self._of_all_heads(key)
 
         self.tower_attention.qkv_proj.register_forward_hook(note)
+
+    def _of_all_heads(self, x: Tensor) -> Tensor:
+        """What every rank of a tensor-parallel tower has, so that all of them choose alike."""
+        from vllm.distributed import tensor_model_parallel_all_gather
+
+        module = self.tower_attention
+        whole = module.num_heads * module.head_dim
+        return x if x.shape[-1] == whole else tensor_model_parallel_all_gather(x.contiguous(), dim=-1)
 
     @property
     def placeholder(self) -> int:
@@ -138,8 +147,9 @@ class PrunedImages:
 
     def _attention(self, crop: int) -> VisionAttention:
         module = self.tower_attention
-        heads = getattr(module, "num_heads_per_partition", None) or module.num_heads
-        query, key = (x[crop].unflatten(-1, (heads, -1)).transpose(0, 1) for x in (self._query, self._key))
+        query, key = (
+            x[crop].unflatten(-1, (-1, module.head_dim)).transpose(0, 1) for x in (self._query, self._key)
+        )
         return VisionAttention(query, key, module.scale, self._has_cls)
 
     # -- positions --------------------------------------------------------------------------------------------------
@@ -161,6 +171,8 @@ class PrunedImages:
         mrope_positions: Tensor,
         num_computed_tokens: int,
     ) -> tuple[Sequence[Tensor], Tensor, int]:
+        if not multimodal_embeddings:  # decoding, and chunks without images: all is known already
+            return multimodal_embeddings, mrope_positions, int(mrope_positions[0, -1]) + 1 - len(input_ids)
         tokens = torch.as_tensor(input_ids)
         placeholder = self.placeholder
         rows, positions = true_positions(

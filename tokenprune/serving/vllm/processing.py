@@ -30,6 +30,11 @@ class PrunedProcessor:
         """The family's arithmetic."""
         raise NotImplementedError
 
+    @property
+    def _placeholder(self) -> int:
+        """The id that stands for a picture in a prompt."""
+        return int(self.info.get_hf_config().image_token_index)
+
     def _settings(self) -> Settings:
         return read_settings(self.info.get_hf_config().tokenprune)
 
@@ -62,11 +67,13 @@ class PrunedProcessor:
         return found
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
-        """Refuse what positions could not be told of.
+        """Refuse what positions could not be told of, or there are none for.
 
         Raises:
-            ValueError: images of different sizes without text between them; the request is refused.
+            ValueError: images of different sizes without text between them, or a prompt that is too long unpruned; the
+                request is refused.
         """
+        self._check_length(inputs)
         found = super().apply(inputs, timing_ctx)  # type: ignore[misc]
         layouts = self._layouts(inputs.mm_data_items)
         images = list(zip(found["mm_placeholders"].get("image", ()), layouts, strict=True))
@@ -77,6 +84,28 @@ class PrunedProcessor:
                     "tokenprune: images of different sizes stand side by side; put text between them"
                 )
         return found
+
+    def _check_length(self, inputs: Any) -> None:
+        """Before anything of it is remembered: vLLM itself checks the pruned length only.
+
+        Raises:
+            ValueError: the prompt has more tokens unpruned than the model has positions, or ends in a picture.
+        """
+        config, prompt = self.info.get_hf_config(), inputs.prompt
+        tokens = self.info.get_tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
+        layouts = self._layouts(inputs.mm_data_items)
+        if all(token == self._placeholder for token in tokens):
+            return  # what vLLM measures memory with
+        if tokens[-1] == self._placeholder:
+            raise ValueError(
+                "tokenprune: the prompt ends in a picture; put text behind it, as chat templates do"
+            )
+        whole = len(tokens) - len(layouts) + sum(layout.columns for layout in layouts)
+        if whole > config.tokenprune_context:
+            raise ValueError(
+                f"tokenprune: unpruned the prompt has {whole} tokens, and the model has {config.tokenprune_context} "
+                f"positions; send fewer or smaller images"
+            )
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
         fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)  # type: ignore[misc]
