@@ -197,6 +197,15 @@ def test_pipelines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         plugin.configure(config)
 
 
+def test_tensor_parallel_ranks_choose_alike(folder: Path, bed: Any, samples: list[Sample]) -> None:
+    """Each rank has some of the tower's heads; scores of its own heads alone would keep other tokens."""
+    setting = {"method": "vflowopt", "keep": 0.08, "even": 0.0}
+    answers = [
+        texts(ask(engine(folder, setting, tensor_parallel_size=ranks), bed[1], samples)) for ranks in (1, 2)
+    ]
+    assert answers[0] == answers[1]
+
+
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 
