@@ -29,8 +29,7 @@ def check_release() -> None:
         UnsupportedModelError: says what to install.
     """
     version = transformers.__version__
-    found = re.match(r"(\d+)\.(\d+)", version)
-    number = (0, 0) if found is None else (int(found[1]), int(found[2]))
+    number = major_minor(version)
     if number < OLDEST:
         raise UnsupportedModelError(
             f"transformers {version} is too old: pip install 'transformers>={_text(OLDEST)},<={_text(NEWEST)}.*'"
@@ -42,6 +41,12 @@ def check_release() -> None:
             UntestedWarning,
             stacklevel=3,
         )
+
+
+def major_minor(version: str) -> tuple[int, int]:
+    """ "5.24.0" -> (5, 24); what is no version is older than any."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (0, 0) if found is None else (int(found[1]), int(found[2]))
 
 
 def _text(number: tuple[int, int]) -> str:

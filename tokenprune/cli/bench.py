@@ -120,11 +120,8 @@ def _subject(
 ) -> Subject:
     import torch
 
-    from tokenprune.methods import make_method
-
-    method, needs = plan.method, make_method(plan.method, dict(plan.parameters)).needs()
-
     from tokenprune.bench.geometry import GEOMETRIES, own_subject, random_subject
+    from tokenprune.methods import make_method
 
     if geometry not in GEOMETRIES:
         raise InputError(f"--geometry is one of {', '.join(GEOMETRIES)}, not {geometry!r}")
@@ -136,9 +133,10 @@ def _subject(
         torch.backends.cuda.enable_cudnn_sdp(False)
     if model is not None:
         return own_subject(model, *load_model(model, dtype, device))
+    needs = make_method(plan.method, dict(plan.parameters)).needs()
     if needs.vision is not None or needs.pixels is not None or needs.digest:
         raise InputError(
-            f"--method {method}: it looks at pictures, and a geometry has none, nor a vision tower; time uniform, "
+            f"--method {plan.method}: it looks at pictures, and a geometry has none, nor a vision tower; time uniform, "
             f"entropyprune or fastv there, or give a model"
         )
     return random_subject(GEOMETRIES[geometry], check_device(None if device == "auto" else device))

@@ -420,7 +420,7 @@ def _show(document: dict[str, Any], variants: list[Variant], samples: list[Sampl
         table = _table(f"{sample.question}  (true answer: {sample.answer})", justify="left")
         _add_methods(table, variants, lambda v: _answer_cell(v, index))  # noqa: B023  # called at once
         out.print(table)
-    _show_compared(document["model"])
+    _show_compared(document["compared"])
     half = max(row["high"] - row["low"] for row in document["rows"]) / 2
     table = _table(
         f"{document['questions']} questions about {document['scenes']} unseen scenes, asked just now",
@@ -442,22 +442,21 @@ def _show(document: dict[str, Any], variants: list[Variant], samples: list[Sampl
     out.print(document["measured"], markup=False)
 
 
-def _show_compared(name: str) -> None:
+def _show_compared(rows: list[dict[str, Any]]) -> None:
     """The committed comparison, which asked enough to tell methods apart; nothing where there is none."""
-    from tokenprune.testbed import compared
-
-    found = compared.read(name)
-    if not found:
+    if not rows:
         return
-    one = next(iter(found.values()))
+    found = {(row["method"], row["keep"]): row for row in rows}
+    one = rows[0]
     table = _table(
-        f"accuracy in % of {one.questions} held-out questions by tokenprune compare, committed ({one.cpu}, {one.date})",
+        f"accuracy in % of {one['questions']} held-out questions by tokenprune compare, committed ({one['cpu']}, "
+        f"{one['date']})",
         justify="right",
     )
 
     def cell(method: str, keep: float | None) -> str:
         own = found.get((method, keep))
-        return "" if own is None else f"{100 * own.accuracy:.1f} ± {50 * (own.high - own.low):.1f}"
+        return "" if own is None else f"{100 * own['accuracy']:.1f} ± {50 * (own['high'] - own['low']):.1f}"
 
     for method in ("none", *METHODS):
         cells = [cell(method, None)] if method == "none" else ["", *(cell(method, keep) for keep in BUDGETS)]

@@ -69,9 +69,7 @@ def short_warnings(debug: bool) -> Iterator[None]:
             warnings.simplefilter("ignore")
             for ours in (NothingPrunedWarning, SkippedFilesWarning, UntestedWarning):
                 warnings.simplefilter("always", ours)
-            warnings.showwarning = lambda message, *_, **__: typer.echo(
-                f"warning: {one_line(str(message))}", err=True
-            )
+            warnings.showwarning = lambda message, *_, **__: warn(str(message))
         yield
 
 

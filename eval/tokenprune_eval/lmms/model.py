@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, TokenCounts
 from lmms_eval.api.model import lmms
+from lmms_eval.utils import handle_arg_string
 from loguru import logger
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
@@ -381,18 +382,9 @@ def _check_hash(profile: Any, expected: str | float | None) -> None:
             f"tokenprune: add profile_hash={profile.hash} to --model_args, so that cached responses of another profile "
             f"under this path are not taken for this one's"
         )
-    elif not any(_as_argument(profile.hash[:n]) == expected for n in range(1, len(profile.hash) + 1)):
+    # lmms-eval makes a number of digits, and of 12e3, too.
+    elif not any(handle_arg_string(profile.hash[:n]) == expected for n in range(1, len(profile.hash) + 1)):
         raise ConfigError(f"the profile's hash is {profile.hash}, not {expected}")
-
-
-def _as_argument(text: str) -> str | float:
-    """What lmms-eval makes of a model argument: digits become a number, and 12e3 does, too."""
-    if text.isnumeric():
-        return int(text)
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def limit_pixels(processor: Any, least: int | None, most: int | None) -> None:

@@ -9,7 +9,6 @@ original positions.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -118,9 +117,9 @@ def _check_version(any_version: object) -> None:
     """
     import vllm
 
-    found = re.match(r"(\d+)\.(\d+)", vllm.__version__)
-    number = (0, 0) if found is None else (int(found[1]), int(found[2]))
-    if any_version is not True and not TESTED[0] <= number <= TESTED[1]:
+    from tokenprune.releases import major_minor
+
+    if any_version is not True and not TESTED[0] <= major_minor(vllm.__version__) <= TESTED[1]:
         low, high = (".".join(map(str, version)) for version in TESTED)
         raise ConfigError(
             f"vLLM {vllm.__version__} was never tried with pruned images (only {low} to {high}); install one of these, "

@@ -73,9 +73,9 @@ class PrunedProcessor:
             ValueError: images of different sizes without text between them, or a prompt that is too long unpruned; the
                 request is refused.
         """
-        self._check_length(inputs)
-        found = super().apply(inputs, timing_ctx)  # type: ignore[misc]
         layouts = self._layouts(inputs.mm_data_items)
+        self._check_length(inputs.prompt, layouts)
+        found = super().apply(inputs, timing_ctx)  # type: ignore[misc]
         images = list(zip(found["mm_placeholders"].get("image", ()), layouts, strict=True))
         for (one, own), (other, next_to) in pairwise(images):
             beside = one.offset + one.length == other.offset
@@ -85,15 +85,14 @@ class PrunedProcessor:
                 )
         return found
 
-    def _check_length(self, inputs: Any) -> None:
+    def _check_length(self, prompt: Any, layouts: Sequence[Layout]) -> None:
         """Before anything of it is remembered: vLLM itself checks the pruned length only.
 
         Raises:
             ValueError: the prompt has more tokens unpruned than the model has positions, or ends in a picture.
         """
-        config, prompt = self.info.get_hf_config(), inputs.prompt
+        config = self.info.get_hf_config()
         tokens = self.info.get_tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
-        layouts = self._layouts(inputs.mm_data_items)
         if all(token == self._placeholder for token in tokens):
             return  # what vLLM measures memory with
         if tokens[-1] == self._placeholder:
@@ -115,7 +114,7 @@ class PrunedProcessor:
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
     ) -> Sequence[PromptUpdate]:
-        token, layouts = self.info.get_hf_config().image_token_index, self._layouts(mm_items)
+        token, layouts = self._placeholder, self._layouts(mm_items)
 
         def placeholders(number: int) -> list[int]:
             return [token] * self._rows(layouts[number], hf_processor_mm_kwargs)
