@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 Positions = Literal["keep", "compact"]
 Allocation = Literal["image", "pooled"]
 AUTO = "auto"
-DEFAULT = (
-    "vflowopt"  # what "auto" is where no profile is known of a model: what won on every model it was tried on
-)
+# What "auto" is where no profile is known of a model: what won on every model it was tried on.
+DEFAULT = "vflowopt"
 # keep_lists[cut][row][image] = kept raster indices
 KeepLists = Sequence[Sequence[Sequence[Any]]]
 
@@ -42,7 +41,7 @@ class Arguments:
             where layers or parameters are given, it is "vflowopt" with its defaults (where that cannot look into the
             model's vision tower, "uniform" before the LLM).
         keep: how many visual tokens to keep: a float in (0, 1] is a fraction, an int a number per image.
-        layer: prune on entering this decoder layer; 0 is before the LLM. Default: the family's published layer.
+        layer: prune on entering this decoder layer; 0 is before the LLM. Default: the method's own cuts.
             "auto": the one `detect_ecl` found for this model.
         cuts: several cuts instead of `layer`: (layer, keep) pairs, each keep a share of the image's original
             tokens; leave the last one's keep None to have it solved from the budget.

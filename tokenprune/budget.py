@@ -99,15 +99,15 @@ def plan_counts(
         else:
             assert keep is not None  # checked when the configuration was made
             count = _solve(n, num_layers, cut.layer, tokens(keep, n), spent, previous, budget, i > 0, nearest)
-        if count > previous and nearest:
-            count = previous
         if count > previous:
-            raise BudgetError(
-                f"the cut at layer {cut.layer} would keep {count} of {n} tokens, more than the {previous} left by "
-                f"the cut before it; make the schedule non-increasing"
-            )
+            if not nearest:
+                raise BudgetError(
+                    f"the cut at layer {cut.layer} would keep {count} of {n} tokens, more than the {previous} left by "
+                    f"the cut before it; make the schedule non-increasing"
+                )
+            count = previous
         counts.append(count)
-        previous = counts[i]
+        previous = count
     return counts
 
 

@@ -37,9 +37,8 @@ def write_whole(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
     try:
-        with beside.open(
-            "x", encoding="utf-8"
-        ) as file:  # not tempfile: others may read what the umask lets them
+        # Not tempfile: others may read what the umask lets them.
+        with beside.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -2,7 +2,7 @@
 
 A release may rename what it hands its layers, or lay a cache out in another way; the answers would be wrong without a
 word. So a model's first pruned call, and its first with each class of cache, is checked; what does not hold is a
-refusal that names the release. Later calls cost a look at a flag.
+refusal that names the release. Later calls cost a look at their output.
 """
 
 from __future__ import annotations

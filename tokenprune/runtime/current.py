@@ -119,10 +119,10 @@ class Entry:
 
     def is_running(self) -> bool:
         """Whether it is among the callers of what runs in this thread right now, as far as is known."""
-        return self.python is None or is_caller(self.python, sys._getframe(1))
+        return self.python is None or _is_caller(self.python, sys._getframe(1))
 
 
-def is_caller(sought: FrameType | None, frame: FrameType | None) -> bool:
+def _is_caller(sought: FrameType | None, frame: FrameType | None) -> bool:
     """Whether `sought` is `frame`, or among its callers."""
     while frame is not None:
         if frame is sought:
@@ -166,7 +166,7 @@ class Calls(threading.local):
         """Whether any thread is in the middle of a call."""
         now = sys._current_frames()
         return any(
-            is_caller(entry.python, now.get(thread))
+            _is_caller(entry.python, now.get(thread))
             for thread, stack in list(self.everywhere.items())
             for entry in list(stack)
         )
@@ -174,7 +174,7 @@ class Calls(threading.local):
     def begin(self, owner: object, call: Call | None) -> None:
         """A call begins; its state is `call`."""
         self._watch.begin()
-        self.stack.append(Entry(owner, call, module_call()))
+        self.stack.append(Entry(owner, call, _module_call()))
 
     def end(self, owner: object) -> Entry | None:
         """The call of `owner` that is running ends; None if it is not its own (the model's inner model)."""
@@ -191,7 +191,7 @@ class Calls(threading.local):
     def enter_tower(self, state: object) -> None:
         """A call of the vision tower begins."""
         self._watch.begin()
-        self._tower = state, module_call()
+        self._tower = state, _module_call()
 
     def leave_tower(self) -> None:
         """It ends."""
@@ -219,7 +219,7 @@ class Calls(threading.local):
             self._forget(entry)
         if self._tower is not None:
             _, python = self._tower
-            if unknown if python is None else not is_caller(python, sys._getframe()):
+            if unknown if python is None else not _is_caller(python, sys._getframe()):
                 self._tower = None
 
     def _forget(self, entry: Entry) -> None:
@@ -260,7 +260,7 @@ class _Watch:
 _MODULE_FILE = torch.nn.modules.module.__file__
 
 
-def module_call() -> FrameType | None:
+def _module_call() -> FrameType | None:
     """The interpreter's outermost frame of the module call that runs the hook: it sees exceptions, too."""
     caller: FrameType | None = sys._getframe(2)
     while caller is not None and caller.f_code.co_filename != _MODULE_FILE:

@@ -56,9 +56,8 @@ def restore(base: Any, call: Call, inputs: dict[str, Any]) -> dict[str, Any]:
         return inputs
     text = _text_positions(call, ids)
     made, wanted = text + _by_row(stock, call.batch).to(text), text + own.to(text)
-    axes = (
-        slice(1, None) if ids.ndim == 3 and ids.shape[0] == 4 else slice(None)
-    )  # the first of four is the text's
+    # The first of four is the text's.
+    axes = slice(1, None) if ids.ndim == 3 and ids.shape[0] == 4 else slice(None)
     corrected = ids.clone()
     # What the caller computed in another way stays.
     corrected[axes] = torch.where(ids[axes] == made, wanted, ids[axes])

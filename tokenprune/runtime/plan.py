@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from types import NoneType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,28 +146,22 @@ def _keyed(rows: list[list[Image]]) -> dict[Key, Image]:
     return {(r, i): image for r, row in enumerate(rows) for i, image in enumerate(row)}
 
 
-def _counts(
-    image: Image, config: PruneConfig, num_layers: int, ends_row: bool
-) -> tuple[list[int], BudgetError | None]:
-    """Tokens an image keeps after each cut; and why they are not what the budget says, where it has too few for that.
+def _counts(image: Image, config: PruneConfig, num_layers: int, ends_row: bool) -> tuple[list[int], bool]:
+    """Tokens an image keeps after each cut; and whether it has too few for what the budget says.
 
     Raises:
         BudgetError: a number of tokens that cannot be met; a share, too, where `strict` wants it met.
     """
     asked, own = config.arguments, len(image.parts) or 1  # a number of tokens is one per image
     cuts = tuple(Cut(cut.layer, _times(cut.keep, own)) for cut in config.cuts)
-    keep, missed = _times(asked.keep, own), None
+    keep, missed = _times(asked.keep, own), False
     try:
         planned = plan_counts(image.n, num_layers, cuts, keep, asked.meaning)
-    except BudgetError as error:
+    except BudgetError:
         # A larger image could: `settle` has made sure of it.
-        if (
-            asked.strict
-            or isinstance(keep, int)
-            or not all(isinstance(cut.keep, float | NoneType) for cut in cuts)
-        ):
+        if asked.strict or isinstance(keep, int) or any(isinstance(cut.keep, int) for cut in cuts):
             raise
-        planned, missed = plan_counts(image.n, num_layers, cuts, keep, asked.meaning, nearest=True), error
+        planned, missed = plan_counts(image.n, num_layers, cuts, keep, asked.meaning, nearest=True), True
     frames = sum(grid.frames for grid in image.grids)
     if asked.frame_floor and asked.frame_floor * frames > planned[-1] - ends_row:
         raise BudgetError(
