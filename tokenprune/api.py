@@ -46,27 +46,30 @@ def wrap(model: ModelT, method: str | Method = "auto", **arguments: Any) -> Mode
     """
     check_release()
     inner = stock_model(model)
-    with _WRAPPING:
-        if _ATTRIBUTE in inner.__dict__:
-            raise TokenPruneError(
-                "this model is wrapped already; tokenprune.unwrap(model) first, or change one call with "
-                "tokenprune.override"
-            )
-        asked = Arguments.of({"method": method, **arguments})
-        family = find_family(inner, asked.family)
-        check_profile(inner, asked)
-        runtime = Runtime(inner, family, settle(inner, family, asked))
-        try:
+    runtime = None
+    try:  # around the lock: an interrupt may come while it is given back, too
+        with _WRAPPING:
+            if _ATTRIBUTE in inner.__dict__:
+                raise TokenPruneError(
+                    "this model is wrapped already; tokenprune.unwrap(model) first, or change one call with "
+                    "tokenprune.override"
+                )
+            asked = Arguments.of({"method": method, **arguments})
+            family = find_family(inner, asked.family)
+            check_profile(inner, asked)
+            runtime = Runtime(inner, family, settle(inner, family, asked))
             runtime.install()
             inner.__dict__[_ATTRIBUTE] = runtime
-        except BaseException:
+            return model
+    except BaseException:
+        if runtime is not None:
             inner.__dict__.pop(_ATTRIBUTE, None)
             runtime.abandon()
-            raise
-    return model
+        raise
 
 
-_WRAPPING = threading.Lock()
+# Reentrant: an interrupt before it is given back must not lock this thread out.
+_WRAPPING = threading.RLock()
 
 
 def unwrap(model: ModelT) -> ModelT:
