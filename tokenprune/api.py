@@ -68,7 +68,7 @@ def wrap(model: ModelT, method: str | Method = "auto", **arguments: Any) -> Mode
         raise
 
 
-# Reentrant: an interrupt before it is given back must not lock this thread out.
+# Reentrant: a finalizer or a signal's handler that comes in between may wrap a model, too.
 _WRAPPING = threading.RLock()
 
 
