@@ -14,7 +14,8 @@ from tokenprune.methods import VFlowOpt, make_method
 from tokenprune.serving.vllm.choosing import choose_rows
 from tokenprune.serving.vllm.positions import (
     CHANNELS,
-    first_positions,
+    LARGEST,
+    expanded,
     true_positions,
     with_channels,
     without_channels,
@@ -68,12 +69,13 @@ def test_what_is_not_served_is_refused_by_name(given: Any, advice: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_channels_survive_half_precision(dtype: torch.dtype) -> None:
-    kept = torch.tensor([0, 5, 127, 128, 300, 575, 2879, 16000])
+    kept = torch.tensor([0, 5, 127, 128, 300, 575, 2879, LARGEST])
+    places = torch.stack([kept, kept.flip(0), kept // 3], dim=1)
     rows = torch.randn(len(kept), 16, dtype=dtype)
-    carried = with_channels(rows, kept, 16_001)
+    carried = with_channels(rows, places, 16_001)
     assert carried.shape == (8, 16 + CHANNELS) and carried.dtype == dtype
     own, found, count, whole = without_channels(carried)
-    assert torch.equal(own, rows) and torch.equal(found, kept)
+    assert torch.equal(own, rows) and torch.equal(found, places)
     assert (count == 8).all() and (whole == 16_001).all()
 
 
@@ -115,9 +117,13 @@ def test_positions_are_those_of_the_unpruned_prompt(parts: Any, chunk: int) -> N
     """However the prompt is cut into steps."""
     whole = 10
     tokens, images = prompt(*parts)
-    positions, ahead = first_positions(tokens, [(*image, whole) for image in images])
+    out, starts, columns = expanded(tokens, [(*image, whole) for image in images])
+    assert [out[i] for i in columns] == tokens and all(out[i] == IMAGE for i in starts)
+    positions = torch.tensor(columns).expand(3, -1)
     carried = [
-        with_channels(torch.zeros(len(p), 4), torch.tensor(p), whole) for p in parts if not isinstance(p, int)
+        with_channels(torch.zeros(len(p), 4), torch.tensor(p)[:, None].expand(-1, 3), whole)
+        for p in parts
+        if not isinstance(p, int)
     ]
     for start in range(0, len(tokens), chunk):
         end = min(start + chunk, len(tokens))
@@ -126,11 +132,11 @@ def test_positions_are_those_of_the_unpruned_prompt(parts: Any, chunk: int) -> N
             low, high = max(start, offset) - offset, min(end, offset + rows) - offset
             if low < high:
                 now.append(own[low:high])
-        rows, positions = true_positions(torch.tensor(tokens), IMAGE, now, positions, start)
+        rows, positions = true_positions(torch.tensor(tokens) == IMAGE, now, positions, start)
         assert all(row.shape[1] == 4 for row in rows)
     assert positions.tolist() == [unpruned(whole, *parts)] * 3
     last = unpruned(whole, *parts, 1)[-1]
-    assert len(tokens) + ahead == last  # where decoding goes on
+    assert len(out) == last  # where decoding goes on
 
 
 # -- the choice --------------------------------------------------------------------------------------------------------

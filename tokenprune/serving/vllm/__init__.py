@@ -22,6 +22,9 @@ ARCHITECTURES = {
     "LlavaForConditionalGeneration": "tokenprune.serving.vllm.llava:PrunedLlava",
     "LlavaNextForConditionalGeneration": "tokenprune.serving.vllm.llava_next:PrunedLlavaNext",
     "InternVLForConditionalGeneration": "tokenprune.serving.vllm.internvl:PrunedInternVL",
+    "Qwen2VLForConditionalGeneration": "tokenprune.serving.vllm.qwen2_vl:PrunedQwen2VL",
+    "Qwen2_5_VLForConditionalGeneration": "tokenprune.serving.vllm.qwen2_5_vl:PrunedQwen25VL",
+    "Qwen3VLForConditionalGeneration": "tokenprune.serving.vllm.qwen3_vl:PrunedQwen3VL",
 }
 
 
@@ -92,6 +95,10 @@ def configure(vllm_config: Any) -> None:
     if isinstance(given, Mapping):
         given = dict(given)
         _check_version(given.pop(ANY_VERSION, False))
+    if vllm_config.speculative_config is not None:
+        raise ConfigError(
+            "pruned images are not served with speculative decoding: its drafter takes no positions with gaps"
+        )
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise ConfigError(
             "pruned images are not served with pipeline_parallel_size > 1; use tensor parallelism"
@@ -101,12 +108,16 @@ def configure(vllm_config: Any) -> None:
     settings = read_settings(given)
     config.tokenprune = settings.to_dict()
     config.architectures = [pruned_name(name) for name in config.architectures]
-    _lengthen(config, model_config.max_model_len)
-    # Three equal axes of positions: the runner then takes positions with gaps, and asks the model for them again once
-    # the encoder has told which tokens are kept. The decoder itself has one axis, see `llava.py`.
-    config.mrope_section = [1, 1, 1]
-    model_config.multimodal_config.video_pruning_rate = 1e-9
-    model_config.__dict__.pop("uses_mrope", None)
+    # The runner asks the model for positions again, once the encoder has told which tokens are kept, where videos are
+    # pruned; by a rate of so little that 1 - rate is 1, none is.
+    model_config.multimodal_config.video_pruning_rate = 1e-300
+    config.tokenprune_context = config.get_text_config().max_position_embeddings
+    if not model_config.uses_mrope:
+        _lengthen(config, model_config.max_model_len)
+        # Three equal axes of positions: the runner then takes positions with gaps. The decoder itself has one axis, see
+        # `crops.py`.
+        config.mrope_section = [1, 1, 1]
+        model_config.__dict__.pop("uses_mrope", None)
 
 
 def _check_version(any_version: object) -> None:
@@ -131,6 +142,7 @@ def _lengthen(config: Any, generated: int) -> None:
     """Make room for original positions: vLLM checks the pruned length only, and reads its table beyond the end.
 
     The unpruned prompt may have as many positions as the model has, which the processor sees to; decoding adds to that.
+    Tables of models with positions on three axes are four times longer where videos are pruned.
 
     Args:
         config: of the model.
@@ -146,5 +158,4 @@ def _lengthen(config: Any, generated: int) -> None:
         raise ConfigError(
             f"rotary embeddings of type {kind!r} change with their length; it is not served pruned"
         )
-    config.tokenprune_context = text.max_position_embeddings
     text.max_position_embeddings += generated

@@ -20,19 +20,22 @@ def choose_rows(
     grids: tuple[Grid, ...],
     seen: Mapping[str, Any],
     num_heads: int = 0,
+    width: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Keep `k` of an image's features.
 
     Args:
         method: see `read_settings`.
-        features: (n, D) as the projector puts them out.
+        features: (n, D) as the projector puts them out; deep-stack features may stand behind them.
         k: how many.
         grids: their layout.
         seen: what else the method wants to see, by the names of `ImageTokens`.
         num_heads: of the decoder.
+        width: of the embedding, which is what the method sees; None: all of D.
 
     Returns:
-        (k, D) features, merged where the method merges, and (k,) the raster indices they are of.
+        (k, D) features, merged where the method merges (all that stands in a row alike), and (k,) the raster indices
+        they are of.
     """
     n = len(features)
     raster = torch.arange(n, device=features.device)
@@ -44,8 +47,8 @@ def choose_rows(
         raster=raster,
         grids=grids,
         num_heads=num_heads,
-        features=features if needs.features else None,
-        digest=digest(features.float()[None])[0] if needs.digest else None,
+        features=features[:, :width] if needs.features else None,
+        digest=digest(features[:, :width].float()[None])[0] if needs.digest else None,
         **seen,
     )
     selection = method.select(image, k)

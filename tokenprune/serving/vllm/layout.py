@@ -1,7 +1,8 @@
-"""How many tokens a picture has and where they stand, by the library's own families, from a config alone."""
+"""How many tokens a picture has and where they stand, from what its processor made, by the library's own families."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tokenprune.models.base import Family, Layout
-from tokenprune.tokens import Image
+from tokenprune.models.crops import side
+from tokenprune.tokens import Image, IntArray
 
 
 class Pictures:
@@ -23,6 +25,8 @@ class Pictures:
         base: class of transformers whose `pack_image_features` the family asks; None where it asks none.
     """
 
+    side_by_side = True  # whether two of one size may follow each other without text between them
+
     def __init__(self, family: Family, config: Any, base: Any = None) -> None:
         inner = SimpleNamespace(config=config)
         if base is not None:
@@ -30,11 +34,32 @@ class Pictures:
         self.family, self.config = family, config
         self._model: Any = SimpleNamespace(config=config, model=inner)
 
-    def layout(self, height: int, width: int) -> Layout:
-        """Of a picture of so many pixels; of families whose processors make one size of all, of that."""
-        if not self.family.sizes_ahead:
-            height = width = self.config.vision_config.image_size
-        return self.family.layouts(self._model, "image", np.array([[height, width]]))[0]
+    def sizes(self, made: Mapping[str, Any]) -> dict[str, IntArray]:
+        """Of each picture ("image") and video ("video") that the processor made; what a size means the family knows."""
+        return {kind: np.asarray(sizes) for kind, sizes in self.family.sizes(made).items()}
+
+    def layouts(self, kind: str, sizes: IntArray) -> list[Layout]:
+        return self.family.layouts(self._model, kind, sizes)
+
+    def crops(self, kind: str, layouts: list[Layout]) -> list[int]:
+        """Rows that each picture has in fields that hold all pictures' pixels in one sequence."""
+        return [1] * len(layouts)
+
+    def check(self, made: Mapping[str, Any]) -> None:
+        """Refuse what the model cannot take: past here it would stop the engine, and everybody's requests with it.
+
+        Raises:
+            ValueError: says what the model takes; the request is refused.
+        """
+        if made.get("image_embeds") is not None:
+            raise ValueError("tokenprune: images have to come as pictures, not as embeddings")
+        length = side(self.config.vision_config.image_size)
+        for pixels in made.get("pixel_values", ()):
+            if tuple(pixels.shape[-3:]) != (3, length, length):
+                raise ValueError(
+                    f"tokenprune: pictures were made {tuple(pixels.shape[-2:])} pixels large, and the model takes "
+                    f"{length} x {length}; leave sizes out of mm_processor_kwargs"
+                )
 
     def to_tokens(self, layout: Layout, patches: Tensor) -> Tensor:
         """Numbers (crops, m, c) of a picture's patches as (n, c) of its prunable tokens."""
@@ -43,11 +68,12 @@ class Pictures:
         )
         return self.family.to_tokens(self._model, patches, image)
 
-    def eight_bit(self, crops: Tensor) -> list[Tensor]:
-        """Normalised crops (c, 3, H, W) as 8-bit patches, (m, 3, p, p) of each."""
-        return [
-            self.family.eight_bit(self._model, own) for own in self.family.patches(self._model, crops, None)
-        ]
+    def eight_bit(self, pixels: Tensor, sizes: IntArray | None = None) -> list[Tensor]:
+        """Pixels as the tower is given them, as 8-bit patches (m, 3, p, p) of each crop or picture."""
+        patches = self.family.patches(self._model, pixels, sizes)
+        if pixels.dtype == torch.uint8:  # the model itself normalises them
+            return list(patches)
+        return [self.family.eight_bit(self._model, own) for own in patches]
 
 
 def prunable(layout: Layout) -> int:

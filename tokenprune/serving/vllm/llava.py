@@ -13,8 +13,8 @@ from vllm.model_executor.models.llava import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from tokenprune.models.llava import Llava
+from tokenprune.serving.vllm.crops import PrunedCrops
 from tokenprune.serving.vllm.layout import Pictures
-from tokenprune.serving.vllm.model import PrunedImages
 from tokenprune.serving.vllm.processing import PrunedProcessor
 
 
@@ -26,8 +26,8 @@ class PrunedLlavaProcessor(PrunedProcessor, LlavaMultiModalProcessor):
 @MULTIMODAL_REGISTRY.register_processor(
     PrunedLlavaProcessor, info=LlavaProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
-class PrunedLlava(PrunedImages, LlavaForConditionalGeneration):
-    """vLLM's own model behind `PrunedImages`."""
+class PrunedLlava(PrunedCrops, LlavaForConditionalGeneration):
+    """vLLM's own model behind `PrunedCrops`."""
 
     @staticmethod
     def make_pictures(config: Any) -> Pictures:

@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from vllm.multimodal.inputs import PlaceholderRange
 
-from tokenprune.errors import ConfigError
 from tokenprune.models.base import Layout
-from tokenprune.serving.vllm.ahead import check_decoder, decoder_states
 from tokenprune.serving.vllm.choosing import choose_rows
 from tokenprune.serving.vllm.cpu import mend_runner
 from tokenprune.serving.vllm.layout import Pictures, structural
-from tokenprune.serving.vllm.positions import first_positions, true_positions, with_channels
-from tokenprune.serving.vllm.processing import KEPT, WHOLE
+from tokenprune.serving.vllm.positions import expanded, true_positions, with_channels
+from tokenprune.serving.vllm.processing import kept_name, whole_name
 from tokenprune.serving.vllm.settings import read_settings
-from tokenprune.tokens import VisionAttention
 
 
-class PrunedImages:
-    """In front of one of vLLM's models like LLaVA: a CLIP or SigLIP tower, a decoder with one axis of positions."""
+class PrunedModel:
+    """In front of one of vLLM's models, of whose methods it overrides what vLLM's protocols are made of."""
 
     # vLLM's protocols by their marks, not as bases: a Protocol among them would have its own __init__ run.
     supports_mrope = True
     supports_multimodal_pruning = True
     supported_video_pruning_methods = ("evs",)
+    kinds: ClassVar[tuple[str, ...]] = ("image",)
     config: Any
-    language_model: Any
-    vision_tower: Any
     pictures: Pictures
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
@@ -37,20 +35,9 @@ class PrunedImages:
         mend_runner()
         self.settings = read_settings(self.config.tokenprune)
         self.pictures = self.make_pictures(self.config)
-        self._has_cls = self.config.vision_config.model_type != "siglip_vision_model"
-        self._query = self._key = torch.empty(0)  # of the tower's last layer, (crops, m, heads * head_dim)
-        if getattr(self.config, "vision_feature_select_strategy", "default") != "default" and self._has_cls:
-            raise ConfigError(
-                "vision_feature_select_strategy='full' keeps the CLS token; it is not served pruned"
-            )
-        needs = self.settings.method.needs()
-        if needs.ahead is not None:
-            check_decoder(self.language_model.model)
-            if needs.ahead > len(self.language_model.model.layers):
-                raise ConfigError(
-                    f"the decoder has fewer than the {needs.ahead} layers that are looked ahead"
-                )
-        if needs.vision is not None:
+        self._batch = vllm_config.scheduler_config.max_num_encoder_input_tokens
+        self.check_served()
+        if self.settings.method.needs().vision is not None:
             self.watch_tower()
 
     @staticmethod
@@ -58,111 +45,114 @@ class PrunedImages:
         """The family's arithmetic."""
         raise NotImplementedError
 
-    @property
-    def tower_attention(self) -> Any:
-        """Of the tower's layer that yields the features: vLLM makes no later ones."""
-        return getattr(self.vision_tower, "vision_model", self.vision_tower).encoder.layers[-1].self_attn
+    def check_served(self) -> None:
+        """Refuse what the method needs and this model does not offer.
+
+        Raises:
+            ConfigError: says what.
+        """
 
     def watch_tower(self) -> None:
-        """Note queries and keys of that layer whenever it runs."""
+        """Note what the tower's attention is made of whenever it runs."""
+        raise NotImplementedError
 
-        def note(_module: Any, _args: Any, output: Any) -> None:
-            query, key, _ = output[0].chunk(3, dim=-1)
-            self._query, self._key = self._of_all_heads(query), self._of_all_heads(key)
+    def seen(
+        self, fields: Mapping[str, Any], kind: str, layouts: Sequence[Layout], features: Sequence[Tensor]
+    ) -> Iterator[dict[str, Any]]:
+        """What the method wants to see of each picture, by the names of `ImageTokens`."""
+        raise NotImplementedError
 
-        self.tower_attention.qkv_proj.register_forward_hook(note)
+    # -- rows -------------------------------------------------------------------------------------------------------
 
-    def _of_all_heads(self, x: Tensor) -> Tensor:
-        """What every rank of a tensor-parallel tower has, so that all of them choose alike."""
-        from vllm.distributed import tensor_model_parallel_all_gather
-
-        module = self.tower_attention
-        whole = module.num_heads * module.head_dim
-        return x if x.shape[-1] == whole else tensor_model_parallel_all_gather(x.contiguous(), dim=-1)
-
-    @property
-    def placeholder(self) -> int:
-        """The id that stands for a row of a picture."""
-        return int(self.config.image_token_index)
-
-    # -- pictures ---------------------------------------------------------------------------------------------------
-
-    def embed_multimodal(self, **kwargs: object) -> Any:
+    def embed_multimodal(self, **fields: Any) -> Any:
         """Rows of each picture that stay, with their channels."""
-        kept: Any = kwargs.pop(KEPT, None)
-        kwargs.pop(WHOLE, None)
-        features = super().embed_multimodal(**kwargs)  # type: ignore[misc]
-        if kept is None:
-            return features
-        found, first = [], 0
-        counts = torch.as_tensor(kept).flatten().tolist()
-        for own, count, (layout, crops) in zip(
-            features, counts, self.given(kwargs, len(counts)), strict=True
-        ):
-            found.append(self._pruned(own, count, layout, crops, first))
-            first += len(crops)
-        self._query = self._key = torch.empty(0)
+        kind = next((kind for kind in self.kinds if kept_name(kind) in fields), None)
+        if kind is None:
+            return super().embed_multimodal(**fields)  # type: ignore[misc]
+        rows = torch.as_tensor(fields.pop(kept_name(kind))).flatten().tolist()
+        fields.pop(whole_name(kind))
+        found: list[Tensor] = []
+        for part, layouts in self._batches(fields, kind):
+            # Behind the embedding there may be deep-stack features, and behind them channels of vLLM's own.
+            width = self._width * (1 + self._levels)
+            made = [own[:, :width] for own in super().embed_multimodal(**part)]  # type: ignore[misc]
+            offsets = self.seconds(part, kind, len(layouts))
+            shown = self.seen(part, kind, layouts, [own[:, : self._width] for own in made])
+            for own, layout, told, seconds in zip(made, layouts, shown, offsets, strict=True):
+                found.append(self._pruned(own, rows[len(found)], layout, told, seconds))
         return tuple(found)
 
-    def given(self, kwargs: Mapping[str, Any], count: int) -> Iterator[tuple[Layout, Tensor]]:
-        """Of each picture the encoder is given, where its tokens stand, and its crops (c, 3, H, W)."""
-        pixels, sizes = kwargs["pixel_values"], kwargs.get("image_sizes")
-        for i in range(count):
-            height, width = (0, 0) if sizes is None else torch.as_tensor(sizes[i]).flatten().tolist()
-            yield self.pictures.layout(height, width), pixels[i] if pixels[i].ndim == 4 else pixels[i][None]
+    def _batches(self, fields: Mapping[str, Any], kind: str) -> Iterator[tuple[dict[str, Any], list[Layout]]]:
+        """The pictures in parts no larger than those that stock vLLM would give the tower.
 
-    def _pruned(self, features: Tensor, count: int, layout: Layout, crops: Tensor, first: int) -> Tensor:
+        vLLM counts them in the tokens that are kept, by which a request could have any number of them in one batch.
+        """
+        layouts = self.pictures.layouts(kind, self.pictures.sizes(fields)[kind])
+        crops = self.pictures.crops(kind, layouts)
+        first, total = 0, 0
+        for i, layout in enumerate(layouts):
+            if i > first and total + layout.columns > self._batch:
+                yield _part(fields, crops, first, i), layouts[first:i]
+                first, total = i, 0
+            total += layout.columns
+        yield _part(fields, crops, first, len(layouts)), layouts[first:]
+
+    def _pruned(
+        self, features: Tensor, count: int, layout: Layout, shown: Mapping[str, Any], seconds: float
+    ) -> Tensor:
         stays = structural(layout, features.device)
+        always = stays.nonzero()[:, 0]
         rows, kept = choose_rows(
             self.settings.method,
             features[~stays],
-            count,
+            count - len(always),
             layout.grids,
-            self._shown(features[~stays], layout, crops, first),
-            self.config.text_config.num_attention_heads,
+            shown,
+            self.config.get_text_config().num_attention_heads,
+            self._width,
         )
-        columns = (~stays).nonzero()[:, 0].index_select(0, kept)
-        always = stays.nonzero()[:, 0]
-        places, order = torch.cat([columns, always]).sort()
-        return with_channels(torch.cat([rows, features[stays]])[order], places, layout.columns)
+        columns, order = torch.cat([(~stays).nonzero()[:, 0].index_select(0, kept), always]).sort()
+        rows = torch.cat([rows, features[stays]])[order]
+        return with_channels(rows, self.places(layout, columns, seconds), layout.columns)
 
-    def _shown(self, features: Tensor, layout: Layout, crops: Tensor, first: int) -> dict[str, Any]:
-        """What the method wants to see of a picture."""
-        needs = self.settings.method.needs()
-        shown: dict[str, Any] = {}
-        if needs.vision is not None:
-            told = [needs.vision(self._attention(first + i)) for i in range(layout.items)]
-            shown["vision"] = self._of_tokens(layout, told)
-        if needs.pixels is not None:
-            told = [needs.pixels(patches) for patches in self.pictures.eight_bit(crops[: layout.items])]
-            shown["pixels"] = self._of_tokens(layout, told)
-        if needs.ahead is not None:
-            shown |= decoder_states(self.language_model.model, features, needs.ahead, needs.states)
-        return shown
+    def places(self, layout: Layout, columns: Tensor, seconds: float) -> Tensor:
+        """(k, 3) positions of an image's tokens behind its own first, on three axes; here all alike."""
+        return columns[:, None].expand(-1, 3)
 
-    def _of_tokens(self, layout: Layout, told: Sequence[Tensor]) -> Tensor:
-        whole = torch.stack([own if own.ndim == 2 else own[:, None] for own in told])
-        tokens = self.pictures.to_tokens(layout, whole)
-        return tokens if told[0].ndim == 2 else tokens[:, 0]
+    def seconds(self, fields: Mapping[str, Any], kind: str, count: int) -> list[float]:
+        """By how many positions the frames of each video are apart."""
+        return [1.0] * count
 
-    def _attention(self, crop: int) -> VisionAttention:
-        module = self.tower_attention
-        query, key = (
-            x[crop].unflatten(-1, (-1, module.head_dim)).transpose(0, 1) for x in (self._query, self._key)
-        )
-        return VisionAttention(query, key, module.scale, self._has_cls)
+    @property
+    def _width(self) -> int:
+        return int(self.config.get_text_config().hidden_size)
+
+    @property
+    def _levels(self) -> int:
+        """Of deep-stack features behind each embedding."""
+        return len(getattr(self.config.vision_config, "deepstack_visual_indexes", None) or ())
 
     # -- positions --------------------------------------------------------------------------------------------------
 
+    def whole_positions(self, tokens: list[int], features: Any) -> tuple[Tensor, int]:
+        """Of the unpruned prompt (3, N), and by how much the next one is ahead of N; here one axis, thrice."""
+        return torch.arange(len(tokens)).expand(3, -1), 0
+
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:
+        """Those of the unpruned prompt; of each image for now its first ones."""
+        features = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
         images = []
-        for feature in mm_features:
-            place, whole = feature.mm_position, torch.as_tensor(feature.data[WHOLE].data)
+        for feature in features:
+            place, whole = feature.mm_position, feature.data[whole_name(feature.modality)].data
             mask = torch.ones(place.length, dtype=torch.bool) if place.is_embed is None else place.is_embed
-            images.append(
-                (place.offset + int(mask.long().argmax()), int(mask.sum()), int(whole.flatten()[0]))
-            )
-        return first_positions(input_tokens, sorted(images))
+            images.append((place.offset + int(mask.long().argmax()), int(mask.sum()), int(whole)))
+        tokens, starts, columns = expanded(input_tokens, images)
+        moved = [
+            replace(feature, mm_position=PlaceholderRange(offset=start, length=whole))
+            for feature, start, (_, _, whole) in zip(features, starts, images, strict=True)
+        ]
+        positions, ahead = self.whole_positions(tokens, moved)
+        return positions[:, columns].clone(), ahead + len(tokens) - len(input_tokens)
 
     def recompute_mrope_positions(
         self,
@@ -171,16 +161,25 @@ class PrunedImages:
         mrope_positions: Tensor,
         num_computed_tokens: int,
     ) -> tuple[Sequence[Tensor], Tensor, int]:
+        ahead = int(mrope_positions[0, -1]) + 1 - len(input_ids)  # the last token is text
         if not multimodal_embeddings:  # decoding, and chunks without images: all is known already
-            return multimodal_embeddings, mrope_positions, int(mrope_positions[0, -1]) + 1 - len(input_ids)
+            return multimodal_embeddings, mrope_positions, ahead
         tokens = torch.as_tensor(input_ids)
-        placeholder = self.placeholder
+        is_image = torch.zeros(len(tokens), dtype=torch.bool)
+        for kind in self.kinds:
+            is_image |= tokens == getattr(self.config, f"{kind}_token_id")
         rows, positions = true_positions(
-            tokens, placeholder, multimodal_embeddings, mrope_positions, num_computed_tokens
+            is_image, multimodal_embeddings, mrope_positions, num_computed_tokens
         )
-        return rows, positions, int(positions[0, -1]) + 1 - len(tokens)
+        return rows, positions, ahead
 
-    def forward(self, input_ids: Any, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The decoder has one axis; the three are equal."""
-        positions = positions[0] if positions.ndim == 2 else positions
-        return super().forward(input_ids, positions, *args, **kwargs)  # type: ignore[misc]
+
+def _part(fields: Mapping[str, Any], crops: Sequence[int], first: int, end: int) -> dict[str, Any]:
+    """Pictures `first` to `end` - 1 of fields that hold one entry per picture, or one per crop."""
+    if first == 0 and end == len(crops):
+        return dict(fields)
+    low, high = sum(crops[:first]), sum(crops[:end])
+    return {
+        name: value[first:end] if len(value) == len(crops) else value[low:high]
+        for name, value in fields.items()
+    }

@@ -1,125 +1,177 @@
-"""The processor's part of pruning: as many placeholders as tokens are kept, and the counts for the encoder."""
+"""The processor's part of pruning: as many placeholders as rows are kept, and the counts for the encoder."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.processing import PromptReplacement, PromptUpdate
+from vllm.multimodal.processing import PromptReplacement, PromptUpdate, PromptUpdateDetails
 
 from tokenprune.arguments import read_keep
 from tokenprune.budget import Keep, check_keep
 from tokenprune.errors import ConfigError
-from tokenprune.models.base import Layout
 from tokenprune.serving.vllm.layout import Pictures, prunable
 from tokenprune.serving.vllm.settings import PER_REQUEST, Settings, read_settings
 
-KEPT = "tokenprune_kept"  # how many of its prunable tokens an image keeps
-WHOLE = "tokenprune_whole"  # how many tokens it has unpruned, those that always stay included
+
+def kept_name(kind: str) -> str:
+    """The field that says how many rows of an image stay, those that always do included."""
+    return f"tokenprune_kept_{kind}"
+
+
+def whole_name(kind: str) -> str:
+    """The field that says how many tokens it has unpruned."""
+    return f"tokenprune_whole_{kind}"
+
+
+@dataclass
+class Placeholders(PromptUpdateDetails):
+    """What stands for an image in the prompt.
+
+    Attributes:
+        whole: how many tokens it would be unpruned.
+    """
+
+    whole: int = 0
 
 
 class PrunedProcessor:
-    """In front of one of vLLM's processors for models of the LLaVA kind."""
+    """In front of one of vLLM's processors. All that is counted is what that processor made, however it was asked."""
 
     info: Any
+    kinds: ClassVar[tuple[str, ...]] = ("image",)
 
     def pictures(self) -> Pictures:
         """The family's arithmetic."""
         raise NotImplementedError
 
-    @property
-    def _placeholder(self) -> int:
-        """The id that stands for a picture in a prompt."""
-        return int(self.info.get_hf_config().image_token_index)
+    def framed(self, kind: str, rows: list[int]) -> list[int]:
+        """What stands in the prompt for an image of these placeholders."""
+        return rows
 
+    def _placeholder(self, kind: str) -> int:
+        return int(getattr(self.info.get_hf_config(), f"{kind}_token_id"))
+
+    @property
     def _settings(self) -> Settings:
         return read_settings(self.info.get_hf_config().tokenprune)
 
-    def _layouts(self, mm_items: Any) -> list[Layout]:
-        if "image" not in mm_items:
-            return []
-        images = mm_items["image"]
-        if not hasattr(images, "get_image_size"):
-            raise ValueError("tokenprune: images have to come as pictures, not as embeddings")
-        sizes = [images.get_image_size(i) for i in range(len(images))]
-        return [self._layout(size.height, size.width) for size in sizes]
-
-    def _layout(self, height: int, width: int) -> Layout:
-        return self.pictures().layout(height, width)
-
-    def _kept(self, layout: Layout, kwargs: Mapping[str, object]) -> int:
-        return self._settings().count(prunable(layout), _keep_of(kwargs))
-
-    def _rows(self, layout: Layout, kwargs: Mapping[str, object]) -> int:
-        """What a picture has of placeholders: those kept, and those that always stay."""
-        return layout.columns - prunable(layout) + self._kept(layout, kwargs)
+    # -- counts -----------------------------------------------------------------------------------------------------
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
-        own = {name: value for name, value in hf_kwargs.items() if name != PER_REQUEST}
-        found = super()._apply_hf_processor_main(mm_items, own)  # type: ignore[misc]
-        layouts = self._layouts(mm_items)
-        if layouts:
-            found[KEPT] = torch.tensor([self._kept(layout, hf_kwargs) for layout in layouts])
-            found[WHOLE] = torch.tensor([layout.columns for layout in layouts])
-        return found
-
-    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
-        """Refuse what positions could not be told of, or there are none for.
-
-        Raises:
-            ValueError: images of different sizes without text between them, or a prompt that is too long unpruned; the
-                request is refused.
-        """
-        layouts = self._layouts(inputs.mm_data_items)
-        self._check_length(inputs.prompt, layouts)
-        found = super().apply(inputs, timing_ctx)  # type: ignore[misc]
-        images = list(zip(found["mm_placeholders"].get("image", ()), layouts, strict=True))
-        for (one, own), (other, next_to) in pairwise(images):
-            beside = one.offset + one.length == other.offset
-            if beside and (one.length, own.columns) != (other.length, next_to.columns):
-                raise ValueError(
-                    "tokenprune: images of different sizes stand side by side; put text between them"
-                )
-        return found
-
-    def _check_length(self, prompt: Any, layouts: Sequence[Layout]) -> None:
-        """Before anything of it is remembered: vLLM itself checks the pruned length only.
-
-        Raises:
-            ValueError: the prompt has more tokens unpruned than the model has positions, or ends in a picture.
-        """
-        config = self.info.get_hf_config()
-        tokens = self.info.get_tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if all(token == self._placeholder for token in tokens):
-            return  # what vLLM measures memory with
-        if tokens[-1] == self._placeholder:
-            raise ValueError(
-                "tokenprune: the prompt ends in a picture; put text behind it, as chat templates do"
-            )
-        whole = len(tokens) - len(layouts) + sum(layout.columns for layout in layouts)
-        if whole > config.tokenprune_context:
-            raise ValueError(
-                f"tokenprune: unpruned the prompt has {whole} tokens, and the model has {config.tokenprune_context} "
-                f"positions; send fewer or smaller images"
-            )
+        made = super()._apply_hf_processor_main(mm_items, _vllms(hf_kwargs))  # type: ignore[misc]
+        pictures, settings, keep = self.pictures(), self._settings, _keep_of(hf_kwargs)
+        pictures.check(made)
+        for kind, sizes in pictures.sizes(made).items():
+            layouts = pictures.layouts(kind, sizes)
+            rows = [own.columns - prunable(own) + settings.count(prunable(own), keep) for own in layouts]
+            made[kept_name(kind)] = torch.tensor(rows)
+            made[whole_name(kind)] = torch.tensor([own.columns for own in layouts])
+        return made
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
         fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)  # type: ignore[misc]
-        counts = {name: MultiModalFieldConfig.batched("image", keep_on_cpu=True) for name in (KEPT, WHOLE)}
-        return {**fields, **counts}
+        own = {
+            name(kind): MultiModalFieldConfig.batched(kind, keep_on_cpu=True)
+            for kind in self.kinds
+            for name in (kept_name, whole_name)
+        }
+        return {**fields, **own}
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
     ) -> Sequence[PromptUpdate]:
-        token, layouts = self._placeholder, self._layouts(mm_items)
+        def placeholders(kind: str, number: int) -> Placeholders:
+            fields = out_mm_kwargs[kind][number]
+            rows, whole = (int(fields[name(kind)].data) for name in (kept_name, whole_name))
+            token = self._placeholder(kind)
+            full = self.framed(kind, [token] * rows)
+            frame = len(full) - rows
+            is_embed = partial(_are, token) if frame else None
+            return Placeholders(full, is_embed, whole=whole + frame)
 
-        def placeholders(number: int) -> list[int]:
-            return [token] * self._rows(layouts[number], hf_processor_mm_kwargs)
+        return [
+            PromptReplacement(
+                modality=kind, target=[self._placeholder(kind)], replacement=partial(placeholders, kind)
+            )
+            for kind in self.kinds
+        ]
 
-        return [PromptReplacement(modality="image", target=[token], replacement=placeholders)]
+    def _get_mm_hashes(self, inputs: Any) -> Any:
+        """Stores that servers share must not mix up what servers of other settings made."""
+        found = super()._get_mm_hashes(inputs)  # type: ignore[misc]
+        mark = self._settings.mark
+        return {kind: [f"{own}-{mark}" for own in hashes] for kind, hashes in found.items()}
+
+    # -- refusals ---------------------------------------------------------------------------------------------------
+
+    def _cached_apply_hf_processor(self, inputs: Any, timing_ctx: Any) -> Any:
+        """As vLLM's; refuses what positions could not be told of, or there are none for.
+
+        Raises:
+            ValueError: says why; the request is refused.
+        """
+        found = super()._cached_apply_hf_processor(inputs, timing_ctx)  # type: ignore[misc]
+        try:
+            self._check(list(inputs.prompt), found.prompt_updates)
+        except ValueError:
+            _forget(inputs.cache, found)
+            raise
+        return found
+
+    def _check(self, prompt: list[int], updates: Mapping[str, Sequence[Sequence[Any]]]) -> None:
+        kinds = {self._placeholder(kind): kind for kind in self.kinds}
+        if set(prompt) <= kinds.keys():
+            return  # what vLLM measures memory with
+        if prompt[-1] in kinds:
+            raise ValueError(
+                "tokenprune: the prompt ends in a picture; put text behind it, as chat templates do"
+            )
+        given: dict[str, Iterator[Placeholders]] = {
+            kind: iter([update.content for (update,) in updates.get(kind, ())]) for kind in self.kinds
+        }
+        whole, before = 0, None
+        for token in prompt:
+            image = next(given[kinds[token]], None) if token in kinds else None
+            if token in kinds and image is None:
+                raise ValueError("tokenprune: the prompt has places for more pictures than were given")
+            whole += 1 if image is None else image.whole
+            if before is not None and image is not None and image.is_embed is None:
+                alike = (len(before.full), before.whole) == (len(image.full), image.whole)
+                if not (alike and self.pictures().side_by_side):
+                    raise ValueError(
+                        "tokenprune: images of different sizes stand side by side; put text between them"
+                    )
+            before = image
+        context = self.info.get_hf_config().tokenprune_context
+        if whole > context:  # vLLM itself checks the pruned length only
+            raise ValueError(
+                f"tokenprune: unpruned the prompt has {whole} tokens, and the model has {context} positions; send "
+                f"fewer or smaller images"
+            )
+
+
+def _are(token: int, full: list[int]) -> torch.Tensor:
+    return torch.tensor(full) == token
+
+
+def _forget(cache: Any, found: Any) -> None:
+    """Take a refused request's pictures out of the front end's cache: the engine is not going to see them."""
+    if cache is None:
+        return
+    for kind, items in found.kwargs.items():
+        for item, own in zip(items, found.hashes[kind], strict=True):
+            if item is not None:
+                cache.invalidate(own)
+
+
+def _vllms(kwargs: Mapping[str, object]) -> dict[str, object]:
+    """Without what is ours."""
+    return {name: value for name, value in kwargs.items() if name != PER_REQUEST}
 
 
 def _keep_of(kwargs: Mapping[str, object]) -> Keep | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,7 @@ from tokenprune.errors import ConfigError
 from tokenprune.methods import Method, make_method
 
 PER_REQUEST = "tokenprune_keep"  # in mm_processor_kwargs
+BOUNDS = ("keep_min", "keep_max")  # of what a request may ask for
 
 
 @dataclass(frozen=True)
@@ -20,28 +23,56 @@ class Settings:
     """Attributes:
     method: what chooses.
     keep: share of an image's tokens, or how many.
+    keep_min, keep_max: what a request may ask for at least and at most, in the same units; None: anything.
     """
 
     method: Method
     keep: Keep
+    keep_min: Keep | None = None
+    keep_max: Keep | None = None
 
-    def count(self, tokens: int, keep: Keep | None = None) -> int:
-        """How many of an image's tokens stay; rounded down, at least one."""
-        own = self.keep if keep is None else keep
-        return min(tokens, own) if isinstance(own, int) else max(1, int(own * tokens))
+    def count(self, tokens: int, asked: Keep | None = None) -> int:
+        """How many of an image's tokens stay; rounded down, at least one.
+
+        Args:
+            tokens: that the image has.
+            asked: by the request; None: the server's own.
+
+        Raises:
+            ValueError: the request asks for fewer or more than it may.
+        """
+        if asked is None:
+            return _count(tokens, self.keep)
+        kept = _count(tokens, asked)
+        if self.keep_min is not None and kept < _count(tokens, self.keep_min):
+            raise ValueError(f"{PER_REQUEST}={asked}: this server keeps at least keep_min={self.keep_min}")
+        if self.keep_max is not None and kept > _count(tokens, self.keep_max):
+            raise ValueError(f"{PER_REQUEST}={asked}: this server keeps at most keep_max={self.keep_max}")
+        return kept
 
     def to_dict(self) -> dict[str, Any]:
         """What `read_settings` takes, for a model's config that travels between processes."""
         parameters = {f.name: getattr(self.method, f.name) for f in dataclasses.fields(self.method)}
-        return {"method": self.method.name, "keep": self.keep, **parameters}
+        bounds = {name: getattr(self, name) for name in BOUNDS if getattr(self, name) is not None}
+        return {"method": self.method.name, "keep": self.keep, **bounds, **parameters}
+
+    @property
+    def mark(self) -> str:
+        """Short, and another one for other settings."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _count(tokens: int, keep: Keep) -> int:
+    return min(tokens, keep) if isinstance(keep, int) else max(1, int(keep * tokens))
 
 
 def read_settings(given: Mapping[str, Any]) -> Settings:
     """Settings from what stands in vLLM's additional config.
 
     Args:
-        given: arguments of `wrap`: "method" and "keep", or "profile" (a path), and the method's parameters. A profile's
-            several cuts become one before the LLM, of the profile's budget.
+        given: arguments of `wrap`: "method" and "keep", or "profile" (a path), and the method's parameters; and the
+            bounds "keep_min" and "keep_max". A profile's several cuts become one before the LLM, of the profile's
+            budget.
 
     Raises:
         ConfigError: no such method, parameter or budget, or one that cannot be served; says which.
@@ -50,7 +81,9 @@ def read_settings(given: Mapping[str, Any]) -> Settings:
         raise ConfigError(
             f'the setting "tokenprune" must be an object such as {{"method": "uniform", "keep": 0.25}}, not {given!r}'
         )
-    asked = Arguments.of(dict(given))
+    own = dict(given)
+    bounds = {name: check_keep(own.pop(name)) for name in BOUNDS if own.get(name) is not None}
+    asked = Arguments.of(own)
     if asked.profile is not None:
         asked = asked.under(asked.profile)
     if asked.method == AUTO:
@@ -78,7 +111,17 @@ def read_settings(given: Mapping[str, Any]) -> Settings:
             f"method {method.name!r} needs {' and '.join(wanted)}, which are not there before the LLM inside vLLM; "
             f"serve vflowopt, importance, uniform, random, or entropyprune with lookahead"
         )
-    return Settings(method, check_keep(asked.keep))
+    return _checked(Settings(method, check_keep(asked.keep), **bounds))
+
+
+def _checked(settings: Settings) -> Settings:
+    """The server's own budget within its bounds, for images of any size."""
+    for tokens in (16, 256, 4096):
+        try:
+            settings.count(tokens, settings.keep)
+        except ValueError:
+            raise ConfigError(f"keep={settings.keep} lies outside keep_min and keep_max") from None
+    return settings
 
 
 def _refuse(asked: Arguments) -> None:
