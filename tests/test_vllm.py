@@ -5,14 +5,13 @@ Run by `make test-vllm`, in an environment of its own; elsewhere skipped.
 
 from __future__ import annotations
 
-import base64
-import io
+from vllm_engine import engine  # sets what vLLM reads when it is imported
+
+# isort: split
+
 import json
-import os
 import random
 import shutil
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,13 +20,6 @@ from typing import Any
 
 import pytest
 from PIL import Image
-
-pytest.importorskip("vllm")
-
-from tokenprune_eval.server import ENVIRONMENT, NAME, serving
-
-os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="0")
-
 from vllm import LLM, SamplingParams
 
 import tokenprune
@@ -35,6 +27,8 @@ from tokenprune.testbed import Sample, evaluate, evaluation_set, load
 from tokenprune.testbed.language import chat_prompt
 from tokenprune.testbed.loading import model_folder
 from tokenprune_eval.checkpoints import CHAT_TEMPLATE, write_llava, write_old_layout
+from tokenprune_eval.server import serving
+from vllm_requests import budget, picture, post, words
 
 pytestmark = pytest.mark.timeout(900)
 COUNT = 40
@@ -69,19 +63,6 @@ def bed() -> tuple[Any, Any]:
 @pytest.fixture(scope="session")
 def samples() -> list[Sample]:
     return evaluation_set(COUNT)  # the differences have two images
-
-
-def engine(folder: Path, setting: dict[str, Any] | None, **more: Any) -> LLM:
-    given = {} if setting is None else {"additional_config": {"tokenprune": setting}}
-    options = {"max_num_batched_tokens": 1024, "max_model_len": 1024, "max_num_seqs": 8, **more}
-    return LLM(
-        model=str(folder),
-        dtype="float32",
-        enforce_eager=True,
-        limit_mm_per_prompt={"image": 4},
-        **given,
-        **options,
-    )
 
 
 def ask(llm: LLM, processor: Any, samples: list[Sample], **more: Any) -> list[Any]:
@@ -191,6 +172,7 @@ def test_pipelines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     config = SimpleNamespace(
         additional_config={"tokenprune": {"method": "uniform", "keep": 0.5}},
+        speculative_config=None,
         parallel_config=SimpleNamespace(pipeline_parallel_size=2),
     )
     with pytest.raises(tokenprune.ConfigError, match="pipeline_parallel_size > 1"):
@@ -204,6 +186,157 @@ def test_tensor_parallel_ranks_choose_alike(folder: Path, bed: Any, samples: lis
         texts(ask(engine(folder, setting, tensor_parallel_size=ranks), bed[1], samples)) for ranks in (1, 2)
     ]
     assert answers[0] == answers[1]
+
+
+def test_the_tower_is_given_no_more_than_stock_vllm_gives_it(
+    folder: Path, bed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that keeps one token of a picture has not 144 times as many pictures encoded at once."""
+    from vllm.model_executor.models.llava import LlavaForConditionalGeneration as Stock
+
+    calls: list[int] = []
+    own = Stock.embed_multimodal
+
+    def spy(model: Any, **fields: Any) -> Any:
+        calls.append(len(fields["pixel_values"]))
+        return own(model, **fields)
+
+    monkeypatch.setattr(Stock, "embed_multimodal", spy)
+    few = [s for s in evaluation_set(60) if len(s.images) == 1][:24]
+    setting = {"method": "vflowopt", "keep": 0.5}
+    llm = engine(folder, setting, max_num_batched_tokens=800, max_num_seqs=32)
+    calls.clear()
+    outputs = ask(llm, bed[1], few, mm_processor_kwargs={"tokenprune_keep": 1})
+    assert max(calls) == 800 // 144 and sum(calls) > 10  # pictures that are alike are encoded once
+    assert texts(outputs) == in_transformers(bed, few, {"method": "vflowopt", "keep": 1})
+
+
+def test_a_picture_larger_than_the_encoders_cache_is_refused(
+    folder: Path, bed: Any, samples: list[Sample]
+) -> None:
+    """It could never be scheduled, and everybody would wait behind it."""
+    llm = engine(folder, {"method": "uniform", "keep": 0.1}, max_num_batched_tokens=100)
+    with pytest.raises(Exception, match="encoder cache size"):
+        ask(llm, bed[1], samples[:1], mm_processor_kwargs={"tokenprune_keep": 1.0})
+    assert texts(ask(llm, bed[1], samples)) == in_transformers(
+        bed, samples, {"method": "uniform", "keep": 0.1}
+    )
+
+
+def test_sizes_that_the_model_does_not_take_are_refused(
+    folder: Path, bed: Any, samples: list[Sample]
+) -> None:
+    llm = engine(folder, {"method": "uniform", "keep": 0.25})
+    before = texts(ask(llm, bed[1], samples[:6]))
+    for kwargs in (
+        {"size": {"height": 56, "width": 56}},
+        {"images_kwargs": {"size": {"height": 300, "width": 96}}},
+        {"size": {"shortest_edge": 300}, "do_center_crop": True, "crop_size": 300},
+    ):
+        with pytest.raises(ValueError, match="and the model takes"):
+            ask(llm, bed[1], samples[:1], mm_processor_kwargs=kwargs)
+    assert texts(ask(llm, bed[1], samples[:6])) == before
+
+
+def test_requests_stay_within_the_servers_bounds(folder: Path, bed: Any, samples: list[Sample]) -> None:
+    llm = engine(folder, {"method": "uniform", "keep": 0.25, "keep_min": 0.1, "keep_max": 72})
+    token = bed[0].config.image_token_index
+    for keep, rows in ((0.1, 14), (14, 14), (72, 72), (0.5, 72)):
+        (out,) = ask(llm, bed[1], samples[:1], mm_processor_kwargs={"tokenprune_keep": keep})
+        assert out.prompt_token_ids.count(token) == rows * len(samples[0].images)
+    for keep, bound in (
+        (13, "at least keep_min=0.1"),
+        (0.05, "at least"),
+        (73, "at most keep_max=72"),
+        (1.0, "at most"),
+    ):
+        with pytest.raises(ValueError, match=bound):
+            ask(llm, bed[1], samples[:1], mm_processor_kwargs={"tokenprune_keep": keep})
+
+
+def test_a_budget_that_nobody_takes_is_refused(folder: Path, bed: Any, samples: list[Sample]) -> None:
+    """On a server without the setting, and where only the processor would see it."""
+    llm = engine(folder, None)
+    with pytest.raises(ValueError, match="this server prunes no images"):
+        ask(llm, bed[1], samples[:1], mm_processor_kwargs={"tokenprune_keep": 0.1})
+    assert texts(ask(llm, bed[1], samples[:1]))
+    llm = engine(folder, {"method": "uniform", "keep": 0.5})
+    with pytest.raises(ValueError, match="belongs beside images_kwargs"):
+        ask(llm, bed[1], samples[:1], mm_processor_kwargs={"images_kwargs": {"tokenprune_keep": 0.1}})
+
+
+def test_more_places_than_pictures_are_refused(folder: Path, bed: Any, samples: list[Sample]) -> None:
+    llm = engine(folder, {"method": "uniform", "keep": 0.5})
+    one = {
+        "prompt": "USER <image> and <image> ?",
+        "multi_modal_data": {"image": [Image.fromarray(samples[0].images[0])]},
+    }
+    with pytest.raises(ValueError, match="places for more pictures"):
+        llm.generate([one], SamplingParams(max_tokens=2), use_tqdm=False)
+
+
+def test_pictures_named_by_uuid(folder: Path, bed: Any, samples: list[Sample]) -> None:
+    """Sent once and named afterwards, each budget a picture of its own."""
+    setting = {"method": "vflowopt", "keep": 0.25}
+    llm = engine(folder, setting)
+    one = next(s for s in samples if len(s.images) == 1)
+    prompt = chat_prompt(bed[1], one.question, 1)
+
+    def go(given: Any, **more: Any) -> Any:
+        request = {
+            "prompt": prompt,
+            "multi_modal_data": {"image": [given]},
+            "multi_modal_uuids": {"image": ["a"]},
+            **more,
+        }
+        return llm.generate([request], SamplingParams(temperature=0, max_tokens=6), use_tqdm=False)
+
+    first = go(Image.fromarray(one.images[0]))
+    assert texts(first) == in_transformers(bed, [one], setting)
+    again = go(None)
+    assert again[0].outputs[0].token_ids == first[0].outputs[0].token_ids
+    assert again[0].prompt_token_ids == first[0].prompt_token_ids
+    other = {"mm_processor_kwargs": {"tokenprune_keep": 0.1}}
+    with pytest.raises(ValueError, match="data is not provided"):
+        go(None, **other)
+    few = go(Image.fromarray(one.images[0]), **other)
+    assert texts(few) == texts(go(None, **other)) == in_transformers(bed, [one], {**setting, "keep": 0.1})
+
+
+def test_stores_that_servers_share_know_the_setting(folder: Path, bed: Any, samples: list[Sample]) -> None:
+    """An item's hash is other for other settings, also where the client named it."""
+
+    def hashes(setting: Any) -> list[str]:
+        llm = engine(folder, setting)
+        processor = llm.llm_engine.renderer.get_mm_processor()
+        items = processor.info.parse_mm_data({"image": [Image.fromarray(samples[0].images[0])]})
+        token = bed[0].config.image_token_index
+        found = []
+        for uuids in (None, {"image": ["a"]}):
+            out = processor([1, token, 1], items, mm_uuid_items=uuids)
+            found += out["mm_hashes"]["image"]
+        return found
+
+    settings: list[Any] = [
+        *(None, {"method": "uniform", "keep": 0.5}, {"method": "uniform", "keep": 0.25}),
+        *({"method": "vflowopt", "keep": 0.25}, {"method": "vflowopt", "keep": 0.25, "t": 2.0}),
+    ]
+    found = [hashes(setting) for setting in settings]
+    assert hashes(settings[3]) == found[3]
+    for own in zip(*found, strict=True):
+        assert len(set(own)) == len(settings)
+
+
+def test_speculative_decoding_is_refused() -> None:
+    from tokenprune.serving import vllm as plugin
+
+    config = SimpleNamespace(
+        additional_config={"tokenprune": {"method": "uniform", "keep": 0.5}},
+        speculative_config=SimpleNamespace(method="eagle"),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+    )
+    with pytest.raises(tokenprune.ConfigError, match="speculative decoding"):
+        plugin.configure(config)
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
@@ -522,6 +655,36 @@ def test_internvl(internvl: Path, setting: dict[str, Any]) -> None:
         assert list(out.outputs[0].token_ids) == new
 
 
+@pytest.mark.parametrize("kwargs", [{"crop_to_patches": False}, {"max_patches": 2}, {"max_patches": 12}, {}])
+def test_internvl_is_counted_as_it_was_made(internvl: Path, kwargs: dict[str, Any]) -> None:
+    """Whatever a request has its processor do, the share is of what that made, at its positions."""
+    import numpy as np
+    import torch
+    from transformers import AutoProcessor, InternVLForConditionalGeneration
+
+    model = InternVLForConditionalGeneration.from_pretrained(internvl).eval()
+    processor = AutoProcessor.from_pretrained(internvl)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 200, 3), dtype=np.uint8))
+    prompt, setting = "USER: <IMG_CONTEXT> yes no ASSISTANT:", {"method": "uniform", "keep": 0.5}
+    llm = engine(internvl, setting)
+    (out,) = llm.generate(
+        [{"prompt": prompt, "multi_modal_data": {"image": [image]}, "mm_processor_kwargs": kwargs}],
+        SamplingParams(temperature=0, max_tokens=3, ignore_eos=True),
+        use_tqdm=False,
+    )
+    inputs = processor(
+        images=[image],
+        text=[prompt],
+        return_tensors="pt",
+        **{"crop_to_patches": True, "min_patches": 1, "max_patches": 4, **kwargs},
+    )
+    with tokenprune.pruned(model, **setting, layer=0), torch.no_grad():
+        found = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        told = tokenprune.report(model)
+    assert out.prompt_token_ids.count(model.config.image_token_id) == told.kept
+    assert list(out.outputs[0].token_ids) == found[0, inputs["input_ids"].shape[1] :].tolist()
+
+
 def _with_start(out: Any, inputs: Any, token: int) -> tuple[Any, Any]:
     """vLLM's prompt, its pictures' tokens as many as transformers wants."""
     import torch
@@ -542,6 +705,25 @@ def test_different_pictures_side_by_side_are_refused(next_folder: tuple[Path, Pa
         )
 
 
+def test_tiles_that_the_model_does_not_take_are_refused(next_folder: tuple[Path, Path]) -> None:
+    import torch
+    from transformers import AutoConfig
+
+    from tokenprune.serving.vllm.llava_next import Tiled
+
+    pictures = Tiled(AutoConfig.from_pretrained(next_folder[1]))
+    tiles = torch.ones(1, 5, 3, 56, 56)
+    sizes = {"image_sizes": torch.tensor([[100, 100]])}
+    pictures.check({"pixel_values": tiles, **sizes})
+    padded = torch.cat([tiles, torch.zeros(1, 2, 3, 56, 56)], dim=1)
+    pictures.check({"pixel_values": padded, **sizes})
+    for wrong in (tiles[:, :3], torch.cat([tiles, tiles], dim=1)):
+        with pytest.raises(ValueError, match="leave image_grid_pinpoints out"):
+            pictures.check({"pixel_values": wrong, **sizes})
+    with pytest.raises(ValueError, match="the model takes 56 x 56"):
+        pictures.check({"pixel_values": tiles[..., :50], **sizes})
+
+
 # -- the server, under load --------------------------------------------------------------------------------------------
 
 
@@ -555,34 +737,6 @@ def server(folder: Path) -> Iterator[str]:
         yield url
 
 
-def post(url: str, content: list[Any], **more: Any) -> tuple[int, dict[str, Any]]:
-    body = {
-        "model": NAME,
-        "temperature": 0,
-        "max_tokens": 5,
-        "messages": [{"role": "user", "content": content}],
-        **more,
-    }
-    request = urllib.request.Request(
-        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read() or b"{}")
-
-
-def picture(image: Any) -> dict[str, Any]:
-    held = io.BytesIO()
-    Image.fromarray(image).save(held, "PNG")
-    return {"type": "image_url", "image_url": {"url": _url(held.getvalue())}}
-
-
-def _url(data: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(data).decode()
-
-
 def test_a_load_of_mixed_requests(server: str) -> None:
     """200 at once: text only, one picture, three, other budgets, broken pictures. Each is answered or refused."""
     rng = random.Random(0)
@@ -590,21 +744,21 @@ def test_a_load_of_mixed_requests(server: str) -> None:
     jobs = []
     for number in range(200):
         sample, kind = rng.choice(samples), number % 5
-        text = {"type": "text", "text": sample.question}
+        asked = words(sample.question)
         one = picture(sample.images[0])
         if kind == 0:
-            jobs.append(([{"type": "text", "text": "how many digits ?"}], {}, 200, 0))
+            jobs.append(([words("how many digits ?")], {}, 200, 0))
         elif kind == 1:
-            jobs.append(([one, text], {}, 200, 36))
+            jobs.append(([one, asked], {}, 200, 36))
         elif kind == 2:
-            jobs.append(([one, one, picture(rng.choice(samples).images[0]), text], {}, 200, 3 * 36))
+            jobs.append(([one, one, picture(rng.choice(samples).images[0]), asked], {}, 200, 3 * 36))
         elif kind == 3:
             keep = rng.choice([0.1, 0.5, 20])
             rows = keep if isinstance(keep, int) else int(keep * 144)
-            jobs.append(([one, text], {"mm_processor_kwargs": {"tokenprune_keep": keep}}, 200, rows))
+            jobs.append(([one, asked], budget(keep), 200, rows))
         else:
-            broken = {"type": "image_url", "image_url": {"url": _url(b"no picture at all")}}
-            jobs.append(([broken, text], {}, 400, 0))
+            broken = picture(b"no picture at all")
+            jobs.append(([broken, asked], {}, 400, 0))
     with ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(lambda job: post(server, job[0], **job[1]), jobs))
     text_only = min(a["usage"]["prompt_tokens"] for _, a in answers if "usage" in a)
@@ -614,8 +768,8 @@ def test_a_load_of_mixed_requests(server: str) -> None:
             continue
         assert got == 200, answer
         assert answer["choices"][0]["message"]["content"].strip()
-        words = len(content[-1]["text"].split())
+        length = len(content[-1]["text"].split())
         images = sum(part["type"] == "image_url" for part in content)
         # The prompt is its words, what the template puts around them, and the rows that are kept.
-        assert abs(answer["usage"]["prompt_tokens"] - (text_only - 4 + words + rows)) <= 2 + images
-    assert post(server, [{"type": "text", "text": "how many digits ?"}])[0] == 200
+        assert abs(answer["usage"]["prompt_tokens"] - (text_only - 4 + length + rows)) <= 2 + images
+    assert post(server, [words("how many digits ?")])[0] == 200

@@ -9,12 +9,14 @@ original positions.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from tokenprune.errors import ConfigError
 
 SETTING = "tokenprune"
+PER_REQUEST = "tokenprune_keep"  # in a request's mm_processor_kwargs: its own budget
 ANY_VERSION = "any_vllm"  # in the setting: true takes a vLLM that nobody here has run
 TESTED = ((0, 32), (0, 33))  # of vLLM, the oldest and the newest
 # By vLLM's architecture: where its pruned one is.
@@ -43,6 +45,35 @@ def register() -> None:
         )
         if not ours:
             MODELS_CONFIG_MAP[name] = _configured(MODELS_CONFIG_MAP.get(name), refuse)
+    _refuse_leftovers()
+
+
+def _refuse_leftovers() -> None:
+    """Have a request's budget that nobody takes refused, where vLLM would drop it and answer unpruned.
+
+    A pruned model's processor takes it out; it is left over on a server without the setting, and inside of
+    `images_kwargs`.
+    """
+    from vllm.multimodal.processing.context import InputProcessingContext
+
+    own = InputProcessingContext.call_hf_processor
+    if hasattr(own, SETTING):
+        return
+
+    @functools.wraps(own)
+    def call_hf_processor(self: Any, hf_processor: Any, data: Any, kwargs: Mapping[str, object] = {}) -> Any:
+        if PER_REQUEST in kwargs:
+            raise ValueError(
+                f"{PER_REQUEST}: this server prunes no images; start it with the setting {SETTING!r}, or leave the "
+                f"budget out"
+            )
+        for name, inner in kwargs.items():
+            if isinstance(inner, Mapping) and PER_REQUEST in inner:
+                raise ValueError(f"{PER_REQUEST} belongs beside {name}, not in it")
+        return own(self, hf_processor, data, kwargs)
+
+    setattr(call_hf_processor, SETTING, True)
+    InputProcessingContext.call_hf_processor = call_hf_processor
 
 
 def pruned_name(architecture: str) -> str:
@@ -90,6 +121,9 @@ def configure(vllm_config: Any) -> None:
     given = (vllm_config.additional_config or {}).get(SETTING)
     if given is None:
         return
+    from vllm.logger import init_logger
+
+    from tokenprune import __version__
     from tokenprune.serving.vllm.settings import read_settings
 
     if isinstance(given, Mapping):
@@ -107,6 +141,7 @@ def configure(vllm_config: Any) -> None:
     config = model_config.hf_config
     settings = read_settings(given)
     config.tokenprune = settings.to_dict()
+    served = ", ".join(config.architectures)
     config.architectures = [pruned_name(name) for name in config.architectures]
     # The runner asks the model for positions again, once the encoder has told which tokens are kept, where videos are
     # pruned; by a rate of so little that 1 - rate is 1, none is.
@@ -118,6 +153,13 @@ def configure(vllm_config: Any) -> None:
         # `crops.py`.
         config.mrope_section = [1, 1, 1]
         model_config.__dict__.pop("uses_mrope", None)
+    init_logger("vllm.tokenprune").info(
+        "tokenprune %s prunes the images of %s: %s, keep %s",
+        __version__,
+        served,
+        settings.method.name,
+        settings.keep,
+    )
 
 
 def _check_version(any_version: object) -> None:

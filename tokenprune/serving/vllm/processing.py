@@ -14,8 +14,9 @@ from vllm.multimodal.processing import PromptReplacement, PromptUpdate, PromptUp
 from tokenprune.arguments import read_keep
 from tokenprune.budget import Keep, check_keep
 from tokenprune.errors import ConfigError
+from tokenprune.serving.vllm import PER_REQUEST, metrics
 from tokenprune.serving.vllm.layout import Pictures, prunable
-from tokenprune.serving.vllm.settings import PER_REQUEST, Settings, read_settings
+from tokenprune.serving.vllm.settings import Settings, read_settings
 
 
 def kept_name(kind: str) -> str:
@@ -34,9 +35,11 @@ class Placeholders(PromptUpdateDetails):
 
     Attributes:
         whole: how many tokens it would be unpruned.
+        frame: those of them that stand around the image's own.
     """
 
     whole: int = 0
+    frame: int = 0
 
 
 class PrunedProcessor:
@@ -92,7 +95,7 @@ class PrunedProcessor:
             full = self.framed(kind, [token] * rows)
             frame = len(full) - rows
             is_embed = partial(_are, token) if frame else None
-            return Placeholders(full, is_embed, whole=whole + frame)
+            return Placeholders(full, is_embed, whole + frame, frame)
 
         return [
             PromptReplacement(
@@ -153,6 +156,10 @@ class PrunedProcessor:
                 f"tokenprune: unpruned the prompt has {whole} tokens, and the model has {context} positions; send "
                 f"fewer or smaller images"
             )
+        for kind, items in updates.items():
+            for (update,) in items:
+                own = update.content
+                metrics.count(kind, own.whole - own.frame, len(own.full) - own.frame)
 
 
 def _are(token: int, full: list[int]) -> torch.Tensor:

@@ -13,8 +13,8 @@ from tokenprune.arguments import AUTO, Arguments
 from tokenprune.budget import Keep, check_keep
 from tokenprune.errors import ConfigError
 from tokenprune.methods import Method, make_method
+from tokenprune.serving.vllm import PER_REQUEST
 
-PER_REQUEST = "tokenprune_keep"  # in mm_processor_kwargs
 BOUNDS = ("keep_min", "keep_max")  # of what a request may ask for
 
 
@@ -115,12 +115,11 @@ def read_settings(given: Mapping[str, Any]) -> Settings:
 
 
 def _checked(settings: Settings) -> Settings:
-    """The server's own budget within its bounds, for images of any size."""
-    for tokens in (16, 256, 4096):
-        try:
-            settings.count(tokens, settings.keep)
-        except ValueError:
-            raise ConfigError(f"keep={settings.keep} lies outside keep_min and keep_max") from None
+    """The server's own budget within its bounds, where they are in the same unit."""
+    low, keep, high = settings.keep_min, settings.keep, settings.keep_max
+    for smaller, larger in ((low, keep), (keep, high), (low, high)):
+        if smaller is not None and type(smaller) is type(larger) and smaller > larger:
+            raise ConfigError(f"keep_min={low}, keep={keep} and keep_max={high} have to be in this order")
     return settings
 
 

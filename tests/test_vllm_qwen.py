@@ -1,0 +1,158 @@
+"""Qwen-VL pruned inside vLLM: tokens and chances are the library's in transformers, with the same keep lists.
+
+Run by `make test-vllm`, in an environment of its own and with both of vLLM's runners; elsewhere skipped.
+"""
+
+from __future__ import annotations
+
+from vllm_engine import V2, engine  # sets what vLLM reads when it is imported
+
+# isort: split
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from vllm import SamplingParams
+
+import tokenprune
+from tokenprune_eval.qwen_checkpoint import IMAGE, write_qwen
+
+pytestmark = pytest.mark.timeout(900)
+KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+NEW = 8
+SETTINGS: dict[str, dict[str, Any]] = {
+    "uniform": {"method": "uniform", "keep": 0.3},
+    "vflowopt": {"method": "vflowopt", "keep": 0.25, "recycling": "none"},
+    "hopfield": {"method": "vflowopt", "keep": 0.25, "recycling": "hopfield"},
+    "cells and entropy": {"method": "vflowopt", "keep": 20, "recycling": "cells", "alpha": 0.4, "t": 1.0},
+}
+SIZES = ((112, 168), (224, 140), (280, 280), (84, 336), (150, 97), (420, 308))
+
+
+@dataclass
+class Answer:
+    tokens: list[int]
+    chances: list[float]
+    image_tokens: int = 0
+
+
+def picture(number: int, size: tuple[int, int] | None = None) -> Image.Image:
+    """Smooth random colours: patches differ, neighbours are alike."""
+    height, width = size or SIZES[number % len(SIZES)]
+    coarse = np.random.default_rng(number).integers(0, 255, (6, 7, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def asked(text: str) -> str:
+    return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+Prompt = tuple[str, list[Image.Image]]
+
+
+def prompts() -> list[Prompt]:
+    return [
+        (asked(IMAGE + "What is it?"), [picture(0)]),
+        (asked(f"Look: {IMAGE} and {IMAGE} which is red?"), [picture(1), picture(2)]),
+        (asked(IMAGE + IMAGE + "Close together."), [picture(3), picture(4)]),
+        (asked("No picture at all, only text."), []),
+        (asked(f"{IMAGE} x {IMAGE} y {IMAGE} z"), [picture(5), picture(2), picture(0)]),
+        (asked(IMAGE + "What is it, again?"), [picture(0)]),
+    ]
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_qwen(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="session")
+def bed(folder: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, AutoProcessor.from_pretrained(folder)
+
+
+def in_transformers(
+    bed: tuple[Any, Any], cases: list[Prompt], setting: dict[str, Any] | None
+) -> list[Answer]:
+    model, processor = bed
+    more = {} if setting is None else {"layer": 0, **setting}
+    if more.get("method") == "vflowopt":
+        more["size_term"] = False
+    found = []
+    for text, images in cases:
+        inputs = processor(text=[text], images=images or None, return_tensors="pt")
+        prune = more and images
+        with tokenprune.pruned(model, **more) if prune else nullcontext(), torch.no_grad():
+            out = model.generate(
+                **inputs,
+                max_new_tokens=NEW,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+                eos_token_id=-1,
+            )
+            rows = tokenprune.report(model).kept if prune else 0
+        tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        chances = [
+            float(own[0].log_softmax(-1)[token]) for own, token in zip(out.logits, tokens, strict=True)
+        ]
+        found.append(Answer(tokens, chances, rows))
+    return found
+
+
+def in_vllm(llm: Any, cases: list[Prompt], **more: Any) -> list[Answer]:
+    requests = [
+        {"prompt": text, **({"multi_modal_data": {"image": images}, **more} if images else {})}
+        for text, images in cases
+    ]
+    params = SamplingParams(temperature=0, max_tokens=NEW, logprobs=1, ignore_eos=True)
+    token = llm.llm_engine.vllm_config.model_config.hf_config.image_token_id
+    found = []
+    for out in llm.generate(requests, params, use_tqdm=False):
+        own = out.outputs[0]
+        chances = [step[t].logprob for step, t in zip(own.logprobs, own.token_ids, strict=True)]
+        found.append(Answer(list(own.token_ids), chances, out.prompt_token_ids.count(token)))
+    return found
+
+
+def check(ours: list[Answer], theirs: list[Answer]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.tokens == b.tokens and a.image_tokens == b.image_tokens
+        assert a.chances == pytest.approx(b.chances, abs=1e-4)
+
+
+@pytest.mark.parametrize("step", [1024, 64])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_answers_are_the_librarys(folder: Path, bed: Any, name: str, step: int) -> None:
+    """In one step and in steps that cut pictures; asked again, from the caches; with a budget of the request's own."""
+    setting, cases = SETTINGS[name], prompts()
+    llm = engine(folder, setting, max_num_batched_tokens=step, max_num_seqs=4, enable_prefix_caching=True)
+    expected = in_transformers(bed, cases, setting)
+    check(in_vllm(llm, cases), expected)
+    check(in_vllm(llm, cases), expected)
+    own = in_vllm(llm, cases[:2], mm_processor_kwargs={"tokenprune_keep": 0.1})
+    check(own, in_transformers(bed, cases[:2], {**setting, "keep": 0.1}))
+    del llm
+
+
+def test_without_a_setting_and_with_all_kept(folder: Path, bed: Any) -> None:
+    cases = prompts()
+    stock = in_vllm(engine(folder, None), cases)
+    assert [a.tokens for a in stock] == [a.tokens for a in in_transformers(bed, cases, None)]
+    check(in_vllm(engine(folder, {"method": "vflowopt", "keep": 1.0}), cases), stock)
+
+
+@pytest.mark.skipif(V2, reason="ranks are processes, to which Triton's interpreter is not handed on")
+def test_tensor_parallel_ranks_choose_alike(folder: Path, bed: Any) -> None:
+    setting, cases = {"method": "vflowopt", "keep": 0.1, "even": 0.0}, prompts()
+    llm = engine(folder, setting, tensor_parallel_size=2)
+    check(in_vllm(llm, cases), in_transformers(bed, cases, setting))
