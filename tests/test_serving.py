@@ -42,10 +42,27 @@ def test_settings_travel_between_processes() -> None:
     )
 
 
+def test_bounds_and_marks() -> None:
+    settings = read_settings({"method": "uniform", "keep": 0.25, "keep_min": 16, "keep_max": 0.5})
+    assert read_settings(settings.to_dict()) == settings
+    assert settings.count(100, 0.5) == 50 and settings.count(100, 16) == 16
+    for asked, bound in ((0.51, "at most keep_max=0.5"), (15, "at least keep_min=16")):
+        with pytest.raises(ValueError, match=bound):
+            settings.count(100, asked)
+    marks = {
+        read_settings({"method": "uniform", "keep": 0.25, **more}).mark
+        for more in ({}, {"keep": 0.5}, {"method": "random"}, {"keep_min": 0.1})
+    }
+    assert len(marks) == 4 and settings.mark == read_settings(settings.to_dict()).mark
+
+
 @pytest.mark.parametrize(
     ("given", "advice"),
     [
         ([1], "must be an object"),
+        ({"method": "uniform", "keep": 0.2, "keep_min": 0.3}, "in this order"),
+        ({"method": "uniform", "keep": 0.2, "keep_max": 0.1}, "in this order"),
+        ({"method": "uniform", "keep": 0.2, "keep_max": -1}, "keep"),
         ({"keep": 0.25}, "say which method"),
         ({"method": "uniform"}, "how much is kept"),
         ({"method": "nosuch", "keep": 0.2}, "unknown method"),
@@ -170,7 +187,10 @@ def test_rows_are_the_librarys(method: str, parameters: dict[str, Any]) -> None:
 
     seen = {name: shown[name] for name in ("vision", "pixels") if shown[name] is not None}
     with torch.no_grad():
-        rows, kept = choose_rows(base, features, int(0.3 * 36), (Grid(1, 6, 6),), seen)
+        # Deep-stack features stand behind the embedding, and go with it.
+        beside = torch.cat([features, 2 * features], dim=1)
+        rows, kept = choose_rows(base, beside, int(0.3 * 36), (Grid(1, 6, 6),), seen, width=features.shape[1])
+        rows, deep = rows.chunk(2, dim=1)
     selection = shown["selection"]
     assert torch.equal(kept, selection.keep)
     expected = features.clone()
@@ -179,7 +199,7 @@ def test_rows_are_the_librarys(method: str, parameters: dict[str, Any]) -> None:
             mine = selection.merges[:, 1] == slot
             sources, weights = selection.merges[mine, 0], selection.weights[mine]
             expected[slot] = (features[sources].double() * weights[:, None].double()).sum(0).float()
-    assert torch.allclose(rows, expected[kept], atol=1e-5)
+    assert torch.allclose(rows, expected[kept], atol=1e-5) and torch.allclose(deep, 2 * rows, atol=1e-4)
 
 
 def test_all_of_an_image_is_left_alone() -> None:

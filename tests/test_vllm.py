@@ -342,6 +342,7 @@ def test_speculative_decoding_is_refused() -> None:
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.runners
 def test_without_a_setting_vllm_is_untouched(folder: Path, bed: Any, samples: list[Sample]) -> None:
     llm = engine(folder, None)
     config = llm.llm_engine.vllm_config.model_config
@@ -356,6 +357,7 @@ def test_without_a_setting_vllm_is_untouched(folder: Path, bed: Any, samples: li
     assert [o.prompt_token_ids for o in again] == [o.prompt_token_ids for o in outputs]
 
 
+@pytest.mark.runners
 @pytest.mark.parametrize("name", SETTINGS)
 def test_answers_are_the_librarys(folder: Path, bed: Any, samples: list[Sample], name: str) -> None:
     """In transformers, with the same keep lists and the original positions."""
@@ -372,6 +374,7 @@ def test_answers_are_the_librarys(folder: Path, bed: Any, samples: list[Sample],
         assert same == len(samples)
 
 
+@pytest.mark.runners
 def test_prompts_in_pieces(folder: Path, bed: Any, samples: list[Sample]) -> None:
     """A prefill cut in the middle of images gives the same answers."""
     setting = {"method": "vflowopt", "keep": 0.25}
@@ -379,6 +382,7 @@ def test_prompts_in_pieces(folder: Path, bed: Any, samples: list[Sample]) -> Non
     assert texts(ask(pieces, bed[1], samples)) == in_transformers(bed, samples, setting)
 
 
+@pytest.mark.runners
 def test_images_side_by_side(folder: Path, bed: Any) -> None:
     """No text between three pictures: each still starts where the one before it ends unpruned."""
     model, processor = bed
@@ -405,6 +409,7 @@ def test_images_side_by_side(folder: Path, bed: Any) -> None:
 # -- budgets of requests, and caches -----------------------------------------------------------------------------------
 
 
+@pytest.mark.runners
 def test_budgets_of_requests(folder: Path, bed: Any, samples: list[Sample]) -> None:
     """Two budgets of one picture are two entries of every cache; asked again, each is as it was."""
     llm = engine(folder, {"method": "vflowopt", "keep": 0.25}, enable_prefix_caching=True)
@@ -510,6 +515,7 @@ def next_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder, write_old_layout(folder, tmp_path_factory.mktemp("next-old"))
 
 
+@pytest.mark.runners
 @pytest.mark.parametrize(
     "setting", [{"method": "uniform", "keep": 0.3}, {"method": "vflowopt", "keep": 0.2, "alpha": 0.5}]
 )
@@ -616,6 +622,7 @@ def internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.runners
 @pytest.mark.parametrize(
     "setting", [{"method": "uniform", "keep": 0.3}, {"method": "vflowopt", "keep": 0.25, "alpha": 0.5}]
 )

@@ -53,6 +53,12 @@ Methods: TypeAlias = Annotated[
     list[str] | None,
     typer.Option("--method", help="Search this method; may be repeated. [default: all of them]"),
 ]
+Served: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--served", help="Search what vLLM serves: one cut, before the LLM, no size term; with --out."
+    ),
+]
 Sampler: TypeAlias = Annotated[
     str, typer.Option("--sampler", help="Optuna's: tpe, gp, cmaes, nsga2 or random.")
 ]
@@ -91,6 +97,7 @@ def tune(
     ] = 96,
     trials: Annotated[int, typer.Option("--trials", min=1, help="Settings tried in all (a search).")] = 100,
     method: Methods = None,
+    served: Served = False,
     sampler: Sampler = "tpe",
     cost: CostOption = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts per forward.")] = 8,
@@ -117,10 +124,13 @@ def tune(
     for folder in (out and out.parent, report and report.parent):
         if folder is not None and not given_path(folder).is_dir():
             raise InputError(f"there is no folder {str(folder)!r}; make it first")
+    if served and (quick or out is None):
+        raise InputError("--served is a search, and its profile is not for 'auto': name a file with --out")
     if out is None:
         check_writable(KIND)
     options: dict[str, Any] = {
         "methods": method,
+        "served": served,
         "metric": metric,
         "cost": None if cost is None else cost.value,
         "sampler": sampler,
@@ -151,7 +161,7 @@ def tune(
             show(f"least drift so far {now.best:.4g}", now.done, now.trials)
 
         found = search(loaded, calls[:used], keep, fresh=calls[used:], told=told, **options)
-    paths = _keep(found.profiles, out)
+    paths = _keep(found.profiles, out, remember=not served)
     page = None if report is None else write_report(found, report)
     if as_json:
         print_json(_document(found, paths, page))
@@ -177,7 +187,7 @@ def _check_search(options: dict[str, Any]) -> None:
     SearchOptions(**options)
 
 
-def _keep(profiles: list[Profile], out: Path | None) -> list[str]:
+def _keep(profiles: list[Profile], out: Path | None, remember: bool = True) -> list[str]:
     """Profiles kept for the model, and written beside `out`, the budget in their names where there are several."""
     from tokenprune.profiles.known import remember_profile
 
@@ -186,13 +196,17 @@ def _keep(profiles: list[Profile], out: Path | None) -> list[str]:
         if out is not None:
             several = len(profiles) > 1
             path = profile.save(out.with_stem(f"{out.stem}-{profile.keep:.4g}") if several else out)
+            paths.append(str(path))
+        if not remember:
+            continue
         try:
             kept = remember_profile(profile)
         except ConfigError as error:
             if out is None:
                 raise
             warn(f"the profile is written, and not kept for 'auto': {error}")
-        paths.append(str(kept if out is None else path))
+        if out is None:
+            paths.append(str(kept))
     return paths
 
 

@@ -110,7 +110,8 @@ class VFlowOpt(Method):
         space: dict[str, Dimension] = {
             "t": Real(0.0, max(1.0, setting.attention_peak), 0.0),
             "alpha": Real(-1.0, 1.0, 0.0),
-            "recycling": OneOf(HOW.values),
+            # Merged tokens lose to dropped ones where their sizes cannot be told.
+            "recycling": OneOf(HOW.values if setting.biases else RECYCLING.values),
             "a": Real(1.0, side, min(4.0, side)),
             "even": Real(0.0, 1.0, 0.5),
         }

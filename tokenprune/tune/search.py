@@ -112,6 +112,7 @@ class SearchOptions:
 
     Attributes:
         methods: which to search; None: all that have a search space.
+        served: search what vLLM serves: one cut, before the LLM, without biases.
         metric: of drift, see `METRICS`.
         cost: a second objective: "flops" (share of the unpruned prefill's) or "latency" (seconds of a prompt's).
         sampler: a name of `SAMPLERS`.
@@ -131,6 +132,7 @@ class SearchOptions:
     """
 
     methods: Sequence[str] | None = None
+    served: bool = False
     metric: str = "cosine"
     cost: Cost | None = None
     sampler: str = "tpe"
@@ -197,7 +199,7 @@ def search(
     _check(keep, calls, asked_for.cost)
     memory = memory or Memory()
     low = keep[0] if isinstance(keep, tuple) else keep
-    space = Space.of(setting_of(model, calls, low, memory), asked_for.methods, keep)
+    space = Space.of(setting_of(model, calls, low, memory), asked_for.methods, keep, asked_for.served)
     asked = {
         "model": fingerprint(model),
         "data": content_digest(*(dict(call) for call in calls)),

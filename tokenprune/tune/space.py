@@ -20,6 +20,7 @@ from tokenprune.methods.base import Needs
 from tokenprune.methods.uniform import Uniform
 from tokenprune.models import stock_model
 from tokenprune.models.decoders import takes_biases
+from tokenprune.serving.vllm.settings import read_settings
 from tokenprune.space import Dimension, OneOf, Point, Real, Setting, Whole
 from tokenprune.tokens import VisionAttention
 
@@ -80,32 +81,38 @@ class Space:
         setting: of the model, at the least budget.
         methods: each method's dimensions by name.
         keep: the budget, or the range it is searched in.
+        served: whether every point is one that vLLM serves: one cut, before the LLM, without biases.
     """
 
     setting: Setting
     methods: Mapping[str, Mapping[str, Dimension]]
     keep: Keep | Range
+    served: bool = False
 
     @classmethod
-    def of(cls, setting: Setting, methods: Sequence[str] | None, keep: Keep | Range) -> Space:
+    def of(
+        cls, setting: Setting, methods: Sequence[str] | None, keep: Keep | Range, served: bool = False
+    ) -> Space:
         """The space of the methods named, or of all that have one.
 
         Raises:
             ConfigError: a method that is none, or has nothing to search here.
         """
+        if served:  # as if the decoder had one layer and took no biases
+            setting = replace(setting, num_layers=1, default_layer=0, biases=False)
         unknown = [name for name in methods or () if name not in METHODS]
         if unknown:
             raise ConfigError(f"unknown method {unknown[0]!r}; choose from {', '.join(sorted(METHODS))}")
         found = {
             name: space
             for name, own in METHODS.items()
-            if methods is None or name in methods
+            if (methods is None or name in methods) and (not served or _is_served(name))
             if (space := own.search_space(setting)) is not None
         }
         missing = [name for name in methods or () if name not in found]
         if missing:
             raise ConfigError(f"method {missing[0]!r} has nothing to search on this model; leave it out")
-        return cls(setting, found, keep)
+        return cls(setting, found, keep, served)
 
     def ask(self, trial: Any) -> dict[str, Any]:
         """A point of the space as arguments of `wrap`, asked of an Optuna trial."""
@@ -114,7 +121,7 @@ class Space:
         point = {name: _suggest(trial, f"{method}.{name}", d) for name, d in self.methods[method].items()}
         keep = trial.suggest_float("keep", *self.keep) if isinstance(self.keep, tuple) else self.keep
         own = METHODS[method].arguments_at(point, replace(self.setting, keep=keep))
-        return {"method": method, "keep": keep, **own}
+        return {"method": method, "keep": keep, **own, **({"layer": 0} if self.served else {})}
 
     def defaults(self) -> list[Point]:
         """Each method's default, as a point of the study."""
@@ -129,6 +136,14 @@ class Space:
     def describe(self) -> dict[str, Any]:
         """What a study is about, as plain types."""
         return {method: {n: repr(d) for n, d in space.items()} for method, space in self.methods.items()}
+
+
+def _is_served(method: str) -> bool:
+    try:
+        read_settings({"method": method, "keep": 0.5})
+    except ConfigError:
+        return False
+    return True
 
 
 def _suggest(trial: Any, name: str, dimension: Dimension) -> Any:
