@@ -232,7 +232,7 @@ def test_videos(
 
     model, processor = bed
     if model.config.model_type == "qwen3_vl":
-        pytest.skip("videos of Qwen3-VL are refused")
+        pytest.skip("see below")
     ids = {getattr(model.config, f"{kind}_token_id"): kind for kind in ("image", "video")}
     speed = getattr(model.config.vision_config, "tokens_per_second", 1.0)
     monkeypatch.setattr(model.model, "get_rope_index", rope_of_qwen(ids, speed))
@@ -283,16 +283,50 @@ def test_videos(
     assert ours == expected
 
 
-def test_videos_of_qwen3_are_refused(folder: Path) -> None:
-    if folder.name.startswith("qwen3"):
-        llm = engine(folder, SETTINGS["uniform"])
-        with pytest.raises(Exception, match="video"):
-            llm.generate(
-                [
-                    {
-                        "prompt": asked(VIDEO),
-                        "multi_modal_data": {"video": [np.zeros((4, 56, 56, 3), np.uint8)]},
-                    }
-                ],
-                use_tqdm=False,
-            )
+@pytest.mark.parametrize("step", [1024, 64])
+def test_videos_of_qwen3(folder: Path, bed: Any, step: int) -> None:
+    """Timestamps stand between the frames, and each has the share."""
+    from transformers.video_utils import VideoMetadata
+
+    from tokenprune.methods.uniform import even_tokens
+    from tokenprune.tokens import Grid
+
+    model, processor = bed
+    if model.config.model_type != "qwen3_vl":
+        pytest.skip("of Qwen3-VL")
+    frames = np.stack([np.asarray(picture(20 + i // 2, (168, 224))) for i in range(8)])
+    known = {"fps": 2.0, "duration": 4.0, "total_num_frames": 8, "frames_indices": list(range(8))}
+    known |= {"video_backend": "opencv", "height": 168, "width": 224}
+    text = asked(f"First {IMAGE} then {VIDEO} what?")
+    inputs = processor(
+        text=[text],
+        images=[picture(1)],
+        videos=[frames],
+        video_metadata=[VideoMetadata(**known)],
+        do_sample_frames=False,
+        return_tensors="pt",
+    )
+    one, (t, h, w) = inputs["image_grid_thw"][0] // 2, (inputs["video_grid_thw"][0]).tolist()
+    h, w, setting = h // 2, w // 2, {"method": "uniform", "keep": 0.3}
+    share = even_tokens((Grid(1, h, w),), int(0.3 * h * w))
+    own = even_tokens((Grid(1, int(one[1]), int(one[2])),), int(0.3 * int(one[1]) * int(one[2])))
+    lists = [[[own, [frame * h * w + i for frame in range(t) for i in share]]]]
+    with tokenprune.pruned(model, "uniform", layer=0, keep_lists=lists), torch.no_grad():
+        out = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, eos_token_id=-1)
+        kept = tokenprune.report(model).kept
+    llm = engine(
+        folder,
+        setting,
+        max_num_batched_tokens=step,
+        max_num_seqs=4,
+        limit_mm_per_prompt={"image": 4, "video": 1},
+    )
+    data = {"image": [picture(1)], "video": [(frames, {**known, "do_sample_frames": False})]}
+    (found,) = llm.generate(
+        [{"prompt": text, "multi_modal_data": data}],
+        SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True),
+        use_tqdm=False,
+    )
+    tokens = [getattr(model.config, f"{kind}_token_id") for kind in ("image", "video")]
+    assert sum(found.prompt_token_ids.count(token) for token in tokens) == kept
+    assert list(found.outputs[0].token_ids) == out[0, inputs["input_ids"].shape[1] :].tolist()

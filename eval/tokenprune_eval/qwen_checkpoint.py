@@ -132,10 +132,13 @@ def write_qwen(
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
     model.save_pretrained(folder)
     size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 4096}
+    made: dict[str, Any] = {"size": size, "patch_size": 14, "merge_size": 2}
+    if kind == "qwen3_vl":
+        made |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     processor_class(
-        image_processor=Qwen2VLImageProcessor(size=size, patch_size=14, merge_size=2),
+        image_processor=Qwen2VLImageProcessor(**made),
         tokenizer=tokenizer,
-        video_processor=video_class(size=size, patch_size=14, merge_size=2),
+        video_processor=video_class(**made),
         chat_template=_TEMPLATE,
     ).save_pretrained(folder)
     return folder

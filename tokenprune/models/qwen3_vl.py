@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from tokenprune.models.crops import SCALES
 from tokenprune.models.qwen2_vl import Qwen2VL
 
 
@@ -15,6 +16,9 @@ class Qwen3VL(Qwen2VL):
     name = "qwen3_vl"
     model_types = ("qwen3_vl",)
     examples = ("Qwen/Qwen3-VL-4B-Instruct", "Qwen/Qwen3-VL-8B-Instruct")
+
+    def pixel_scale(self, model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return SCALES["siglip_vision_model"]
 
     def layer_features(
         self, inputs: dict[str, Any], first: int

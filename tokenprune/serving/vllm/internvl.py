@@ -56,7 +56,7 @@ class PrunedInternVLProcessor(PrunedProcessor, InternS1MultiModalProcessor):
     def pictures(self) -> Tiles:
         return Tiles(self.info.get_hf_config())
 
-    def framed(self, kind: str, rows: list[int]) -> list[int]:
+    def framed(self, kind: str, rows: list[int], fields: Mapping[str, Any]) -> list[int]:
         processor, tokenizer = self.info.get_hf_processor(), self.info.get_tokenizer()
         start, end = tokenizer.convert_tokens_to_ids([processor.start_image_token, processor.end_image_token])
         return [start, *rows, end]

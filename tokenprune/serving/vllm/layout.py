@@ -41,6 +41,10 @@ class Pictures:
     def layouts(self, kind: str, sizes: IntArray) -> list[Layout]:
         return self.family.layouts(self._model, kind, sizes)
 
+    def parts(self, kind: str, layout: Layout) -> list[Layout]:
+        """What of a picture or video has a budget of its own: all of it, or each frame."""
+        return [layout]
+
     def crops(self, kind: str, layouts: list[Layout]) -> list[int]:
         """Rows that each picture has in fields that hold all pictures' pixels in one sequence."""
         return [1] * len(layouts)

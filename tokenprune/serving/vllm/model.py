@@ -79,7 +79,9 @@ class PrunedModel:
             offsets = self.seconds(part, kind, len(layouts))
             shown = self.seen(part, kind, layouts, [own[:, : self._width] for own in made])
             for own, layout, told, seconds in zip(made, layouts, shown, offsets, strict=True):
-                found.append(self._pruned(own, rows[len(found)], layout, told, seconds))
+                parts = list(self._parts(kind, layout, own, told))
+                each = rows[len(found)] // len(parts)
+                found.append(torch.cat([self._pruned(*part, each, seconds) for part in parts]))
         return tuple(found)
 
     def _batches(self, fields: Mapping[str, Any], kind: str) -> Iterator[tuple[dict[str, Any], list[Layout]]]:
@@ -97,9 +99,19 @@ class PrunedModel:
             total += layout.columns
         yield _part(fields, crops, first, len(layouts)), layouts[first:]
 
+    def _parts(
+        self, kind: str, layout: Layout, features: Tensor, shown: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Layout, Tensor, dict[str, Tensor]]]:
+        """An image's parts that have budgets of their own, with what belongs to each."""
+        parts = self.pictures.parts(kind, layout)
+        shares = {name: whole.chunk(len(parts)) for name, whole in shown.items()}
+        for i, (part, own) in enumerate(zip(parts, features.chunk(len(parts)), strict=True)):
+            yield part, own, {name: share[i] for name, share in shares.items()}
+
     def _pruned(
-        self, features: Tensor, count: int, layout: Layout, shown: Mapping[str, Any], seconds: float
+        self, layout: Layout, features: Tensor, shown: Mapping[str, Any], count: int, seconds: float
     ) -> Tensor:
+        """The rows (count, D) of an image that stay, with their channels."""
         stays = structural(layout, features.device)
         always = stays.nonzero()[:, 0]
         rows, kept = choose_rows(
@@ -143,13 +155,13 @@ class PrunedModel:
         features = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
         images = []
         for feature in features:
-            place, whole = feature.mm_position, feature.data[whole_name(feature.modality)].data
-            mask = torch.ones(place.length, dtype=torch.bool) if place.is_embed is None else place.is_embed
-            images.append((place.offset + int(mask.long().argmax()), int(mask.sum()), int(whole)))
-        tokens, starts, columns = expanded(input_tokens, images)
+            runs = _runs(feature.mm_position)
+            whole = int(feature.data[whole_name(feature.modality)].data) // len(runs)
+            images += [(*run, whole) for run in runs]
+        tokens, columns = expanded(input_tokens, images)
         moved = [
-            replace(feature, mm_position=PlaceholderRange(offset=start, length=whole))
-            for feature, start, (_, _, whole) in zip(features, starts, images, strict=True)
+            replace(feature, mm_position=PlaceholderRange(columns[feature.mm_position.offset], 1))
+            for feature in features
         ]
         positions, ahead = self.whole_positions(tokens, moved)
         return positions[:, columns].clone(), ahead + len(tokens) - len(input_tokens)
@@ -172,6 +184,15 @@ class PrunedModel:
             is_image, multimodal_embeddings, mrope_positions, num_computed_tokens
         )
         return rows, positions, ahead
+
+
+def _runs(place: Any) -> list[tuple[int, int]]:
+    """Where rows stand at a place that may have text of its own: offset and length of each run of them."""
+    if place.is_embed is None:
+        return [(place.offset, place.length)]
+    edges = torch.nn.functional.pad(place.is_embed.long(), (1, 1)).diff()
+    starts, ends = ((edges == sign).nonzero()[:, 0].tolist() for sign in (1, -1))
+    return [(place.offset + start, end - start) for start, end in zip(starts, ends, strict=True)]
 
 
 def _part(fields: Mapping[str, Any], crops: Sequence[int], first: int, end: int) -> dict[str, Any]:

@@ -34,9 +34,7 @@ def without_channels(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return rows[:, :-CHANNELS], numbers[:, :AXES], numbers[:, AXES], numbers[:, AXES + 1]
 
 
-def expanded(
-    tokens: Sequence[int], images: Sequence[tuple[int, int, int]]
-) -> tuple[list[int], list[int], list[int]]:
+def expanded(tokens: Sequence[int], images: Sequence[tuple[int, int, int]]) -> tuple[list[int], list[int]]:
     """The prompt as it were unpruned.
 
     Args:
@@ -44,21 +42,19 @@ def expanded(
         images: (offset, rows, tokens unpruned) of each image, in order.
 
     Returns:
-        Its tokens; where each image starts in them; and where each of the N stands, of images the first ones.
+        Its tokens, and where in them each of the N stands, of images the first ones.
     """
     out: list[int] = []
-    starts: list[int] = []
     columns: list[int] = []
     at = 0
     for offset, rows, whole in images:
         columns += range(len(out), len(out) + offset - at)
         out += tokens[at:offset]
-        starts.append(len(out))
         columns += range(len(out), len(out) + rows)
         out += [tokens[offset]] * whole
         at = offset + rows
     columns += range(len(out), len(out) + len(tokens) - at)
-    return out + list(tokens[at:]), starts, columns
+    return out + list(tokens[at:]), columns
 
 
 def true_positions(

@@ -52,8 +52,8 @@ class PrunedProcessor:
         """The family's arithmetic."""
         raise NotImplementedError
 
-    def framed(self, kind: str, rows: list[int]) -> list[int]:
-        """What stands in the prompt for an image of these placeholders."""
+    def framed(self, kind: str, rows: list[int], fields: Mapping[str, Any]) -> list[int]:
+        """What stands in the prompt for an image of these placeholders, and was made as these fields say."""
         return rows
 
     def _placeholder(self, kind: str) -> int:
@@ -71,7 +71,11 @@ class PrunedProcessor:
         pictures.check(made)
         for kind, sizes in pictures.sizes(made).items():
             layouts = pictures.layouts(kind, sizes)
-            rows = [own.columns - prunable(own) + settings.count(prunable(own), keep) for own in layouts]
+            parts = [pictures.parts(kind, layout) for layout in layouts]
+            rows = [
+                sum(own.columns - prunable(own) + settings.count(prunable(own), keep) for own in of_one)
+                for of_one in parts
+            ]
             made[kept_name(kind)] = torch.tensor(rows)
             made[whole_name(kind)] = torch.tensor([own.columns for own in layouts])
         return made
@@ -92,17 +96,20 @@ class PrunedProcessor:
             fields = out_mm_kwargs[kind][number]
             rows, whole = (int(fields[name(kind)].data) for name in (kept_name, whole_name))
             token = self._placeholder(kind)
-            full = self.framed(kind, [token] * rows)
+            full = self.framed(kind, [token] * rows, fields)
             frame = len(full) - rows
             is_embed = partial(_are, token) if frame else None
             return Placeholders(full, is_embed, whole + frame, frame)
 
+        targets = self.targets()
         return [
-            PromptReplacement(
-                modality=kind, target=[self._placeholder(kind)], replacement=partial(placeholders, kind)
-            )
+            PromptReplacement(modality=kind, target=targets[kind], replacement=partial(placeholders, kind))
             for kind in self.kinds
         ]
+
+    def targets(self) -> dict[str, list[int]]:
+        """What stands for an image in the prompt before its placeholders do."""
+        return {kind: [self._placeholder(kind)] for kind in self.kinds}
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
         """Stores that servers share must not mix up what servers of other settings made."""
