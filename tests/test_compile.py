@@ -74,7 +74,7 @@ def test_steps_compile_whole_and_once(cut: str) -> None:
             call = {
                 "input_ids": ids[-1],
                 # 4D from the start, as generate() prepares it: a growing mask would be compiled anew
-                "attention_mask": torch.ones(len(mask), 1, 1, cache.get_max_length(), dtype=torch.bool),
+                "attention_mask": torch.ones(len(mask), 1, 1, length + 16, dtype=torch.bool),
                 "position_ids": mask.cumsum(1)[:, -1:] - 1,
                 "past_key_values": cache,
             }

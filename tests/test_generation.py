@@ -369,13 +369,39 @@ def test_static_cache_reports_used_and_allocated(family: str) -> None:
         model(**inputs, past_key_values=cache)
         report = tokenprune.report(model)
     for i, layer in enumerate(cache.layers):
-        per_token = 2 * layer.keys.numel() * 4 // (length + 8)
-        assert report.layers[i].kv_allocated == per_token * (length + 8)
+        per_token = 2 * layer.keys[:, :, 0].numel() * 4
+        assert report.layers[i].kv_allocated == per_token * layer.keys.shape[2]
         assert (
             report.layers[i].kv_used
             == per_token * report.layers[i].length
             == per_token * int(layer.get_seq_length())
         )
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_static_cache_shrinks_and_grows_again(cut: str) -> None:
+    """Layers from the first cut on are allocated for what is left; emptied, the cache takes a whole prompt again."""
+    model = tiny.llava(layers=6)
+    inputs, free = tiny.inputs(model, judge.ROWS, pad="left"), 100
+    length = inputs["input_ids"].shape[1]
+    cache = StaticCache(config=model.config.text_config, max_cache_len=length + free)
+    shapes = []
+    for _ in range(2):
+        with tokenprune.pruned(model, **CUTS[cut]), torch.no_grad():
+            out = model(**inputs, past_key_values=cache).logits
+            report = tokenprune.report(model)
+            wanted = model(**inputs).logits
+        torch.testing.assert_close(out, wanted, atol=judge.TOLERANCE, rtol=0)
+        for own, layer in zip(report.layers, cache.layers, strict=True):
+            room = -(-(own.length + free) // 16) * 16
+            assert layer.keys.shape[2] == min(room, length + free) if own.length < length else length + free
+        shapes.append([layer.keys.shape for layer in cache.layers])
+        cache.reset()
+    assert shapes[0] == shapes[1] and shapes[0][-1][2] < length + free
+    long = torch.randint(tiny.FIRST_TEXT_ID, tiny.FIRST_TEXT_ID + 20, (len(judge.ROWS), length + free - 1))
+    with tokenprune.pruned(model, **CUTS[cut]), torch.no_grad():
+        out = model(input_ids=long, past_key_values=cache).logits
+        torch.testing.assert_close(out, model(input_ids=long).logits, atol=judge.TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("rows", [judge.ROWS[:1], judge.ROWS], ids=["batch1", "ragged4"])

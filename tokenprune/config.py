@@ -40,6 +40,15 @@ class PruneConfig:
         """The method's, asked once: hooks look at them."""
         return self.method.needs()
 
+    def cuts_by(self, layers: int) -> list[int]:
+        """How many cuts have been made on entering each of so many layers, that layer's own included."""
+        found, made = [], 0
+        for i in range(layers):
+            while made < len(self.cuts) and self.cuts[made].layer <= i:
+                made += 1
+            found.append(made)
+        return found
+
     @property
     def scores(self) -> bool:
         """Whether the method is asked at all."""

@@ -55,7 +55,10 @@ def _text(number: tuple[int, int]) -> str:
 
 def cache_of(named: Mapping[str, Any], default: Any = None) -> Any:
     """The cache among the named inputs, or the named outputs, of a model, a text model or a layer."""
-    return next((named[name] for name in _CACHE if named.get(name) is not None), default)
+    for name in _CACHE:  # in every layer of every step: no generator
+        if named.get(name) is not None:
+            return named[name]
+    return default
 
 
 def cache_argument(module: Any) -> str:

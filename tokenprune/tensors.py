@@ -1,4 +1,4 @@
-"""The plain tensors that quantised ones consist of, and arithmetic in the dtypes that are written down."""
+"""The plain tensors that quantised ones consist of, arithmetic in the dtypes that are written down, and the host."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -36,3 +38,14 @@ def plain_tensors(held: Any) -> Iterator[Tensor]:
     elif isinstance(held, list | tuple):
         for part in held:
             yield from plain_tensors(part)
+
+
+def to_host(tensors: list[Tensor]) -> list[NDArray[np.int64]]:
+    """Copy integer tensors to the host, those on a device in one transfer."""
+    away = [t for t in tensors if t.device.type != "cpu"]
+    if away:
+        flat = torch.cat([t.reshape(-1).to(away[0].device, torch.int64) for t in away]).cpu()
+        copies = iter(flat.split([t.numel() for t in away]))
+    return [
+        (t if t.device.type == "cpu" else next(copies).view(t.shape)).to(torch.int64).numpy() for t in tensors
+    ]

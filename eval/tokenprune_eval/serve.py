@@ -253,7 +253,6 @@ def _measure(
     longest = max(options.concurrency) * (tokens + 4 * _BLOCK)
     blocks = max(1024, 2 * longest // _BLOCK)
     length = 512 if options.model != QWEN else _CONTEXT
-    given = {"pruned": setting}
     with ExitStack() as stack:
         urls = {
             name: stack.enter_context(

@@ -113,8 +113,6 @@ def tune(
 ) -> None:
     """Choose a method and its parameters by drift on a few images, and keep them as a profile."""
     from tokenprune.analysis.calibration import calibration_calls, load_calibration
-    from tokenprune.profiles.known import KIND
-    from tokenprune.profiles.store import check_writable
     from tokenprune.tune.drift import check_metric
 
     keep = _budget(budget)
@@ -124,10 +122,7 @@ def tune(
     for folder in (out and out.parent, report and report.parent):
         if folder is not None and not given_path(folder).is_dir():
             raise InputError(f"there is no folder {str(folder)!r}; make it first")
-    if served and (quick or out is None):
-        raise InputError("--served is a search, and its profile is not for 'auto': name a file with --out")
-    if out is None:
-        check_writable(KIND)
+    _check_out(out, served, quick)
     options: dict[str, Any] = {
         "methods": method,
         "served": served,
@@ -174,6 +169,17 @@ def _budget(text: str) -> Any:
 
     low, colon, high = text.partition(":")
     return (read_keep(low), read_keep(high)) if colon else read_keep(text)
+
+
+def _check_out(out: Path | None, served: bool, quick: bool) -> None:
+    """Refuse what could not be kept, before anything is measured."""
+    from tokenprune.profiles.known import KIND
+    from tokenprune.profiles.store import check_writable
+
+    if served and (quick or out is None):
+        raise InputError("--served is a search, and its profile is not for 'auto': name a file with --out")
+    if out is None:
+        check_writable(KIND)
 
 
 def _check_search(options: dict[str, Any]) -> None:

@@ -85,6 +85,17 @@ class Needs:
         return tuple(state for state in PROJECTED if state in wanted)
 
     @property
+    def not_ahead(self) -> list[str]:
+        """What is wanted that is not there before the LLM while images are encoded, as vLLM encodes them."""
+        wanted = {
+            "states of the decoder": bool(self.states) and self.ahead is None,
+            "the prompt's text": bool(self.prompt or self.words or self.last_row),
+            "all images at once": self.row,
+            "a say in the counts": self.counts,
+        }
+        return [what for what, wants in wanted.items() if wants]
+
+    @property
     def sees_tower(self) -> bool:
         """Whether the vision tower has to be looked into."""
         return self.vision is not None or self.pixels is not None

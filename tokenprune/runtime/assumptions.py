@@ -34,7 +34,7 @@ class Assumptions:
 
     def __init__(self) -> None:
         self._layers: set[int] = set()  # entered in the first pruned call, until all were
-        self._all_layers = False
+        self.hold = False  # of what every layer is given
         self._caches: set[type] = set()
 
     def check_layer(self, i: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], call: Call) -> None:
@@ -43,7 +43,7 @@ class Assumptions:
         Raises:
             UnsupportedModelError: it comes under other names, or there is more of it.
         """
-        if self._all_layers or call.stages is None:
+        if self.hold or call.stages is None:
             return
         self._layers.add(i)
         if len(args) > 1:
@@ -100,9 +100,9 @@ class Assumptions:
         assert call.stages is not None
         if call.cuts_done < len(call.config.cuts):
             raise refusal("does not call its decoder layers as modules: a cut was never reached")
-        if not self._all_layers and len(self._layers) < layers:
+        if not self.hold and len(self._layers) < layers:
             raise refusal(f"does not call all of its {layers} decoder layers as modules")
-        self._all_layers = True
+        self.hold = True
         returned = _caches_in(output)
         if any(cache is not call.cache for cache in returned):
             raise refusal("returns another cache than its decoder layers were given")

@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from transformers.cache_utils import StaticLayer
 
 from tokenprune.errors import UnsupportedModeError
 from tokenprune.runtime.record import Columns, Record
+
+_WHOLE = "_tokenprune_length"  # of a static layer that was shrunk: the length it was made for
+_STEP = 16
 
 
 class CacheView:
@@ -101,6 +105,38 @@ def check_is_cache(cache: Any) -> None:
 
 def is_static(cache: Any) -> bool:
     return cache is not None and bool(getattr(cache, "is_compileable", False))
+
+
+def shrink(cache: Any, first: int, length: int, kept: int) -> None:
+    """At a cut, before anything is written: let layers of a static cache be allocated without what was dropped.
+
+    A layer allocates at its first update, so that those from the cut on still can be told. Their lengths are rounded up
+    for shapes to repeat: a step is compiled once for each. Layers that are allocated already, and those of windows,
+    which are short anyhow, stay as they are.
+
+    Args:
+        cache: of a call that begins its conversation.
+        first: layer that is entered with fewer tokens.
+        length: tokens of the prompt.
+        kept: tokens that are left.
+    """
+    for layer in cache.layers[first:]:
+        if type(layer) is not StaticLayer or layer.is_initialized:
+            continue
+        whole = getattr(layer, _WHOLE, layer.max_cache_len)
+        room = -(-(kept + whole - length) // _STEP) * _STEP
+        if room < whole:
+            setattr(layer, _WHOLE, whole)
+            layer.max_cache_len = room
+
+
+def regrow(cache: Any) -> None:
+    """Let a static cache that was emptied be allocated anew where it is short: the next prompt may be longer."""
+    for layer in cache.layers:
+        whole = layer.__dict__.pop(_WHOLE, None)
+        if whole is not None:
+            layer.max_cache_len, layer.is_initialized = whole, False
+            layer.keys = layer.values = None
 
 
 def view_of(cache: Any) -> CacheView:

@@ -72,6 +72,8 @@ class CallHooks:
             if call is not None and call.stages is not None:
                 self.taps.check(call.config)
             calls.begin(module, call)
+            if (call is not None and call.stages is not None) or self.taps.observers:
+                runtime.wake()
         if call is None or call.stages is None or module is not runtime.model:
             return None if inputs is given else ((), inputs)
         call.labels = inputs.pop("labels", None)
@@ -84,7 +86,7 @@ class CallHooks:
     def _open(self, inputs: dict[str, Any]) -> Call | None:
         runtime = self.runtime
         try:
-            return open_call(runtime.model, runtime.family, runtime.settings, inputs)
+            return open_call(runtime.model, runtime.family, runtime.settings, inputs, runtime.masks.shortest)
         except (AttributeError, KeyError, IndexError, TypeError) as error:
             if runtime.config.asked.family is None or isinstance(error, TokenPruneError):
                 raise
@@ -108,8 +110,7 @@ class CallHooks:
         if stages is not None:
             runtime.assumptions.check_call(call, output, layers)
             if call.cache is not None:
-                cuts = [sum(cut.layer <= i for cut in call.config.cuts) for i in range(layers)]
-                new = [stages.done[c - 1] if c else None for c in cuts]
+                new = [stages.done[c - 1] if c else None for c in call.config.cuts_by(layers)]
                 if call.config.arguments.compact_early:
                     with torch.no_grad(), call.compacting.running(stages.done[-1].index.device):
                         new = compact_early(call, new, runtime.text_config)

@@ -7,6 +7,7 @@ look back only so far) breaks the graph at the hook and runs as without compilat
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,12 +15,19 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from tokenprune.models.decoders import attention_backend
 from tokenprune.releases import cache_of
 from tokenprune.runtime.caches import is_static
 from tokenprune.runtime.masks import add_bias, local_attention
 from tokenprune.runtime.record import Columns, record_of
+
+
+def apart(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that torch.compile is not to look into: the graph ends before it."""
+    disabled: Callable[..., Any] = torch.compiler.disable(hook)
+    return disabled
 
 
 def either(hook: Callable[..., Any], quick: Callable[..., Any] | None = None) -> Callable[..., Any]:
@@ -30,14 +38,16 @@ def either(hook: Callable[..., Any], quick: Callable[..., Any] | None = None) ->
         quick: for compiled ones; returns NotImplemented where the hook itself has to run.
     """
     # Not a closure: copying or pickling a wrapped model has to come upon the runtime, which refuses it by name.
-    return partial(_choose, hook, quick, torch.compiler.disable(hook))
+    return partial(_choose, hook, quick, apart(hook))
 
 
 def _choose(
     hook: Callable[..., Any], quick: Callable[..., Any] | None, slow: Callable[..., Any], *given: Any
 ) -> Any:
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
-        return hook(*given)
+    # Nothing else is asked here: torch 2.11 reads `is_exporting()` as True whatever it compiles.
+    if not torch.compiler.is_dynamo_compiling():
+        # A frame that torch.compile gave up on runs as ever, but what it calls is compiled piece by piece.
+        return slow(*given) if get_eval_frame_callback() else hook(*given)
     done = NotImplemented if quick is None else quick(*given)
     return slow(*given) if done is NotImplemented else done
 
@@ -48,8 +58,47 @@ def forget() -> None:
     Compiled code does not notice hooks that come and go: what was compiled before `wrap` would run without them, and
     silently wrong on a pruned cache.
     """
-    if torch._dynamo.utils.counters["frames"]["total"]:
+    if has_compiled():
         torch.compiler.reset()
+
+
+def has_compiled() -> bool:
+    """Whether anything was compiled in this process so far."""
+    return bool(torch._dynamo.utils.counters["frames"]["total"])
+
+
+class _Eager:
+    """While anybody's prompt runs that cannot be compiled whole, what torch.compile made of a module runs as it is.
+
+    A graph that breaks at every hook costs a minute of compiling and saves nothing.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._prompts: set[object] = set()
+        self._stance: Any = None
+
+    def begin(self, prompt: object) -> None:
+        """A prompt begins; within what is compiled already nothing happens."""
+        if get_eval_frame_callback():
+            return
+        with self._lock:
+            self._prompts.add(prompt)
+            if self._stance is None:
+                self._stance = torch.compiler.set_stance("force_eager")
+
+    def end(self, prompt: object) -> None:
+        """It ends, if it had begun."""
+        if prompt not in self._prompts:
+            return
+        with self._lock:
+            self._prompts.discard(prompt)
+            if not self._prompts and self._stance is not None:
+                self._stance.__exit__(None, None, None)
+                self._stance = None
+
+
+eager = _Eager()
 
 
 def is_step(config: Any, length: int, cache: Any) -> bool:

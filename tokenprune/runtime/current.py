@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from tokenprune.config import PruneConfig
+from tokenprune.runtime import compiled
 from tokenprune.runtime.outcome import Outcome
 from tokenprune.runtime.state import Call
 from tokenprune.runtime.states import Ahead
@@ -174,7 +175,10 @@ class Calls(threading.local):
     def begin(self, owner: object, call: Call | None) -> None:
         """A call begins; its state is `call`."""
         self._watch.begin()
-        self.stack.append(Entry(owner, call, _module_call()))
+        entry = Entry(owner, call, _module_call())
+        self.stack.append(entry)
+        if call is not None and call.stages is not None:
+            compiled.eager.begin(entry)
 
     def end(self, owner: object) -> Entry | None:
         """The call of `owner` that is running ends; None if it is not its own (the model's inner model)."""
@@ -225,6 +229,7 @@ class Calls(threading.local):
     def _forget(self, entry: Entry) -> None:
         # By identity: a garbage collection, which forgets too, may come between any two steps of this thread.
         self.stack[:] = [own for own in self.stack if own is not entry]
+        compiled.eager.end(entry)
 
     def _rest(self) -> None:
         if not self.stack and self._tower is None:
@@ -232,7 +237,8 @@ class Calls(threading.local):
 
     def close(self) -> None:
         """Forget everything of this thread."""
-        self.stack.clear()
+        for entry in list(self.stack):
+            self._forget(entry)
         self._tower = self.ahead = None
         self._watch.end()
 

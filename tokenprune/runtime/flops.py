@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,4 +23,7 @@ def decoder_flops(config: Any, lengths: Sequence[int]) -> int:
     head_dim = getattr(config, "head_dim", None) or d // heads
     d_q = heads * head_dim
     d_kv = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
-    return sum(4 * n * d * (d_q + d_kv) + 4 * n * n * d_q + 6 * n * d * m for n in lengths)
+    total = 0
+    for n, layers in Counter(lengths).items():
+        total += layers * (4 * n * d * (d_q + d_kv) + 4 * n * n * d_q + 6 * n * d * m)
+    return total

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tokenprune.models.decoders import attention_backend
 from tokenprune.runtime import masks
 from tokenprune.runtime.record import Columns
 from tokenprune.runtime.state import Call
+
+KEEP = object()  # of a layer whose mask of the model's own is right
 
 
 class LayerMasks:
@@ -26,6 +30,8 @@ class LayerMasks:
         self.is_causal = bool(getattr(attention, "is_causal", True))
         # Read once: looking into a config costs more than a hook should on a decoding step.
         self._local = [masks.local_attention(text_config, i) for i in range(text_config.num_hidden_layers)]
+        self.kinds = [kind for kind, _ in self._local]
+        self.shortest = min((span for _, span in self._local if span is not None), default=math.inf)
 
     def of_layer(self, call: Call, i: int, hidden: Tensor, stock: Any) -> Any:
         """The mask of layer i, made once per call for all layers that share it.
@@ -75,16 +81,54 @@ class LayerMasks:
         span = self._local[i][1]
         return span is not None and call.past + call.length > span
 
+    # Decoding steps come by the hundred and cost a launch per operation: nothing here is called that need not be.
+
     def needs_none(self, call: Call, hidden: Tensor, stock: Any) -> bool:
         """Whether, in a decoding step, every layer does without a mask as layer 0 does."""
+        if stock is not None or hidden.shape[1] != 1 or call.view.spans_more:
+            return False
         assert call.record is not None
-        return (
-            stock is None
-            and hidden.shape[1] == 1
-            and not call.view.spans_more
-            and all(own is None or (own.visible is None and own.bias is None) for own in call.record.layers)
-            and not any(self.looks_back(call, i) for i in range(len(self._local)))
-        )
+        for own in call.record.layers:
+            if own is not None and (own.visible is not None or own.bias is not None):
+                return False
+        return call.past + 1 <= self.shortest
+
+    def of_step(self, call: Call, hidden: Tensor, stock: Any) -> list[Any] | None:
+        """The masks of a decoding step by layer, made once for those that share it; `KEEP`: the model's own is right.
+
+        A mask is a constant prefix, laid down with the record, and the columns since: an operation per group of layers.
+        None where that is not all there is to it: windows that are exceeded, static caches, several devices, back ends
+        that take no such masks.
+        """
+        record, total = call.record, call.past + 1
+        backend = attention_backend(self.text_config)
+        if hidden.shape[1] != 1 or call.view.spans_more or total > self.shortest:
+            return None
+        assert record is not None
+        given, since = call.attention, total - record.length
+        if backend not in ("sdpa", "eager") or (
+            stock is not None and (given is None or given.shape[1] != total)
+        ):
+            return None
+        tails: dict[torch.dtype, Tensor] = {}
+        made: dict[int, Any] = {}
+        first, found = record.layers[0], []
+        for own in record.layers:
+            if id(own) not in made:
+                if own is None or (
+                    own.bias is None and (own is first or (stock is None and own.visible is None))
+                ):
+                    made[id(own)] = KEEP
+                elif own.index.device != hidden.device:
+                    return None
+                else:
+                    dtype = hidden.dtype if own.bias is not None or backend == "eager" else torch.bool
+                    prefix = own.prefix(dtype)
+                    if dtype not in tails:
+                        tails[dtype] = _tail(given if stock is not None else None, prefix, since)
+                    made[id(own)] = torch.cat([prefix, tails[dtype]], dim=-1)
+            found.append(made[id(own)])
+        return found
 
     def _make(self, call: Call, i: int, hidden: Tensor, stock: Any) -> Any:
         own, old = _new(call), _cached(call, i)
@@ -174,6 +218,21 @@ class LayerMasks:
         if padding is None:
             padding = torch.zeros(call.batch, dtype=torch.long)
         return masks.reach(kind, span, self._columns(call, i, hidden), padding.to(hidden.device))
+
+
+def _tail(given: Tensor | None, prefix: Tensor, since: int) -> Tensor:
+    """(B, 1, 1, since) of the columns behind a prefix (B, 1, 1, C): as a call's 2D mask says, or all seen."""
+    if given is None:
+        if prefix.dtype == torch.bool:
+            return prefix.new_ones(*prefix.shape[:3], since)
+        return prefix.new_zeros(*prefix.shape[:3], since)
+    own = given[:, given.shape[1] - since :].view(-1, 1, 1, since)
+    if own.device != prefix.device:
+        own = own.to(prefix.device)
+    if prefix.dtype == torch.bool:
+        return own != 0
+    made = (own == 0) * torch.finfo(prefix.dtype).min
+    return made if made.dtype == prefix.dtype else made.to(prefix.dtype)
 
 
 def columns(call: Call, i: int, device: torch.device) -> Tensor:

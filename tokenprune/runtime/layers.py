@@ -7,16 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback as _callback
 
 from tokenprune.errors import UnsupportedModeError
 from tokenprune.models.decoders import attention_backend
 from tokenprune.releases import cache_of
 from tokenprune.runtime import compiled
 from tokenprune.runtime.ahead import look_ahead
-from tokenprune.runtime.caches import is_static
+from tokenprune.runtime.caches import shrink
 from tokenprune.runtime.choose import choose, enter_prompt
 from tokenprune.runtime.early import check_early
-from tokenprune.runtime.layer_masks import columns
+from tokenprune.runtime.later import continue_short, rescale
+from tokenprune.runtime.layer_masks import KEEP
 from tokenprune.runtime.record import begin_writing, record_of
 from tokenprune.runtime.stages import pick
 from tokenprune.runtime.state import Call
@@ -40,12 +42,14 @@ class LayerHooks:
         family, text_model = runtime.family, runtime.family.text_model(runtime.model)
         runtime.before(text_model, self._enter_text_model, self._step_text_model)
         runtime.after(text_model, self._leave_text_model, _nothing, always=True)
-        runtime.before(family.final_norm(runtime.model), self._enter_norm, _nothing)
+        runtime.before(family.final_norm(runtime.model), self._enter_norm, _nothing, asleep=True)
         for i, layer in enumerate(runtime.layers):
-            runtime.before(layer, partial(self._enter_layer, i), partial(self._step_layer, i))
+            # The first decides in each call whether the others are needed.
+            hook = partial(self._hook_layer, i, compiled.apart(partial(self._enter_layer, i)))
+            runtime.before(layer, hook, asleep=i > 0, chooses=True)
             attention: Any = family.attention(layer)
             if runtime.decoder.temperature(attention, torch.zeros(1)) is not None:
-                runtime.after(attention.q_proj, partial(self._rescale, i, attention))
+                runtime.after(attention.q_proj, partial(rescale, runtime, i, attention))
 
     # -- the text model -----------------------------------------------------------------------------------------------
 
@@ -91,7 +95,7 @@ class LayerHooks:
         call.use(cache_of(kwargs, call.cache))
         record, stages = call.record, call.stages
         if record is not None and record.first_is_short:
-            kwargs = self._continue_short(call, hidden, dict(kwargs))
+            kwargs = continue_short(self.runtime, call, hidden, dict(kwargs))
         if stages is None:
             return kwargs
         self.runtime.assumptions.check_tower(call)
@@ -118,28 +122,23 @@ class LayerHooks:
             call.features[i] = whole.masked_scatter_(marks[..., None].to(hidden.device), own.to(hidden))
         return kwargs
 
-    def _continue_short(self, call: Call, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Decode after a cut before the LLM: even layer 0 holds fewer entries than the mask has columns."""
-        record, masks = call.record, self.runtime.masks
-        assert record is not None
-        if not call.positions_given:  # what the model would make of the cache's length is wrong
-            first = call.past + self.runtime.family.first_position
-            kwargs["position_ids"] = torch.arange(first, first + call.length, device=hidden.device)[None]
-        if record.shift is not None:
-            kwargs["position_ids"] = kwargs["position_ids"] - record.shift.to(hidden.device)
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            kwargs["attention_mask"] = masks.entries(call, 0, hidden).to(mask.dtype)
-        elif isinstance(mask, dict):
-            example = {masks.kind(i): i for i in reversed(range(len(self.runtime.layers)))}
-            kwargs["attention_mask"] = {
-                kind: masks.rebuild(call, example[kind], hidden, all_visible=False) for kind in mask
-            }
-        elif mask is not None or record.layers[0].visible is not None:  # type: ignore[union-attr]
-            kwargs["attention_mask"] = masks.rebuild(call, 0, hidden, all_visible=False)
-        return kwargs
-
     # -- decoder layers -----------------------------------------------------------------------------------------------
+
+    def _hook_layer(
+        self, i: int, apart: Any, module: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> Changed:
+        """As `compiled.either` has it, in as few calls as can be: every layer comes here at every step."""
+        if torch.compiler.is_dynamo_compiling():
+            changed = self._step_layer(i, module, args, kwargs)
+            return apart(module, args, kwargs) if changed is NotImplemented else changed
+        if _callback():
+            return apart(module, args, kwargs)
+        stack = self.runtime.calls.stack
+        call = stack[-1].call if stack else None
+        if call is None or call.step_masks is None:
+            return self._enter_layer(i, module, args, kwargs)
+        mask = call.step_masks[i]
+        return None if mask is KEEP else (args, {**kwargs, "attention_mask": mask})
 
     def _enter_layer(
         self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -150,10 +149,17 @@ class LayerHooks:
             return None if changed is NotImplemented else changed
         call = stack[-1].call
         if call is None:
-            self._seen_ahead(i, args[0] if args else kwargs["hidden_states"])
+            if self.runtime.calls.ahead is not None:
+                self._seen_ahead(i, args[0] if args else kwargs["hidden_states"])
+            elif i == 0 and not self.taps.observers:
+                self.runtime.rest()
             return None
         if call.is_plain:
             return None
+        if call.changes and self.runtime.assumptions.hold and not call.features:
+            made = call.changes.get(self._changes_key(call, i, kwargs))
+            if made is not None:
+                return args, {**kwargs, **made}
         self.runtime.assumptions.check_layer(i, args, kwargs, call)
         cache = cache_of(kwargs, call.cache)
         if i == 0:
@@ -167,7 +173,13 @@ class LayerHooks:
             stock = kwargs.get("attention_mask")
             call.is_plain = record is None or self.runtime.masks.needs_none(call, given, stock)
             if call.is_plain:
+                self.runtime.rest()
                 return None
+            self.runtime.wake()
+            call.step_masks = self.runtime.masks.of_step(call, given, stock)
+            if call.step_masks is not None:
+                mask = call.step_masks[i]
+                return None if mask is KEEP else (args, {**kwargs, "attention_mask": mask})
         hidden = _with_features(call, i, given)
         if stages is not None and call.cuts_done < len(cuts) and cuts[call.cuts_done].layer == i:
             hidden = self._cut(call, hidden)
@@ -177,14 +189,26 @@ class LayerHooks:
             return None if hidden is given else _with_hidden(hidden, args, kwargs)
         self.taps.show_hidden(i, hidden, call)
         mask = self.runtime.masks.of_layer(call, i, hidden, kwargs.get("attention_mask"))
-        return _with_hidden(hidden, args, {**kwargs, **self._positions(call, kwargs), "attention_mask": mask})
+        changes = {**self._positions(call, kwargs), "attention_mask": mask}
+        if stages is not None and not self.taps.observers:
+            call.changes[self._changes_key(call, i, kwargs)] = changes
+        return _with_hidden(hidden, args, {**kwargs, **changes})
+
+    def _changes_key(self, call: Call, i: int, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """What the mask and positions of a layer depend on; none of a layer that is to cut."""
+        stages, record = call.stages, call.record
+        cuts, done = call.config.cuts, 0 if stages is None else len(stages.done)
+        stock, rope = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
+        cutting = done < len(cuts) and cuts[done].layer == i
+        own = None if record is None else record.layers[i]
+        return (cutting, done, id(stock), id(rope), self.runtime.masks.kinds[i], id(own))
 
     def _begin_writing(self, call: Call, cache: Any) -> None:
         """Before layer 0 writes into the cache."""
         prunes = call.stages is not None
         if cache is None:
             check_early(call)
-        elif prunes or (call.record is not None and is_static(cache)):
+        elif prunes or (call.record is not None and call.view.spans_more):
             begin_writing(cache, call.record, len(self.runtime.layers), prunes)
 
     def _seen_ahead(self, i: int, hidden: Tensor) -> None:
@@ -221,21 +245,9 @@ class LayerHooks:
         with as_written(hidden.device, grad=True), call.compacting.running(hidden.device):
             hidden, *features = stages.apply(cut, [hidden, *call.features.values()])
             call.features = dict(zip(call.features, features, strict=True))
+        if call.view.spans_more and not call.past and call.record is None:
+            shrink(call.cache, call.config.cuts[cut].layer, call.length, hidden.shape[1])
         return hidden
-
-    def _rescale(
-        self, i: int, attention: nn.Module, module: nn.Module, args: Any, kwargs: Any, output: Tensor
-    ) -> Tensor | None:
-        """Queries whose temperature the layer tells from its cache's length get that of their original columns."""
-        call = self.runtime.call
-        if call is None or (not call.cuts_done and (call.record is None or call.record.layers[i] is None)):
-            return None
-        original = columns(call, i, output.device)
-        assumed = torch.arange(original.shape[1], device=output.device)
-        wanted, made = (self.runtime.decoder.temperature(attention, x) for x in (original, assumed))
-        assert wanted is not None and made is not None
-        ratio = (wanted / made)[:, -output.shape[1] :, None]
-        return (output * ratio).to(output.dtype)
 
     def _positions(self, call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Position ids and rotary embeddings of the tokens that are left, made once for all layers that share them."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from tokenprune.budget import average_kept
 from tokenprune.config import PruneConfig
@@ -125,12 +126,13 @@ class Total:
 
 def make_outcome(text_config: Any, num_layers: int, call: Call) -> Outcome:
     stages, config = call.stages, call.config
-    lengths = []
-    for i in range(num_layers):
-        stage = 0 if stages is None else sum(cut.layer <= i for cut in config.cuts)
-        lengths.append(call.length if stages is None or not stage else stages.plan.lengths[stage - 1])
-    record = record_of(call.cache)
-    held = [call.past + call.length - (0 if record is None else record.removed(i)) for i in range(num_layers)]
+    lengths = [call.length] * num_layers
+    if stages is not None:
+        lengths = [stages.plan.lengths[c - 1] if c else call.length for c in config.cuts_by(num_layers)]
+    held: list[int] = []
+    if call.view.spans_more:
+        record, total = record_of(call.cache), call.past + call.length
+        held = [total - (0 if record is None else record.removed(i)) for i in range(num_layers)]
     used, allocated = kv_bytes(call.cache, held)
     assert call.rows is not None
     return Outcome(
@@ -166,12 +168,25 @@ def kv_bytes(cache: Any, static_lengths: list[int]) -> tuple[list[int], list[int
 
     Args:
         cache: a transformers cache, or None.
-        static_lengths: used entries per layer, for layers whose tensors are allocated ahead.
+        static_lengths: used entries per layer, where tensors are allocated ahead.
     """
     used: list[int] = []
     allocated: list[int] = []
     counted: set[int] = set()
     for i, layer in enumerate(getattr(cache, "layers", None) or []):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        plain = type(layer) is DynamicLayer and not hasattr(layer, "_quantized_keys")
+        if plain and type(keys) is Tensor and type(values) is Tensor:
+            used.append(keys.nbytes + values.nbytes)  # the usual kind, in as few calls as can be
+            own = 0
+            for tensor in (keys, values):
+                storage = tensor.untyped_storage()
+                place = storage.data_ptr()
+                if place not in counted:
+                    counted.add(place)
+                    own += storage.nbytes()
+            allocated.append(own)
+            continue
         # A quantised layer holds most of its entries in the second pair.
         names = _PAIRS if hasattr(layer, "_quantized_keys") else _PAIRS[:2]
         tensors = [t for name in names for t in plain_tensors(getattr(layer, name, None)) if t.numel()]

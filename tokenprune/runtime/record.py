@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,19 @@ class Columns:
     index: Tensor
     visible: Tensor | None
     bias: Tensor | None = None
+    _prefix: Tensor | None = field(default=None, repr=False, compare=False)
+
+    def prefix(self, dtype: torch.dtype) -> Tensor:
+        """(B, 1, 1, C) what every later step's mask begins with: bool, or added to attention logits in that dtype."""
+        if self._prefix is None or self._prefix.dtype != dtype:
+            made = self.visible
+            if made is None:
+                made = torch.ones(self.index.shape, dtype=torch.bool, device=self.index.device)
+            if dtype != torch.bool:
+                # As `masks.add_bias` has it.
+                made = self.biases(made.device).to(dtype).masked_fill(~made, torch.finfo(dtype).min)
+            self._prefix = made[:, None, None, :]
+        return self._prefix
 
     @property
     def length(self) -> int:
@@ -58,14 +71,16 @@ class Rows:
         marks: over all of the prompt's entries, which tell rows apart as prompts are, and over those up to its last
             image, which are there after a crop, too. None where no layer can tell.
         seen: the tensor the layer's keys were in after the last call. While they are, nothing was moved.
+        first: the same of layer 0's, which a call that fails half way has written to.
     """
 
     layer: int
     marks: tuple[Marks, ...]
     seen: weakref.ref[Tensor] | None
+    first: weakref.ref[Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "seen": None}  # what is read from a file has other tensors
+        return {**self.__dict__, "seen": None, "first": None}  # what is read from a file has other tensors
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rows:
         """In a copy of the whole cache the rows stand in the copies of its tensors, which are made first."""

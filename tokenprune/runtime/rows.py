@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import UnsupportedModeError
-from tokenprune.runtime.caches import CacheView, crop, view_of
+from tokenprune.runtime.caches import CacheView, crop, regrow, view_of
 from tokenprune.runtime.record import Columns, Marks, Record, Rows, attach, record_of
 
 HALF_WAY = (
@@ -23,8 +23,9 @@ def remember(cache: Any, record: Record) -> None:
     """Note after a call in which tensors the rows are, and what they are known by if that is not noted yet."""
     if record.rows is None:
         record.rows = _rows(cache, record)
-    keys = getattr(cache.layers[record.rows.layer], "keys", None)
+    keys, first = (getattr(cache.layers[i], "keys", None) for i in (record.rows.layer, 0))
     record.rows.seen = weakref.ref(keys) if isinstance(keys, Tensor) else None
+    record.rows.first = weakref.ref(first) if isinstance(first, Tensor) else None
 
 
 def _rows(cache: Any, record: Record) -> Rows:
@@ -164,8 +165,17 @@ def read(view: CacheView, num_layers: int, batch: int, length: int) -> Record | 
     if cache is None or not getattr(cache, "layers", None):
         return None
     record = record_of(cache)
+    if (
+        record is not None
+        and not record.unfinished
+        and not view.spans_more
+        and _is_untouched(cache, record, batch)
+    ):
+        return record
     if record is not None and view.was_reset(num_layers, length):
         attach(cache, None)
+        if view.spans_more:
+            regrow(cache)
         return None
     if record is not None and record.unfinished:
         raise UnsupportedModeError(HALF_WAY)
@@ -174,6 +184,17 @@ def read(view: CacheView, num_layers: int, batch: int, length: int) -> Record | 
     if not view.spans_more:  # a static cache's lengths are on the device
         _check_lengths(view, record, num_layers)
     return record
+
+
+def _is_untouched(cache: Any, record: Record, batch: int) -> bool:
+    """Whether a growing cache is as the last call left it: one that is moved, cropped or reset has other tensors."""
+    rows = record.rows
+    if rows is None or rows.seen is None or rows.first is None:
+        return False
+    keys, first, layers = rows.seen(), rows.first(), cache.layers
+    if keys is None or first is None:
+        return False
+    return keys is layers[rows.layer].keys and first is layers[0].keys and keys.shape[0] == batch
 
 
 def _check_lengths(view: CacheView, record: Record | None, num_layers: int) -> None:

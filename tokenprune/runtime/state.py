@@ -16,7 +16,7 @@ from tokenprune.errors import NothingPrunedWarning, TokenPruneError, Unsupported
 from tokenprune.models.base import Family
 from tokenprune.models.decoders import attention_backend, takes_biases
 from tokenprune.releases import cache_of
-from tokenprune.runtime.caches import check_is_cache, crop, view_of
+from tokenprune.runtime.caches import CacheView, check_is_cache, crop, view_of
 from tokenprune.runtime.masks import local_attention
 from tokenprune.runtime.plan import Key, make_plan
 from tokenprune.runtime.record import Record
@@ -26,6 +26,7 @@ from tokenprune.runtime.states import LayerStates
 from tokenprune.runtime.timing import Stopwatch
 from tokenprune.runtime.views import Views, prompt_digests
 from tokenprune.runtime.vision import VisionFacts, check_facts, visual_inputs
+from tokenprune.tensors import to_host
 from tokenprune.tokens import Image, IntArray
 
 
@@ -48,9 +49,9 @@ class Call:
         sizes: of its images and videos, as given and on the host.
     """
 
-    def __init__(self, config: PruneConfig, batch: int, length: int, cache: Any) -> None:
+    def __init__(self, config: PruneConfig, batch: int, length: int, view: CacheView) -> None:
         self.config, self.batch, self.length = config, batch, length
-        self.use(cache)
+        self.cache, self.view = view.cache, view
         self.positions_given = False
         self.past = 0
         self.record: Record | None = None
@@ -71,6 +72,9 @@ class Call:
         self.notes: dict[Key, list[Mapping[str, int | Tensor]]] = {}
         # Filled in by the layers' hooks.
         self.is_plain = False  # whether its layers need nothing: no cut, and no masks but the model's
+        # What layers behind the last cut are given instead of their own, by what it was made of.
+        self.changes: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self.step_masks: list[Any] | None = None  # by layer, of a decoding step; see `LayerMasks.of_step`
         self.positions: dict[tuple[int, int], dict[str, Any]] = {}
         self.masks: dict[tuple[int, int, int, str], Any] = {}
         self.features: dict[int, Tensor] = {}  # (B, L', D) still to be added to the output of these layers
@@ -80,7 +84,8 @@ class Call:
 
     def use(self, cache: Any) -> None:
         """The cache this call fills: the text model may make it only now."""
-        self.cache, self.view = cache, view_of(cache)
+        if cache is not self.cache:
+            self.cache, self.view = cache, view_of(cache)
 
     @property
     def cuts_done(self) -> int:
@@ -88,8 +93,15 @@ class Call:
         return 0 if self.stages is None else len(self.stages.done)
 
 
-def open_call(model: nn.Module, family: Family, config: PruneConfig, inputs: dict[str, Any]) -> Call | None:
+def open_call(
+    model: nn.Module, family: Family, config: PruneConfig, inputs: dict[str, Any], span: float
+) -> Call | None:
     """The state of a call, or None when it is none of our business (decode of an unpruned conversation).
+
+    Args:
+        model, family, config: of the runtime.
+        inputs: of the call, by name.
+        span: columns up to which every layer sees all there are.
 
     Raises:
         TokenPruneError: the call cannot be pruned exactly; nothing has been changed.
@@ -101,14 +113,15 @@ def open_call(model: nn.Module, family: Family, config: PruneConfig, inputs: dic
     batch, length = reference.shape[:2]
     sizes, facts = visual_inputs(family, inputs)
     visual = bool(sizes)
-    check_is_cache(cache_of(inputs))
-    view = view_of(cache_of(inputs))
+    cache = cache_of(inputs)
+    check_is_cache(cache)
+    view = view_of(cache)
     record = read(view, len(family.layers(model)), batch, length)
     past = view.past(record, length)
     if record is None and not visual and view.is_step(past, length):
         return None
 
-    call = Call(config, batch, length, view.cache)
+    call = Call(config, batch, length, view)
     call.record, call.past = record, past
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:
@@ -117,7 +130,8 @@ def open_call(model: nn.Module, family: Family, config: PruneConfig, inputs: dic
     if record is not None:
         if record.first_is_short:
             _check_continuation(call, family, inputs, visual)
-        _check_window(call, family.text_model(model).config)
+        if past + length > span:
+            _check_window(call, family.text_model(model).config)
     if ids is None and (visual or (record is None and not past and length > 1)):
         _nothing_pruned(
             call, config, "inputs_embeds came without input_ids, so the visual tokens cannot be located"
@@ -176,7 +190,7 @@ def _plan(
     family.check_call(model, inputs)
     call.blocks = family.blocks(inputs, call.past + call.length) if call.past else None
     visible = _visible(call, inputs.get("attention_mask"))
-    host = _to_host([ids, *([] if visible is None else [visible]), *sizes.values()])
+    host = to_host([ids, *([] if visible is None else [visible]), *sizes.values()])
     ids_host = host.pop(0)
     mask: NDArray[np.bool_] | None = None
     if visible is not None:
@@ -283,14 +297,3 @@ def _check_window(call: Call, text: Any) -> None:
                 f"{kind} layers ({span}), which flash attention cannot keep exact in a pruned prompt; load the model "
                 f"with attn_implementation='sdpa', or unwrap"
             )
-
-
-def _to_host(tensors: list[Tensor]) -> list[IntArray]:
-    """Copy integer tensors to the host, those on a device in one transfer."""
-    away = [t for t in tensors if t.device.type != "cpu"]
-    if away:
-        flat = torch.cat([t.reshape(-1).to(away[0].device, torch.int64) for t in away]).cpu()
-        copies = iter(flat.split([t.numel() for t in away]))
-    return [
-        (t if t.device.type == "cpu" else next(copies).view(t.shape)).to(torch.int64).numpy() for t in tensors
-    ]

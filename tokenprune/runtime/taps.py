@@ -62,9 +62,11 @@ class Taps:
             attention = runtime.family.attention(runtime.layers[layer])
             module = runtime.decoder.state_module(attention, state)
             if not any(at == layer for at, _ in self._armed):
-                runtime.before(attention, partial(self._enter_attention, layer), nothing_in_a_step)
+                runtime.before(
+                    attention, partial(self._enter_attention, layer), nothing_in_a_step, asleep=True
+                )
             quick = partial(_no_state_in_a_step, runtime.decoder, attention)
-            runtime.after(module, partial(self._catch_state, layer, state), quick)
+            runtime.after(module, partial(self._catch_state, layer, state), quick, asleep=True)
             self._armed[layer, state] = module
 
     def disarm(self) -> None:

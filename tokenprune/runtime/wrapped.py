@@ -28,24 +28,50 @@ class _Put:
     """A hook put on a module, perhaps only half: torch's handle is made too late to take that off.
 
     Attributes:
-        number: torch's, once it was looked for.
+        behind: whether it comes after the module.
+        always: after an exception too.
+        asleep: whether it is put on by `Wrapped.wake` only.
+        number: torch's, while it is being taken off.
     """
 
     module: nn.Module
     hook: Hook
+    behind: bool = False
+    always: bool = False
+    asleep: bool = False
     number: int | None = None
+
+    def put_on(self) -> None:
+        """First of all before a module: who hooks in later sees what the module is given."""
+        if self.number is not None:
+            self.take_off()  # an interrupt came in the middle of it
+        if self._find() is not None:
+            return
+        if self.behind:
+            self.module.register_forward_hook(self.hook, with_kwargs=True, always_call=self.always)
+        else:
+            self.module.register_forward_pre_hook(self.hook, with_kwargs=True, prepend=self.asleep)
 
     def take_off(self) -> None:
         module = self.module
-        tables = (module._forward_pre_hooks, module._forward_hooks)
         if self.number is None:
-            self.number = next((n for own in tables for n, hook in own.items() if hook is self.hook), None)
+            self.number = self._find()
         if self.number is None:
             return
         # The hook first: another thread must not call it without what is noted of it.
         notes = ("pre_hooks_with_kwargs", "hooks_with_kwargs", "hooks_always_called")
+        tables = (module._forward_pre_hooks, module._forward_hooks)
         for table in (*tables, *(getattr(module, f"_forward_{name}") for name in notes)):
             table.pop(self.number, None)
+        self.number = None
+
+    def _find(self) -> int | None:
+        """Torch's number; None where it is not on."""
+        table = self.module._forward_hooks if self.behind else self.module._forward_pre_hooks
+        for number, hook in table.items():
+            if hook is self.hook:
+                return number
+        return None
 
 
 class Wrapped:
@@ -68,21 +94,73 @@ class Wrapped:
         self.assumptions = Assumptions()
         self.gate = threading.RLock()  # between calls that begin and hooks that come and go
         self.installed = False
+        self.awake = False  # whether the hooks that only some calls need are on
         self.latest: Outcome | None = None
         self.total = Total()
         self.hooks: list[_Put] = []
 
-    def before(self, module: nn.Module, hook: Hook, quick: Hook | None = None) -> None:
-        """Register `hook`; where torch.compile runs, `quick` stands in for it: see `compiled.either`."""
-        chosen = compiled.either(hook, quick)
-        self.hooks.append(_Put(module, chosen))  # first: an interrupt may come in the middle of the next line
-        module.register_forward_pre_hook(chosen, with_kwargs=True)
+    def before(
+        self,
+        module: nn.Module,
+        hook: Hook,
+        quick: Hook | None = None,
+        asleep: bool = False,
+        chooses: bool = False,
+    ) -> None:
+        """Register `hook`; where torch.compile runs, `quick` stands in for it: see `compiled.either`.
 
-    def after(self, module: nn.Module, hook: Hook, quick: Hook | None = None, always: bool = False) -> None:
+        Args:
+            module: before which it comes.
+            hook, quick: as there.
+            asleep: whether it is on only while calls need it, see `wake`.
+            chooses: whether the hook itself sees to torch.compile.
+        """
+        self._put(_Put(module, hook if chooses else compiled.either(hook, quick), asleep=asleep))
+
+    def after(
+        self,
+        module: nn.Module,
+        hook: Hook,
+        quick: Hook | None = None,
+        always: bool = False,
+        asleep: bool = False,
+    ) -> None:
         """The same, behind the module; `always`: after an exception too."""
-        chosen = compiled.either(hook, quick)
-        self.hooks.append(_Put(module, chosen))
-        module.register_forward_hook(chosen, with_kwargs=True, always_call=always)
+        self._put(_Put(module, compiled.either(hook, quick), True, always, asleep))
+
+    def _put(self, put: _Put) -> None:
+        self.hooks.append(put)  # first: an interrupt may come in the middle of the next line
+        if not put.asleep or self.awake:
+            put.put_on()
+
+    def wake(self) -> None:
+        """Put on the hooks that only some calls need: those that prune, and those that go on with what needs masks."""
+        if self.awake:
+            return
+        with self.gate:
+            if not self.installed:
+                return
+            compiled.forget()  # what was compiled meanwhile would run without them
+            for put in self.hooks:
+                if put.asleep:
+                    put.put_on()
+            self.awake = True
+
+    def rest(self) -> None:
+        """Take them off again, at a call that does not need them, if nobody else is under way.
+
+        Compiled code does not notice hooks that come and go: where any may be, they stay.
+        """
+        if not self.awake or compiled.has_compiled():
+            return
+        with self.gate:
+            others = list(self.calls.everywhere.values())  # another thread may begin its first call
+            if any(stack is not self.calls.stack and stack for stack in others):
+                return
+            self.awake = False
+            for put in self.hooks:
+                if put.asleep:
+                    put.take_off()
 
     def take_off(self, known: int = 0) -> None:
         """Remove the hooks but for the first `known`; where an interrupt breaks it off, the next call completes it."""

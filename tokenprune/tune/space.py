@@ -20,7 +20,6 @@ from tokenprune.methods.base import Needs
 from tokenprune.methods.uniform import Uniform
 from tokenprune.models import stock_model
 from tokenprune.models.decoders import takes_biases
-from tokenprune.serving.vllm.settings import read_settings
 from tokenprune.space import Dimension, OneOf, Point, Real, Setting, Whole
 from tokenprune.tokens import VisionAttention
 
@@ -106,7 +105,7 @@ class Space:
         found = {
             name: space
             for name, own in METHODS.items()
-            if (methods is None or name in methods) and (not served or _is_served(name))
+            if (methods is None or name in methods) and (not served or not own().needs().not_ahead)
             if (space := own.search_space(setting)) is not None
         }
         missing = [name for name in methods or () if name not in found]
@@ -136,14 +135,6 @@ class Space:
     def describe(self) -> dict[str, Any]:
         """What a study is about, as plain types."""
         return {method: {n: repr(d) for n, d in space.items()} for method, space in self.methods.items()}
-
-
-def _is_served(method: str) -> bool:
-    try:
-        read_settings({"method": method, "keep": 0.5})
-    except ConfigError:
-        return False
-    return True
 
 
 def _suggest(trial: Any, name: str, dimension: Dimension) -> Any:

@@ -14,10 +14,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tokenprune.errors import ConfigError
+from tokenprune.serving.vllm.names import ANY_VERSION, PER_REQUEST, SETTING
 
-SETTING = "tokenprune"
-PER_REQUEST = "tokenprune_keep"  # in a request's mm_processor_kwargs: its own budget
-ANY_VERSION = "any_vllm"  # in the setting: true takes a vLLM that nobody here has run
 TESTED = ((0, 32), (0, 33))  # of vLLM, the oldest and the newest
 # By vLLM's architecture: where its pruned one is.
 ARCHITECTURES = {

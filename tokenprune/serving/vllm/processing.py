@@ -14,8 +14,9 @@ from vllm.multimodal.processing import PromptReplacement, PromptUpdate, PromptUp
 from tokenprune.arguments import read_keep
 from tokenprune.budget import Keep, check_keep
 from tokenprune.errors import ConfigError
-from tokenprune.serving.vllm import PER_REQUEST, metrics
+from tokenprune.serving.vllm import metrics
 from tokenprune.serving.vllm.layout import Pictures, prunable
+from tokenprune.serving.vllm.names import PER_REQUEST
 from tokenprune.serving.vllm.settings import Settings, read_settings
 
 

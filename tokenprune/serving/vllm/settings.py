@@ -13,7 +13,7 @@ from tokenprune.arguments import AUTO, Arguments
 from tokenprune.budget import Keep, check_keep
 from tokenprune.errors import ConfigError
 from tokenprune.methods import Method, make_method
-from tokenprune.serving.vllm import PER_REQUEST
+from tokenprune.serving.vllm.names import PER_REQUEST
 
 BOUNDS = ("keep_min", "keep_max")  # of what a request may ask for
 
@@ -99,14 +99,7 @@ def read_settings(given: Mapping[str, Any]) -> Settings:
                 "size_term=True adds biases to attention, which vLLM does not take; leave it out"
             )
         method = dataclasses.replace(method, size_term=False)  # type: ignore[call-arg]
-    needs = method.needs()
-    seen = {
-        "states of the decoder": bool(needs.states) and needs.ahead is None,
-        "the prompt's text": bool(needs.prompt or needs.words or needs.last_row),
-        "all images at once": needs.row,
-        "a say in the counts": needs.counts,
-    }
-    if wanted := [what for what, wants in seen.items() if wants]:
+    if wanted := method.needs().not_ahead:
         raise ConfigError(
             f"method {method.name!r} needs {' and '.join(wanted)}, which are not there before the LLM inside vLLM; "
             f"serve vflowopt, importance, uniform, random, or entropyprune with lookahead"
