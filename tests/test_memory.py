@@ -12,6 +12,7 @@ import torch
 
 import tiny
 import tokenprune
+from tokenprune.analysis import memory as memory_module
 from tokenprune.analysis.batches import batched
 from tokenprune.analysis.memory import Memory, last_state
 from tokenprune.errors import ConfigError
@@ -142,6 +143,25 @@ def test_references_are_the_unpruned_models(build: Any) -> None:
         model.lm_head.weight[0, 0] += 1
     memory.reference(model, inputs)
     assert memory.misses == 2
+
+
+def test_nothing_is_read_twice_in_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed inside pays neither for the tower's weights nor for pixels it has seen; other pixels are read."""
+    model = tiny.llava()
+    inputs, read = tiny.inputs(model, ROWS), []
+    for name in ("stamp", "content_digest"):
+        own = getattr(memory_module, name)
+        monkeypatch.setattr(
+            memory_module, name, lambda *a, own=own, name=name: (read.append(name), own(*a))[1]
+        )
+    ran = count(tower_of(model))
+    with Memory().features(model), torch.no_grad():
+        for _ in range(3):
+            model(**inputs)
+        assert read == ["stamp", "content_digest"] and len(ran) == 1
+        inputs["pixel_values"].mul_(2)
+        model(**inputs)
+        assert read[2:] == ["content_digest"] and len(ran) == 2
 
 
 def test_right_padding_is_refused() -> None:

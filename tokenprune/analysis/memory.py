@@ -56,15 +56,17 @@ class Memory:
         Pruning in the decoder cannot change what the tower returns, so answers are the same to the bit. What a method
         wants of the tower's attention is made of the states that were caught the first time it was looked into. Only
         the tower's `forward` is replaced: hooks on the tower still run, those inside it only when it computes.
+
+        The tower's weights are looked at once, on entry: what is timed inside is not to pay for them.
         """
         inner = stock_model(model)
         tower: Any = family_of(model).vision_tower(inner)
         if "forward" in vars(tower):
             raise ConfigError("the vision tower's forward is replaced already; use one memory at a time")
-        original = tower.forward
+        original, weights, seen = tower.forward, stamp(tower), _LastSeen()
 
         def remembered(*args: Any, **kwargs: Any) -> Any:
-            key = content_digest("features", stamp(tower), torch.is_autocast_enabled(), args, kwargs)
+            key = f"features {weights} {torch.is_autocast_enabled()} {seen.digest([args, kwargs])}"
             looks, looked = _looks_inside(inner), key
             if looks is not None:
                 looked = f"{key} {looks[1]}"
@@ -209,6 +211,37 @@ def _looks_inside(model: Any) -> tuple[TowerTap, int | None] | None:
     if not config.scores or config.needs.vision is None:
         return None
     return runtime.tower, config.needs.vision_layer
+
+
+class _LastSeen:
+    """The digest of what a tower was given last: the very same tensors, not written to since, are not read again."""
+
+    def __init__(self) -> None:
+        self._tensors: list[tuple[Tensor, int]] = []
+        self._rest = self._digest = ""
+
+    def digest(self, given: Any) -> str:
+        tensors: list[Tensor] = []
+        rest = repr(_without_tensors(given, tensors))
+        versions = [-1 if t.is_inference() else t._version for t in tensors]
+        same = rest == self._rest and len(tensors) == len(self._tensors) and -1 not in versions
+        now = list(zip(tensors, versions, strict=True))
+        if not same or any(a is not b or v != w for (a, v), (b, w) in zip(now, self._tensors, strict=True)):
+            self._digest = content_digest(given)
+        self._tensors, self._rest = now, rest
+        return self._digest
+
+
+def _without_tensors(part: Any, tensors: list[Tensor]) -> Any:
+    """The same with numbers in their place; they are put into `tensors`."""
+    if isinstance(part, Tensor):
+        tensors.append(part)
+        return len(tensors)
+    if isinstance(part, Mapping):
+        return {name: _without_tensors(own, tensors) for name, own in part.items()}
+    if isinstance(part, list | tuple):
+        return [_without_tensors(own, tensors) for own in part]
+    return part
 
 
 def content_digest(*parts: Any) -> str:
