@@ -207,15 +207,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     sizes = options.tokens if options.model == QWEN else [_TOKENS]
     rows: list[dict[str, str]] = []
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, options.csv.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
         folder = _folder(options.model, Path(scratch) / "model")
         for keep in options.keep:
             for tokens in sizes:
-                rows += _measure(options, folder, keep, tokens, vllm.__version__)
-    with options.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+                found = _measure(options, folder, keep, tokens, vllm.__version__)
+                writer.writerows(found)
+                file.flush()
+                rows += found
     shown = ("arm", "concurrency", "image_tokens", "requests_per_s", "speedup", *MEASURED)
     for row in rows:
         print(" ".join(f"{name}={row[name]}" for name in shown))
