@@ -189,7 +189,62 @@ def test_tensor_parallel_ranks_choose_alike(folder: Path, bed: Any) -> None:
     check(in_vllm(llm, cases), in_transformers(bed, cases, setting))
 
 
+def test_embeddings_are_pruned_by_what_needs_no_picture(folder: Path) -> None:
+    """And refused by the rest, before they reach the engine, which goes on."""
+    rng = torch.Generator().manual_seed(0)
+    embeds = torch.randn(48, 128 * (3 if folder.name.startswith("qwen3") else 1), generator=rng)
+    data = {"image": {"image_embeds": embeds, "image_grid_thw": torch.tensor([[1, 12, 16]])}}
+    request = {"prompt": prompts()[0][0], "multi_modal_data": data}
+    params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
+    for setting in (SETTINGS["uniform"], SETTINGS["hopfield"]):
+        llm = engine(folder, setting, enable_mm_embeds=True)
+        before = in_vllm(llm, prompts()[:2])
+        if setting["method"] == "uniform":
+            (out,) = llm.generate([request], params, use_tqdm=False)
+            token = llm.llm_engine.vllm_config.model_config.hf_config.image_token_id
+            assert out.prompt_token_ids.count(token) == int(0.3 * 48)
+        else:
+            with pytest.raises(ValueError, match="not as embeddings"):
+                llm.generate([request], params, use_tqdm=False)
+        check(in_vllm(llm, prompts()[:2]), before)
+        del llm
+
+
 # -- videos ------------------------------------------------------------------------------------------------------------
+
+
+KNOWN: dict[str, Any] = {
+    **{"fps": 2.0, "duration": 4.0, "total_num_frames": 8, "frames_indices": list(range(8))},
+    **{"video_backend": "opencv", "height": 168, "width": 224},
+}
+
+
+def film() -> Any:
+    """(8, 168, 224, 3) frames, two of a kind."""
+    return np.stack([np.asarray(picture(20 + i // 2, (168, 224))) for i in range(8)])
+
+
+def processed(processor: Any, text: str, images: list[Image.Image]) -> Any:
+    """A prompt with the film, and with these pictures, as transformers takes it."""
+    from transformers.video_utils import VideoMetadata
+
+    return processor(
+        text=[text],
+        images=images or None,
+        videos=[film()],
+        video_metadata=[VideoMetadata(**KNOWN)],
+        do_sample_frames=False,
+        return_tensors="pt",
+    )
+
+
+def requested(text: str, images: list[Image.Image]) -> dict[str, Any]:
+    """The same as vLLM takes it."""
+    video = [(film(), {**KNOWN, "do_sample_frames": False})]
+    return {
+        "prompt": text,
+        "multi_modal_data": {**({"image": images} if images else {}), "video": video},
+    }
 
 
 def rope_of_qwen(ids: dict[int, str], speed: float) -> Any:
@@ -228,31 +283,19 @@ def test_videos(
     folder: Path, bed: Any, setting: dict[str, Any], step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Alone, and beside a picture; the share is of the whole video."""
-    from transformers.video_utils import VideoMetadata
-
     model, processor = bed
     if model.config.model_type == "qwen3_vl":
         pytest.skip("see below")
     ids = {getattr(model.config, f"{kind}_token_id"): kind for kind in ("image", "video")}
     speed = getattr(model.config.vision_config, "tokens_per_second", 1.0)
     monkeypatch.setattr(model.model, "get_rope_index", rope_of_qwen(ids, speed))
-    frames = np.stack([np.asarray(picture(20 + i // 2, (168, 224))) for i in range(8)])
-    known = {"fps": 2.0, "duration": 4.0, "total_num_frames": 8, "frames_indices": list(range(8))}
-    known |= {"video_backend": "opencv", "height": 168, "width": 224}
     cases = [(asked(VIDEO + "What happens?"), []), (asked(f"First {IMAGE} then {VIDEO} what?"), [picture(1)])]
     more = {"layer": 0, **setting}
     if setting["method"] == "vflowopt":
         more["size_term"] = False
     expected = []
     for text, images in cases:
-        inputs = processor(
-            text=[text],
-            images=images or None,
-            videos=[frames],
-            video_metadata=[VideoMetadata(**known)],
-            do_sample_frames=False,
-            return_tensors="pt",
-        )
+        inputs = processed(processor, text, images)
         with tokenprune.pruned(model, **more), torch.no_grad():
             out = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, eos_token_id=-1)
             expected.append((out[0, inputs["input_ids"].shape[1] :].tolist(), tokenprune.report(model).kept))
@@ -263,16 +306,7 @@ def test_videos(
         max_num_seqs=4,
         limit_mm_per_prompt={"image": 4, "video": 1},
     )
-    requests = [
-        {
-            "prompt": text,
-            "multi_modal_data": {
-                **({"image": images} if images else {}),
-                "video": [(frames, {**known, "do_sample_frames": False})],
-            },
-        }
-        for text, images in cases
-    ]
+    requests = [requested(text, images) for text, images in cases]
     found = llm.generate(
         requests, SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True), use_tqdm=False
     )
@@ -286,26 +320,14 @@ def test_videos(
 @pytest.mark.parametrize("step", [1024, 64])
 def test_videos_of_qwen3(folder: Path, bed: Any, step: int) -> None:
     """Timestamps stand between the frames, and each has the share."""
-    from transformers.video_utils import VideoMetadata
-
     from tokenprune.methods.uniform import even_tokens
     from tokenprune.tokens import Grid
 
     model, processor = bed
     if model.config.model_type != "qwen3_vl":
         pytest.skip("of Qwen3-VL")
-    frames = np.stack([np.asarray(picture(20 + i // 2, (168, 224))) for i in range(8)])
-    known = {"fps": 2.0, "duration": 4.0, "total_num_frames": 8, "frames_indices": list(range(8))}
-    known |= {"video_backend": "opencv", "height": 168, "width": 224}
     text = asked(f"First {IMAGE} then {VIDEO} what?")
-    inputs = processor(
-        text=[text],
-        images=[picture(1)],
-        videos=[frames],
-        video_metadata=[VideoMetadata(**known)],
-        do_sample_frames=False,
-        return_tensors="pt",
-    )
+    inputs = processed(processor, text, [picture(1)])
     one, (t, h, w) = inputs["image_grid_thw"][0] // 2, (inputs["video_grid_thw"][0]).tolist()
     h, w, setting = h // 2, w // 2, {"method": "uniform", "keep": 0.3}
     share = even_tokens((Grid(1, h, w),), int(0.3 * h * w))
@@ -321,9 +343,8 @@ def test_videos_of_qwen3(folder: Path, bed: Any, step: int) -> None:
         max_num_seqs=4,
         limit_mm_per_prompt={"image": 4, "video": 1},
     )
-    data = {"image": [picture(1)], "video": [(frames, {**known, "do_sample_frames": False})]}
     (found,) = llm.generate(
-        [{"prompt": text, "multi_modal_data": data}],
+        [requested(text, [picture(1)])],
         SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True),
         use_tqdm=False,
     )

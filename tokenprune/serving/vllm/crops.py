@@ -69,20 +69,15 @@ class PrunedCrops(PrunedModel):
             shown: dict[str, Any] = {}
             if needs.vision is not None:
                 told = [needs.vision(self._attention(first + i)) for i in range(layout.items)]
-                shown["vision"] = self._of_tokens(layout, told)
+                shown["vision"] = self.of_tokens(layout, told)
             if needs.pixels is not None:
                 told = [needs.pixels(patches) for patches in self.pictures.eight_bit(crops[: layout.items])]
-                shown["pixels"] = self._of_tokens(layout, told)
+                shown["pixels"] = self.of_tokens(layout, told)
             if needs.ahead is not None:
                 shown |= decoder_states(self.language_model.model, own, needs.ahead, needs.states)
             first += len(crops)
             yield shown
         self._query = self._key = torch.empty(0)
-
-    def _of_tokens(self, layout: Layout, told: Sequence[Tensor]) -> Tensor:
-        whole = torch.stack([own if own.ndim == 2 else own[:, None] for own in told])
-        tokens = self.pictures.to_tokens(layout, whole)
-        return tokens if told[0].ndim == 2 else tokens[:, 0]
 
     def _attention(self, crop: int) -> VisionAttention:
         module = self.tower_attention

@@ -97,9 +97,8 @@ class PrunedGrids(PrunedModel):
 
         if self._attention.tp_size == 1:
             return qkv
-        if isinstance(
-            self._attention.qkv, QKVParallelLinear
-        ):  # a rank has its heads' queries, keys and values
+        if isinstance(self._attention.qkv, QKVParallelLinear):
+            # A rank has its heads' queries, keys and values.
             parts = qkv.unflatten(-1, (3, -1)).contiguous()
             return tensor_model_parallel_all_gather(parts, dim=-1).flatten(-2)
         return tensor_model_parallel_all_gather(qkv.contiguous(), dim=-1)
@@ -109,19 +108,17 @@ class PrunedGrids(PrunedModel):
     ) -> Iterator[dict[str, Any]]:
         needs = self.settings.method.needs()
         shown: list[dict[str, Any]] = [{} for _ in layouts]
-        if needs.vision is None and needs.pixels is None:
+        if not needs.sees_tower:
             return iter(shown)
-        if (pixels := fields.get(_PIXELS[kind])) is None:
-            raise ValueError("tokenprune: the processor lets no embeddings through for this method")
         sizes = self.pictures.sizes(fields)[kind]
         if needs.vision is not None:
             for own, layout, frames in zip(shown, layouts, self._attend(sizes), strict=True):
-                own["vision"] = self._of_tokens(layout, torch.cat([needs.vision(frame) for frame in frames]))
+                own["vision"] = self.of_tokens(layout, [torch.cat([needs.vision(frame) for frame in frames])])
         if needs.pixels is not None:
             for own, layout, patches in zip(
-                shown, layouts, self.pictures.eight_bit(pixels, sizes), strict=True
+                shown, layouts, self.pictures.eight_bit(fields[_PIXELS[kind]], sizes), strict=True
             ):
-                own["pixels"] = self._of_tokens(layout, needs.pixels(patches))
+                own["pixels"] = self.of_tokens(layout, [needs.pixels(patches)])
         return iter(shown)
 
     def _attend(self, sizes: IntArray) -> Any:
@@ -138,10 +135,6 @@ class PrunedGrids(PrunedModel):
         heads = attention.num_attention_heads_per_partition * attention.tp_size
         module = SimpleNamespace(num_heads=heads, scaling=attention.attn.scale)
         return self.pictures.family.attend(tower, module, call)
-
-    def _of_tokens(self, layout: Layout, told: Tensor) -> Tensor:
-        tokens = self.pictures.to_tokens(layout, told if told.ndim == 2 else told[:, None])
-        return tokens if told.ndim == 2 else tokens[:, 0]
 
     # -- positions --------------------------------------------------------------------------------------------------
 

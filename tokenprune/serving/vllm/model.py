@@ -127,6 +127,12 @@ class PrunedModel:
         rows = torch.cat([rows, features[stays]])[order]
         return with_channels(rows, self.places(layout, columns, seconds), layout.columns)
 
+    def of_tokens(self, layout: Layout, told: Sequence[Tensor]) -> Tensor:
+        """What was told of the patches of each of an image's crops, a number or several each, for its tokens."""
+        whole = torch.stack([own if own.ndim == 2 else own[:, None] for own in told])
+        tokens = self.pictures.to_tokens(layout, whole)
+        return tokens if told[0].ndim == 2 else tokens[:, 0]
+
     def places(self, layout: Layout, columns: Tensor, seconds: float) -> Tensor:
         """(k, 3) positions of an image's tokens behind its own first, on three axes; here all alike."""
         return columns[:, None].expand(-1, 3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -60,7 +60,7 @@ class PrunedProcessor:
     def _placeholder(self, kind: str) -> int:
         return int(getattr(self.info.get_hf_config(), f"{kind}_token_id"))
 
-    @property
+    @cached_property
     def _settings(self) -> Settings:
         return read_settings(self.info.get_hf_config().tokenprune)
 
@@ -70,6 +70,10 @@ class PrunedProcessor:
         made = super()._apply_hf_processor_main(mm_items, _vllms(hf_kwargs))  # type: ignore[misc]
         pictures, settings, keep = self.pictures(), self._settings, _keep_of(hf_kwargs)
         pictures.check(made)
+        if settings.method.needs().sees_tower and any(f"{kind}_embeds" in made for kind in self.kinds):
+            raise ValueError(
+                f"tokenprune: {settings.method.name!r} has to see images as pictures, not as embeddings"
+            )
         for kind, sizes in pictures.sizes(made).items():
             layouts = pictures.layouts(kind, sizes)
             parts = [pictures.parts(kind, layout) for layout in layouts]
