@@ -23,6 +23,9 @@ from tokenprune.runtime.caches import is_static
 from tokenprune.runtime.masks import add_bias, local_attention
 from tokenprune.runtime.record import Columns, record_of
 
+# Whether torch.compile looks at what is called from here, though it may not read it. In C, for every hook asks.
+is_watched = get_eval_frame_callback
+
 
 def apart(hook: Callable[..., Any]) -> Callable[..., Any]:
     """A hook that torch.compile is not to look into: the graph ends before it."""
@@ -47,7 +50,7 @@ def _choose(
     # Nothing else is asked here: torch 2.11 reads `is_exporting()` as True whatever it compiles.
     if not torch.compiler.is_dynamo_compiling():
         # A frame that torch.compile gave up on runs as ever, but what it calls is compiled piece by piece.
-        return slow(*given) if get_eval_frame_callback() else hook(*given)
+        return slow(*given) if is_watched() else hook(*given)
     done = NotImplemented if quick is None else quick(*given)
     return slow(*given) if done is NotImplemented else done
 
@@ -74,13 +77,15 @@ class _Eager:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = (
+            threading.RLock()
+        )  # a garbage collection, which ends prompts too, may come while it is held
         self._prompts: set[object] = set()
         self._stance: Any = None
 
     def begin(self, prompt: object) -> None:
         """A prompt begins; within what is compiled already nothing happens."""
-        if get_eval_frame_callback():
+        if is_watched():
             return
         with self._lock:
             self._prompts.add(prompt)

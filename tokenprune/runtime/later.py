@@ -29,7 +29,7 @@ def continue_short(runtime: Wrapped, call: Call, hidden: Tensor, kwargs: dict[st
         else:
             kwargs["attention_mask"] = masks.entries(call, 0, hidden).to(mask.dtype)
     elif isinstance(mask, dict):
-        example = {masks.kind(i): i for i in reversed(range(len(runtime.layers)))}
+        example = {masks.kinds[i]: i for i in reversed(range(len(runtime.layers)))}
         kwargs["attention_mask"] = {
             kind: masks.rebuild(call, example[kind], hidden, all_visible=False) for kind in mask
         }

@@ -43,7 +43,7 @@ class LayerMasks:
             stock: the mask the model made for it.
         """
         columns = None if call.record is None else call.record.layers[i]
-        key = (id(columns), call.cuts_done, id(stock), self.kind(i))
+        key = (id(columns), call.cuts_done, id(stock), self.kinds[i])
         if key not in call.masks:
             mask = self._make(call, i, hidden, stock)
             bias = self._bias(call, i, hidden.device)
@@ -71,10 +71,6 @@ class LayerMasks:
         made = self.rebuild(call, i, hidden, all_visible=False)
         assert isinstance(made, Tensor)
         return made
-
-    def kind(self, i: int) -> str:
-        """A layer's type of attention."""
-        return self._local[i][0]
 
     def looks_back(self, call: Call, i: int) -> bool:
         """Whether the conversation is longer than layer i looks back."""

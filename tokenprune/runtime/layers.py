@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._dynamo.eval_frame import get_eval_frame_callback as _callback
 
 from tokenprune.errors import UnsupportedModeError
 from tokenprune.models.decoders import attention_backend
@@ -131,7 +130,7 @@ class LayerHooks:
         if torch.compiler.is_dynamo_compiling():
             changed = self._step_layer(i, module, args, kwargs)
             return apart(module, args, kwargs) if changed is NotImplemented else changed
-        if _callback():
+        if compiled.is_watched():
             return apart(module, args, kwargs)
         stack = self.runtime.calls.stack
         call = stack[-1].call if stack else None

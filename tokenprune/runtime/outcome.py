@@ -175,27 +175,24 @@ def kv_bytes(cache: Any, static_lengths: list[int]) -> tuple[list[int], list[int
     counted: set[int] = set()
     for i, layer in enumerate(getattr(cache, "layers", None) or []):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        plain = type(layer) is DynamicLayer and not hasattr(layer, "_quantized_keys")
-        if plain and type(keys) is Tensor and type(values) is Tensor:
-            used.append(keys.nbytes + values.nbytes)  # the usual kind, in as few calls as can be
-            own = 0
-            for tensor in (keys, values):
-                storage = tensor.untyped_storage()
-                place = storage.data_ptr()
-                if place not in counted:
-                    counted.add(place)
-                    own += storage.nbytes()
-            allocated.append(own)
-            continue
-        # A quantised layer holds most of its entries in the second pair.
-        names = _PAIRS if hasattr(layer, "_quantized_keys") else _PAIRS[:2]
-        tensors = [t for name in names for t in plain_tensors(getattr(layer, name, None)) if t.numel()]
-        total = sum(t.nbytes for t in tensors)
+        quantised = hasattr(layer, "_quantized_keys")
+        if type(layer) is DynamicLayer and type(keys) is type(values) is Tensor and not quantised:
+            tensors = [keys, values]  # the usual kind, in as few calls as can be
+        else:
+            # A quantised layer holds most of its entries in the second pair.
+            names = _PAIRS if quantised else _PAIRS[:2]
+            tensors = [t for name in names for t in plain_tensors(getattr(layer, name, None)) if t.numel()]
+        total = own = 0
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            place = storage.data_ptr()
+            total += tensor.nbytes
+            if place not in counted:
+                counted.add(place)
+                own += storage.nbytes()
         if tensors and getattr(layer, "is_compileable", False):
             entries = tensors[0].shape[-2]
             total = total // entries * min(static_lengths[i], entries)
         used.append(total)
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        allocated.append(sum(size for place, size in storages.items() if place not in counted))
-        counted |= storages.keys()
+        allocated.append(own)
     return used, allocated

@@ -165,12 +165,7 @@ def read(view: CacheView, num_layers: int, batch: int, length: int) -> Record | 
     if cache is None or not getattr(cache, "layers", None):
         return None
     record = record_of(cache)
-    if (
-        record is not None
-        and not record.unfinished
-        and not view.spans_more
-        and _is_untouched(cache, record, batch)
-    ):
+    if record is not None and _is_untouched(view, record, batch):
         return record
     if record is not None and view.was_reset(num_layers, length):
         attach(cache, None)
@@ -186,12 +181,12 @@ def read(view: CacheView, num_layers: int, batch: int, length: int) -> Record | 
     return record
 
 
-def _is_untouched(cache: Any, record: Record, batch: int) -> bool:
+def _is_untouched(view: CacheView, record: Record, batch: int) -> bool:
     """Whether a growing cache is as the last call left it: one that is moved, cropped or reset has other tensors."""
     rows = record.rows
-    if rows is None or rows.seen is None or rows.first is None:
+    if record.unfinished or view.spans_more or rows is None or rows.seen is None or rows.first is None:
         return False
-    keys, first, layers = rows.seen(), rows.first(), cache.layers
+    keys, first, layers = rows.seen(), rows.first(), view.cache.layers
     if keys is None or first is None:
         return False
     return keys is layers[rows.layer].keys and first is layers[0].keys and keys.shape[0] == batch
