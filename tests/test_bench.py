@@ -31,7 +31,7 @@ from tokenprune.timing import Arm, interleave, ratio
 from tokenprune_eval import speed
 
 TINY = GEOMETRIES["tiny"]
-PLAN = Plan(keep=0.6, rounds=3, steps=2, totals=(32,))
+PLAN = Plan("entropyprune", keep=0.6, layer=2, rounds=3, steps=2, totals=(32,))
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,11 @@ def test_contract_23_ideal_equals_ours(batch: int, ragged: bool, attention: str)
     features = fix_features(model, batch, TINY)
     given = torch.randint(0, 2, (batch, TINY.visual), generator=torch.Generator().manual_seed(3)).bool()
     keep_lists = [[row.nonzero().flatten().tolist()] for row in given]
-    ideal = prepare(model, inputs, features, TINY.layer, keep_lists)
+    ideal = prepare(model, inputs, features, 2, keep_lists)
     with torch.inference_mode():
         logits, cache = ideal()
         unpruned = model(**inputs).logits[:, -1]
-        with tokenprune.pruned(model, layer=TINY.layer, keep_lists=[keep_lists]):
+        with tokenprune.pruned(model, layer=2, keep_lists=[keep_lists]):
             output = model(**inputs, use_cache=True, logits_to_keep=1)
     assert (logits - output.logits[:, -1]).abs().max() <= 1e-4
     assert (logits - unpruned).abs().max() > 1e-2, (
@@ -81,7 +81,7 @@ def test_contract_23_a_wrong_index_is_seen(subject: Subject) -> None:
     lists = [
         [sorted(set(range(TINY.visual)) - set(image)) for image in row] for row in bench.report.keep_lists[0]
     ]
-    wrong = prepare(subject.model, bench.inputs, bench.features, TINY.layer, lists)
+    wrong = prepare(subject.model, bench.inputs, bench.features, 2, lists)
     with torch.inference_mode():
         assert (wrong()[0] - bench.ideal()[0]).abs().max() > 1e-2
 
@@ -159,7 +159,8 @@ def test_ratio_is_of_pairs() -> None:
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """Two batches by the command line, read back."""
     path = tmp_path_factory.mktemp("bench") / "bench.csv"
-    words = "bench --geometry tiny --keep 60% --repeats 3 --steps 2 --answer 32 --batch 1 --batch 3r --csv"
+    what = "bench --geometry tiny --method entropyprune --layer 2 --keep 60% --batch 1 --batch 3r"
+    words = f"{what} --repeats 3 --steps 2 --answer 32 --csv"
     result = CliRunner().invoke(app, [*words.split(), str(path)], catch_exceptions=False)
     assert result.exit_code == 0 and "ideal / pruned" in result.output
     with path.open(newline="") as file:
@@ -184,7 +185,7 @@ def test_table_and_figure(rows: list[dict[str, str]], tmp_path: Path) -> None:
 
 def test_documents_are_made_from_the_rows(rows: list[dict[str, str]], tmp_path: Path) -> None:
     path, readme, page = (tmp_path / name for name in ("bench.csv", "README.md", "page.md"))
-    for row in [*rows, {**rows[0], "gpu": "H200", "geometry": "huge"}]:
+    for row in [*rows, {**rows[0], "method": "auto: x"}, {**rows[0], "gpu": "H200", "geometry": "huge"}]:
         append(path, row)
     for document in (readme, page):
         document.write_text("before\n<!-- speed: begin -->\nold\n<!-- speed: end -->\nafter\n")
@@ -194,8 +195,11 @@ def test_documents_are_made_from_the_rows(rows: list[dict[str, str]], tmp_path: 
         text = document.read_text()
         assert text.startswith("before\n") and text.endswith("<!-- speed: end -->\nafter\n")
         assert "old" not in text and text.index("huge") < text.index("tiny"), "GPUs first"
-    assert readme.read_text().count("| tiny |") == 2
-    assert {p.name for p in tmp_path.glob("*.svg")} == {"bench_huge_gpu.svg", "bench_tiny_cpu.svg"}
+        assert text.index("auto: x") < text.rindex("entropyprune"), "the default method first"
+    assert readme.read_text().count("| tiny |") == 3
+    assert {p.name for p in tmp_path.glob("*.svg")} == {
+        f"bench_{name}.svg" for name in ("huge_entropyprune_gpu", "tiny_entropyprune_cpu", "tiny_auto_cpu")
+    }
     readme.write_text("no marks")
     with pytest.raises(SystemExit, match="speed: begin"):
         speed.main(words)
@@ -203,8 +207,22 @@ def test_documents_are_made_from_the_rows(rows: list[dict[str, str]], tmp_path: 
 
 def test_latest_row_of_a_machine_counts(rows: list[dict[str, str]]) -> None:
     again = {**rows[0], "rounds": "9"}
-    other = {**rows[0], "gpu": "H200"}
-    assert latest([*rows, again, other]) == [again, rows[1], other]
+    others = [{**rows[0], "gpu": "H200"}, {**rows[0], "method": "uniform"}]
+    assert latest([*rows, again, *others]) == [again, rows[1], *others]
+
+
+@pytest.mark.parametrize(
+    ("method", "named"), [("auto", "auto: vflowopt"), ("vflowopt", "vflowopt"), ("random", "random")]
+)
+def test_methods_that_look_at_pictures_have_a_tower(
+    method: str, named: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    """The default method's rows: no ideal where it cuts often or merges, everything else as for others."""
+    subject = random_subject(TINY, looks=True)
+    row = measure(Bench(subject, 2, True, replace(PLAN, method=method, layer=None, totals=())))
+    assert row["method"] == named and float(row["unpruned/ours"]) > 0 and row["decode ours/unpruned"]
+    assert 0 < int(row["kept_after_cut"]) < TINY.visual
+    assert not row["ideal/ours"] and not row["verdict"]
 
 
 @pytest.mark.slow
@@ -228,9 +246,8 @@ def test_help_names_every_geometry() -> None:
         ("--clock sun", "--clock is one of"),
         ("--answer 7", "--answer is 32, 256 or 0"),
         ("--method fastv,x", "NAME,PARAM=VALUE"),
-        ("--method auto", "name the one to time"),
-        ("--method random,seed=2", "a geometry has none"),
-        ("--method vflowopt,size_term=false", "a geometry has none"),
+        ("--method auto,t=1", "auto chooses parameters and layers itself"),
+        ("--layer 1", "auto chooses parameters and layers itself"),
         ("--method entropyprune,layer=7,compact_early=true", "not compact_early, layer; there are --layer"),
         ("--method entropyprune,nosuch=1", "has no parameter"),
         ("--device meta", "cannot be used here"),

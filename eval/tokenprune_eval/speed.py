@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
+from tokenprune.arguments import AUTO
 from tokenprune.bench.output import Row, latest, markdown, plot
 
 MARKS = ("<!-- speed: begin -->", "<!-- speed: end -->")
@@ -31,20 +32,31 @@ def machine_of(row: Row) -> str:
 
 
 def ordered(rows: Sequence[Row]) -> list[Row]:
-    """The newest of each, GPUs first, then by geometry and batch."""
+    """The newest of each, GPUs first, then by geometry, the default method before others, and batch."""
 
-    def key(row: Row) -> tuple[bool, str, int, bool]:
-        return not row["gpu"], row["geometry"], int(row["batch"].split()[0]), "ragged" in row["batch"]
+    def key(row: Row) -> tuple[bool, str, bool, str, int, bool]:
+        default = row["method"].startswith(AUTO)
+        ragged = "ragged" in row["batch"]
+        return (
+            not row["gpu"],
+            row["geometry"],
+            not default,
+            row["method"],
+            int(row["batch"].split()[0]),
+            ragged,
+        )
 
     return sorted(latest(rows), key=key)
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """One line per geometry, batch and machine."""
+    """One line per geometry, method, batch and machine."""
     titles = [title for title, _, _ in SUMMARY]
     lines = [
-        "| | visual tokens | machine | batch | " + " | ".join(titles) + " | of the ideal | KV cache |",
-        "|---|---:|---|---|" + "---:|" * (len(SUMMARY) + 2),
+        "| | visual tokens | machine | method | batch | "
+        + " | ".join(titles)
+        + " | of the ideal | KV cache |",
+        "|---|---:|---|---|---|" + "---:|" * (len(SUMMARY) + 2),
     ]
     for row in ordered(rows):
         cells = []
@@ -57,7 +69,7 @@ def summary(rows: Sequence[Row]) -> str:
         kv = int(row["kv_used_ours"]) / int(row["kv_used_unpruned"])
         cells += [ideal, f"{kv:.0%}"]
         lines.append(
-            f"| {row['geometry']} | {row['visual']} | {machine_of(row)} | {row['batch']} | "
+            f"| {row['geometry']} | {row['visual']} | {machine_of(row)} | {row['method']} | {row['batch']} | "
             + " | ".join(cells)
             + " |"
         )
@@ -65,20 +77,21 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def section(rows: Sequence[Row], figures: Path) -> str:
-    """A table per geometry and machine, each with its figure."""
+    """A table per geometry, method and machine, each with its figure."""
     parts = []
 
-    def key(row: Row) -> tuple[str, str]:
-        return row["geometry"], machine_of(row)
+    def key(row: Row) -> tuple[str, str, str]:
+        return row["geometry"], machine_of(row), row["method"]
 
-    for (geometry, machine), group in groupby(ordered(rows), key=key):
+    for (geometry, machine, method), group in groupby(ordered(rows), key=key):
         own = list(group)
         first = own[0]
-        plot(own, figures / f"bench_{geometry}_{'gpu' if first['gpu'] else 'cpu'}.svg")
+        name = f"bench_{geometry}_{method.partition(':')[0]}_{'gpu' if first['gpu'] else 'cpu'}"
+        plot(own, figures / f"{name}.svg")
         parts.append(
             f"**{geometry}** ({first['layers']} layers, d = {first['hidden']}, {first['visual']} visual tokens, "
-            f"{first['keep']} kept on average: {first['kept_after_cut']} from layer {first['layer']}; "
-            f"{first['method']}; {machine}, {first['dtype']}, torch {first['torch']}, transformers "
+            f"{first['keep']} kept on average: {first['kept_after_cut']} at the end, cut at {first['layer']}; "
+            f"{method}; {machine}, {first['dtype']}, torch {first['torch']}, transformers "
             f"{first['transformers']}, {first['date']}):\n\n{markdown(own)}\n"
         )
     return "\n".join(parts)

@@ -18,6 +18,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from tokenprune.analysis.memory import Memory
+
 PAD, BOS, EOS, IMAGE, FIRST_WORD = range(5)
 SYSTEM = 5  # text tokens in front of the image
 QUESTION = "What is in the picture?"
@@ -32,7 +34,6 @@ class Geometry:
         hidden, heads, kv_heads, layers, ffn, vocab: of the decoder.
         side, views: a prompt has `views` images of side x side visual tokens.
         text: text tokens of a prompt.
-        layer: the cut enters it.
         dtype: of weights and states.
         decoder: "llama" or "qwen2".
     """
@@ -47,7 +48,6 @@ class Geometry:
     side: int
     text: int
     views: int = 1
-    layer: int = 2
     dtype: torch.dtype = torch.bfloat16
     decoder: str = "llama"
 
@@ -88,7 +88,6 @@ class Subject:
     Attributes:
         name: of the geometry or the model.
         model: not wrapped.
-        layer: the cut enters it, unless another is asked for; None: the method's own.
         prompts: (batch, ragged) -> inputs of a forward, one kind of prompt in every row.
         inside: entered around everything that is timed, so that no arm pays for the vision tower.
         features: (images, n, D) of a batch's images; None where the ideal cannot be made (it knows LLaVA's class).
@@ -96,22 +95,31 @@ class Subject:
 
     name: str
     model: Any
-    layer: int | None
     prompts: Callable[[int, bool], dict[str, Tensor]]
     inside: Callable[[], AbstractContextManager[Any]] = nullcontext
     features: Callable[[int], Tensor | None] = field(default=lambda batch: None)
 
 
-def random_subject(geometry: Geometry, device: str = "cpu", attention: str = "sdpa") -> Subject:
-    """A geometry with random weights. Its vision side returns features made beforehand."""
+def random_subject(
+    geometry: Geometry, device: str = "cpu", attention: str = "sdpa", looks: bool = False
+) -> Subject:
+    """A geometry with random weights.
+
+    Args:
+        geometry: sizes.
+        device, attention: as transformers takes them.
+        looks: for a method that looks at pictures. Its small tower then runs once per batch size and is remembered;
+            otherwise there is none, and the vision side returns features made beforehand.
+    """
     model = build(geometry, device, attention)
-    return Subject(
-        geometry.name,
-        model,
-        geometry.layer,
-        lambda batch, ragged: prompts(geometry, batch, ragged, device),
-        features=lambda batch: fix_features(model, batch, geometry),
-    )
+
+    def batched(batch: int, ragged: bool) -> dict[str, Tensor]:
+        return prompts(geometry, batch, ragged, device)
+
+    if looks:
+        memory = Memory()
+        return Subject(geometry.name, model, batched, lambda: memory.features(model))
+    return Subject(geometry.name, model, batched, features=lambda batch: fix_features(model, batch, geometry))
 
 
 def own_subject(name: str, model: Any, processor: Any) -> Subject:
@@ -120,7 +128,6 @@ def own_subject(name: str, model: Any, processor: Any) -> Subject:
     from PIL import Image
 
     from tokenprune.analysis.calibration import make_prompt
-    from tokenprune.analysis.memory import Memory
     from tokenprune.models import stock_model
 
     noise = np.random.default_rng(0).integers(0, 256, (336, 336, 3), dtype=np.uint8)
@@ -147,7 +154,7 @@ def own_subject(name: str, model: Any, processor: Any) -> Subject:
                 list(inner.model.get_image_features(batched(batch, False)["pixel_values"]).pooler_output)
             )
 
-    return Subject(name, inner, None, batched, lambda: memory.features(model), features)
+    return Subject(name, inner, batched, lambda: memory.features(model), features)
 
 
 def build(geometry: Geometry, device: str = "cpu", attention: str = "sdpa") -> LlavaForConditionalGeneration:

@@ -4,8 +4,8 @@ What is compared runs in turn in one process and is judged by per-round ratios:
 
 * unpruned: the stock model, with a cache, logits of the last position.
 * ideal: what pruning could cost at best (`ideal.py`), with the keep lists the method chose.
-* ours: the wrapped model, free running; also with `uniform`, with keep=1.0, which prunes nothing, and with
-  `compact_early`.
+* ours: the wrapped model, free running; also with `uniform` where there is an ideal, with keep=1.0, which prunes
+  nothing, and with `compact_early`.
 
 The vision tower is outside all of them: its features are made beforehand. The wrapped and the unpruned model
 start from input ids, the ideal from embeddings, so what embedding costs is held against ours.
@@ -15,8 +15,9 @@ the machine's fixed costs hide what pruning saves, and a larger batch has to be 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,11 +27,12 @@ from torch import Tensor
 
 from tokenprune import machine
 from tokenprune.api import pruned, report
+from tokenprune.arguments import AUTO
 from tokenprune.bench.geometry import Subject
 from tokenprune.bench.ideal import prepare
 from tokenprune.bench.peak import peak_bytes
 from tokenprune.budget import Keep
-from tokenprune.errors import TokenPruneError
+from tokenprune.errors import TokenPruneError, UntestedWarning
 from tokenprune.releases import cache_argument, cache_of
 from tokenprune.reporting import Report
 from tokenprune.timing import Arm, Ratio, interleave, milliseconds, ratio
@@ -44,14 +46,14 @@ class Plan:
     """What to prune and how long to measure.
 
     Attributes:
-        method, parameters, keep, layer: as `wrap` takes them; layer None is the subject's.
+        method, parameters, keep, layer: as `wrap` takes them; layer None is the method's own.
         rounds: of prefill; decoding has a third (at least three), whole answers a fifth of them (at least two).
         steps: decoded tokens per round.
         totals: new tokens of whole answers.
         clock: "wall", or "cpu": processor time, on a machine that others use.
     """
 
-    method: str = "entropyprune"
+    method: str = AUTO
     parameters: Mapping[str, Any] = field(default_factory=dict)
     keep: Keep = 0.25
     layer: int | None = None
@@ -96,6 +98,7 @@ class Bench:
         self.device = self.model.device.type
         self.inputs = subject.prompts(batch, ragged)
         self.features = subject.features(batch)
+        self.report: Any = None
         with self.wrapped(), torch.inference_mode():
             ours = self.prefill()
             self.report = report(self.model)
@@ -134,14 +137,16 @@ class Bench:
     def wrapped(self, method: str | None = None, **arguments: Any) -> Iterator[None]:
         """The model pruned as the plan says, or otherwise."""
         plan = self.plan
-        layer = self.subject.layer if plan.layer is None else plan.layer
-        options: dict[str, Any] = {"keep": plan.keep, "layer": layer}
+        options: dict[str, Any] = {"keep": plan.keep, "layer": plan.layer}
         if method is None:
             options |= plan.parameters
-        with (
-            self.subject.inside(),
-            pruned(self.model, **{"method": method or plan.method, **options, **arguments}),
-        ):
+        with ExitStack() as entered:
+            entered.enter_context(self.subject.inside())
+            with warnings.catch_warnings():
+                if self.report is not None:  # it was said when the first prompt was pruned
+                    warnings.simplefilter("ignore", UntestedWarning)
+                wrapped = pruned(self.model, **{"method": method or plan.method, **options, **arguments})
+                entered.enter_context(wrapped)
             yield
 
     def prefill(self, state: object = None) -> Any:
@@ -163,12 +168,10 @@ class Bench:
         if self.ideal is not None:
             ideal = self.ideal
             arms["ideal"] = Arm(lambda _: ideal(), context=inside)
-        arms |= self._arms(
-            self.prefill,
-            ours=partial(self._observed, reports),
-            uniform=partial(self.wrapped, "uniform"),
-        )
+            same = partial(self.wrapped, "uniform", layer=self.report.layers_cut[0])
+            arms["uniform"] = Arm(self.prefill, context=same)
         arms |= {
+            "ours": Arm(self.prefill, context=partial(self._observed, reports)),
             "keep=1.0": Arm(self.prefill, context=partial(self.wrapped, keep=1.0)),
             "unpruned again": Arm(self.prefill, context=inside),
         }
@@ -275,7 +278,7 @@ def measure(bench: Bench) -> dict[str, str]:
     row = {
         "geometry": bench.subject.name,
         "batch": bench.name,
-        "method": plan.method,
+        "method": found.method if plan.method == found.method else f"{plan.method}: {found.method}",
         "parameters": " ".join(f"{k}={v}" for k, v in found.parameters.items()),
         "layers": str(text.num_hidden_layers),
         "hidden": str(text.hidden_size),

@@ -129,10 +129,10 @@ def check_table(path: Path, columns: Sequence[str] | None = None) -> bool:
 
 
 def latest(rows: Sequence[Row]) -> list[Row]:
-    """The last row of each geometry, batch and machine, in the order of their first."""
+    """The last row of each geometry, batch, method and machine, in the order of their first."""
     found: dict[tuple[str, ...], Row] = {}
     for row in rows:
-        found[row["geometry"], row["gpu"] or row["cpu"], row["batch"]] = row
+        found[row["geometry"], row["gpu"] or row["cpu"], row["batch"], row["method"]] = row
     return list(found.values())
 
 

@@ -38,10 +38,10 @@ def bench(
     ] = None,
     method: Annotated[
         str, typer.Option("--method", metavar="NAME[,PARAM=VALUE]", help="What prunes.")
-    ] = "entropyprune",
+    ] = "auto",
     keep: Annotated[str, typer.Option("--keep", metavar="25%|192", help="Average over layers.")] = "25%",
     layer: Annotated[
-        int | None, typer.Option("--layer", help="The cut enters this layer. [default: 2]")
+        int | None, typer.Option("--layer", help="The cut enters this layer. [default: the method's own]")
     ] = None,
     repeats: Annotated[
         int, typer.Option("--repeats", min=3, help="Rounds, in each of which all arms run.")
@@ -105,7 +105,9 @@ def _plan(
         raise InputError("--answer is 32, 256 or 0")
     name, *words = method.split(",")
     if name == AUTO:
-        raise InputError("--method auto is another method on every model; name the one to time")
+        if words or layer is not None:
+            raise InputError("--method auto chooses parameters and layers itself; name a method to set them")
+        return Plan(name, {}, read_keep(keep), None, repeats, steps, totals, clock)
     given = Arguments.from_text({"method": name, **dict(_pair(word) for word in words)})
     if others := sorted(given.given().keys() - {"method", *given.parameters}):
         raise InputError(
@@ -120,6 +122,7 @@ def _subject(
 ) -> Subject:
     import torch
 
+    from tokenprune.arguments import AUTO
     from tokenprune.bench.geometry import GEOMETRIES, own_subject, random_subject
     from tokenprune.methods import make_method
 
@@ -133,13 +136,11 @@ def _subject(
         torch.backends.cuda.enable_cudnn_sdp(False)
     if model is not None:
         return own_subject(model, *load_model(model, dtype, device))
-    needs = make_method(plan.method, dict(plan.parameters)).needs()
-    if needs.vision is not None or needs.pixels is not None or needs.digest:
-        raise InputError(
-            f"--method {plan.method}: it looks at pictures, and a geometry has none, nor a vision tower; time uniform, "
-            f"entropyprune or fastv there, or give a model"
-        )
-    return random_subject(GEOMETRIES[geometry], check_device(None if device == "auto" else device))
+    needs = None if plan.method == AUTO else make_method(plan.method, dict(plan.parameters)).needs()
+    looks = needs is None or needs.vision is not None or needs.pixels is not None or needs.digest
+    return random_subject(
+        GEOMETRIES[geometry], check_device(None if device == "auto" else device), looks=looks
+    )
 
 
 def _batch(text: str) -> tuple[int, bool]:
