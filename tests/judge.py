@@ -19,6 +19,16 @@ ROWS = (
 )
 
 
+def tolerance(model: Any) -> float:
+    """Of hybrids it is wider: where tokens stand in its chunks of 64 already moves the delta rule (test_hybrids.py)."""
+    return 5 * TOLERANCE if any(hasattr(module, "linear_attn") for module in model.modules()) else TOLERANCE
+
+
+def holds_keys(layer: Any) -> bool:
+    """Whether a layer of a cache holds entries, and no recurrent state instead."""
+    return getattr(layer, "keys", None) is not None
+
+
 def cuts_of(report: tokenprune.Report) -> list[tuple[int, Any]]:
     return list(zip(report.layers_cut, report.keep_lists, strict=True))
 

@@ -14,6 +14,9 @@ family to family (blocks seen both ways, windows, chunks), always in original co
 all of the prompt where the attention module says it is not causal (PaliGemma without token types). Any other
 kind (2D for flash, BlockMask) is taken for causal, with the layer's window if it has one.
 
+A layer that is recurrent (`linear_attn`) cannot be masked: it sees each row's real tokens that are left, closed up
+and at once, and nothing else.
+
 Generated ids are text: of type 0 (of PaliGemma's type 1, the suffix), seen from later columns only, whatever
 `generate` writes into its token types; it never looks at them again after the prefill.
 
@@ -111,6 +114,8 @@ def masked_forward(
     hidden: list[torch.Tensor] = []
     edits = {layer: _merge_matrix(i, cuts, merges, visual_positions) for i, (layer, _) in enumerate(cuts)}
     prompt = inputs["input_ids"].shape[1]
+    recurrent = {i: layer.linear_attn for i, layer in enumerate(layers) if hasattr(layer, "linear_attn")}
+    first = min(i for i in range(len(layers)) if i not in recurrent)
 
     def mask_of(layer: int, given: Any, dtype: torch.dtype) -> torch.Tensor:
         length = real.shape[1]
@@ -127,7 +132,7 @@ def masked_forward(
             if window is not None:  # in original columns: what was dropped still counts as distance
                 sees = sees & (column[None, :] > column[:, None] - window)[None]
         sees = sees & (real & ~dropped[layer])[:, None, :]
-        if layer and _looks_everywhere(text_model.config, layer):
+        if layer != first and _looks_everywhere(text_model.config, layer):
             sees = sees & (torch.arange(real.shape[1], device=device)[None, :, None] < until[:, None, :])
         # A row always sees itself. For a kept row this changes nothing; a dropped or padded row would
         # otherwise see no column at all, and its NaN would spread through the vanishing weights of others (0
@@ -135,6 +140,16 @@ def masked_forward(
         sees = sees | torch.eye(length, dtype=torch.bool, device=device)
         additive = bias[layer][:, None, :].expand_as(sees).masked_fill(~sees, torch.finfo(dtype).min)
         return additive[:, None].to(dtype)
+
+    def closed_up(layer: int, stock: Callable) -> Callable:
+        def forward(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            out = torch.zeros_like(hidden_states)
+            for row, alive in enumerate(real & ~dropped[layer]):
+                columns = alive.nonzero().flatten()
+                out[row, columns] = stock(hidden_states[row : row + 1, columns])[0]
+            return out
+
+        return forward
 
     def pre_hook(layer: int) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -145,6 +160,8 @@ def masked_forward(
                 states = _merged(states, edits[layer])
             if output_hidden:
                 hidden.append(states.detach().clone())
+            if layer in recurrent:
+                return (states, *args[1:]), {**kwargs, "attention_mask": None}
             return (states, *args[1:]), {
                 **kwargs,
                 "attention_mask": mask_of(layer, kwargs["attention_mask"], states.dtype),
@@ -171,6 +188,8 @@ def masked_forward(
     remembered = [(m, m.rope_deltas) for m in model.modules() if hasattr(m, "rope_deltas")]
     try:
         handles.append(text_model.register_forward_pre_hook(merge_deepstack, with_kwargs=True))
+        for index, module in recurrent.items():
+            module.forward = closed_up(index, module.forward)
         for index, layer in enumerate(layers):
             handles.append(layer.register_forward_pre_hook(pre_hook(index), with_kwargs=True))
         if output_hidden:
@@ -182,6 +201,8 @@ def masked_forward(
     finally:
         for handle in handles:
             handle.remove()
+        for module in recurrent.values():
+            module.__dict__.pop("forward", None)
         for module, value in remembered:
             module.rope_deltas = value
     return OracleOutput(logits, real[None] & ~dropped, prompt, hidden)

@@ -16,7 +16,7 @@ import tokenprune
 ROWS = [["text:5", "image", "text:3"], ["text:7"], ["text:2", "image", "text:1", "image", "text:6"]]
 CUTS: dict[str, dict[str, Any]] = {
     "before": {"method": "random", "layer": 0, "keep": 0.4},
-    "at_1": {"method": "entropyprune", "layer": 1, "keep": 0.4},
+    "at_2": {"method": "entropyprune", "layer": 2, "keep": 0.5},
     "two": {"method": "random", "cuts": [(0, 0.7), (3, 0.3)]},
 }
 # The others attend in both directions or in chunks, which flash attention's 2D mask cannot say: stock itself does
@@ -46,10 +46,12 @@ def test_flash_emulated(family: str, cut: str, batch: int) -> None:
     cuts = judge.cuts_of(report)
     wanted = oracle.masked_forward(model, inputs, cuts, positions).logits
     assert report.index is not None
-    assert judge.difference_at(report.index, logits, wanted, inputs.get("attention_mask")) <= judge.TOLERANCE
+    assert judge.difference_at(report.index, logits, wanted, inputs.get("attention_mask")) <= judge.tolerance(
+        model
+    )
     new = out.sequences[:, inputs["input_ids"].shape[1] :]
     steps = oracle.masked_forward(model, inputs, cuts, positions, generated=new, positions="generate").steps()
-    assert float((torch.stack(out.logits, 1) - steps).abs().max()) <= judge.TOLERANCE
+    assert float((torch.stack(out.logits, 1) - steps).abs().max()) <= judge.tolerance(model)
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -65,7 +67,7 @@ def test_flash_beyond_a_window_is_refused(cut: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "cut", "batch"),  # stock Qwen-VL does not offer it
-    [("llava", "before", 1), ("llava", "at_1", 1), ("llava", "two", 3), ("internvl", "at_1", 3)],
+    [("llava", "before", 1), ("llava", "at_2", 1), ("llava", "two", 3), ("internvl", "at_2", 3)],
 )
 def test_flex(family: str, cut: str, batch: int) -> None:
     model = tiny.build(family, attn_implementation="flex_attention")
@@ -77,4 +79,6 @@ def test_flex(family: str, cut: str, batch: int) -> None:
         report = tokenprune.report(model)
     wanted = oracle.masked_forward(twin, inputs, judge.cuts_of(report), positions).logits
     assert report.index is not None
-    assert judge.difference_at(report.index, logits, wanted, inputs["attention_mask"]) <= judge.TOLERANCE
+    assert judge.difference_at(report.index, logits, wanted, inputs["attention_mask"]) <= judge.tolerance(
+        model
+    )

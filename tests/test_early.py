@@ -42,7 +42,7 @@ def test_greedy(model: Any, cut: str, rows: Any) -> None:
     inputs = tiny.inputs(model, rows, pad="left")
     options = {"do_sample": False, "max_new_tokens": 5}
     difference, _, _ = judge.generate_difference(model, inputs, options, compact_early=True, **CUTS[cut])
-    assert difference <= judge.TOLERANCE
+    assert difference <= judge.tolerance(model)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_modes(model: Any, cut: str, options: dict[str, Any], times: int) -> Non
         difference, _, _ = judge.generate_difference(
             model, inputs, options, times, compact_early=True, **CUTS[cut]
         )
-        assert difference <= judge.TOLERANCE
+        assert difference <= judge.tolerance(model)
         return
     with tokenprune.pruned(model, compact_early=True, **CUTS[cut]):
         out = model.generate(**inputs, return_dict_in_generate=True, output_logits=True, **options)
@@ -82,7 +82,7 @@ def test_modes(model: Any, cut: str, options: dict[str, Any], times: int) -> Non
         positions="generate",
         early=[[prompt] * len(row) for row in positions],
     ).steps()
-    assert judge.judged_beams(out, judged) <= judge.TOLERANCE
+    assert judge.judged_beams(out, judged) <= judge.tolerance(model)
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
@@ -96,7 +96,7 @@ def test_merges_and_static_cache(static: bool) -> None:
         difference, _, report = judge.generate_difference(
             model, inputs, options, compact_early=True, **CUTS["merged"]
         )
-        assert any(report.merges) and difference <= judge.TOLERANCE
+        assert any(report.merges) and difference <= judge.tolerance(model)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
@@ -123,7 +123,7 @@ def test_the_judge_can_tell(name: str) -> None:
     ]
     logits = torch.stack(out.logits, 1)
     whole, early = (float((logits - own).abs().max()) for own in judged)
-    assert whole <= judge.TOLERANCE < early
+    assert whole <= judge.tolerance(model) < early
 
 
 @pytest.mark.parametrize("rows", [ONE, RAGGED], ids=["batch1", "ragged4"])
@@ -155,7 +155,7 @@ def test_later_turn(rows: Any, copied: bool) -> None:
         positions="generate",
         early=[[prompt] * len(row) for row in positions],
     ).steps()
-    assert float((torch.stack(again.logits, 1) - judged).abs().max()) <= judge.TOLERANCE
+    assert float((torch.stack(again.logits, 1) - judged).abs().max()) <= judge.tolerance(model)
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
@@ -194,8 +194,10 @@ def test_a_second_image_in_a_later_turn(shape: str, static: bool) -> None:
     wanted = oracle.masked_forward(model, history, [(2, kept)], positions, early=ends).logits
     assert second.index is not None
     wanted_turn = wanted[:, length:-1]
-    assert judge.difference_at(second.index, turn, wanted_turn, two["attention_mask"]) <= judge.TOLERANCE
-    assert float((step[:, -1] - wanted[:, -1]).abs().max()) <= judge.TOLERANCE
+    assert judge.difference_at(second.index, turn, wanted_turn, two["attention_mask"]) <= judge.tolerance(
+        model
+    )
+    assert float((step[:, -1] - wanted[:, -1]).abs().max()) <= judge.tolerance(model)
 
 
 @pytest.mark.parametrize("rows", [ONE, RAGGED], ids=["batch1", "ragged4"])

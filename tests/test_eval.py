@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ import torch
 
 import tokenprune
 from tokenprune.compare.statistics import difference
-from tokenprune.runtime.flops import decoder_flops
 from tokenprune.testbed import evaluation_set
 from tokenprune.testbed.evaluate import wilson_interval
 from tokenprune.testbed.language import make_inputs
@@ -23,26 +21,6 @@ from tokenprune_eval.cells import SOURCES, Cell, grid
 from tokenprune_eval.results import Results, pack, unpack
 
 # -- formulas ------------------------------------------------------------------------------------------------------
-
-
-def test_contract_17_flops_of_llama_7b() -> None:
-    """8 n d^2 + 4 n^2 d + 6 n d m with n = 640, d = 4096, m = 11008: 85.9 + 6.7 + 173.1 GFLOPs per layer."""
-    llama = SimpleNamespace(hidden_size=4096, intermediate_size=11008, num_attention_heads=32)
-    per_layer = 85_899_345_920 + 6_710_886_400 + 173_140_869_120
-    assert decoder_flops(llama, [640]) == per_layer
-    assert decoder_flops(llama, [640] * 32) == 32 * per_layer
-    # Two layers at 640 tokens, thirty at 320: every linear term halves, the quadratic one falls to a quarter.
-    assert decoder_flops(llama, [640] * 2 + [320] * 30) == 2 * per_layer + 30 * (
-        42_949_672_960 + 1_677_721_600 + 86_570_434_560
-    )
-
-
-def test_contract_17_flops_count_grouped_queries() -> None:
-    grouped = SimpleNamespace(
-        hidden_size=8, intermediate_size=16, num_attention_heads=4, num_key_value_heads=1
-    )
-    # 4 n d (d_q + d_kv) = 4*3*8*(8+2), 4 n^2 d_q = 4*9*8, 6 n d m = 6*3*8*16
-    assert decoder_flops(grouped, [3]) == 960 + 288 + 2304
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,9 @@ def test_prefill_and_greedy(family: str, batch: str, cut: str, attention: str) -
         inputs = tiny.inputs(model, rows, pad="left")
     except ValueError as error:
         pytest.skip(str(error))
-    assert judge.prefill_difference(model, inputs, **CUTS[cut]) <= judge.TOLERANCE
+    assert judge.prefill_difference(model, inputs, **CUTS[cut]) <= judge.tolerance(model)
     greedy = {"do_sample": False, "max_new_tokens": 3}
-    assert judge.generate_difference(model, inputs, greedy, **CUTS[cut])[0] <= judge.TOLERANCE
+    assert judge.generate_difference(model, inputs, greedy, **CUTS[cut])[0] <= judge.tolerance(model)
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -49,4 +49,4 @@ def test_prompt_that_sees_itself_both_ways_without_a_mask(cut: str) -> None:
     ragged = {"layer": 2, "keep_lists": [[lists[0][0], lists[1][1]]]}
     assert len(lists[0][0][0]) != len(lists[1][1][0])
     for arguments in (CUTS[cut], {"method": "random", **ragged}):
-        assert judge.prefill_difference(model, inputs, **arguments) <= judge.TOLERANCE
+        assert judge.prefill_difference(model, inputs, **arguments) <= judge.tolerance(model)

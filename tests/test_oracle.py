@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+import judge
 import limits
 import oracle
 import tiny
@@ -26,7 +27,7 @@ VIDEOS = [
     ["video", "text:3", "image", "text:2"],
 ]
 FAMILIES = list(tiny.FAMILIES)
-WITH_VIDEOS = ["llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm"]
+WITH_VIDEOS = ["llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl", "smolvlm"]
 TWO = ["llava", "qwen2_5_vl"]
 WINDOWS = ["llava_mistral", "llava_qwen2", "llava_qwen3", "llava_onevision", "qwen2_vl", "gemma3", "llama4"]
 
@@ -43,6 +44,11 @@ def each(images: list, videos: list, families: list[str] = FAMILIES) -> pytest.M
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     assert a.shape == b.shape
     return (a - b).abs().max().item()
+
+
+def near(model: Any) -> float:
+    """1e-5, but for hybrids, see `judge.tolerance`."""
+    return max(1e-5, judge.tolerance(model) - judge.TOLERANCE)
 
 
 def stock(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
@@ -152,10 +158,12 @@ def physical(
         seen = torch.cat([left[index][0], torch.arange(length, int(columns[-1]) + 1)]).unique()
         added = torch.zeros(total)
         added[left[index][0]] = left[index][1]
-        mask = full_mask(calls[index])[columns][:, seen] + added[seen]
+        mask = None  # a recurrent layer takes what comes
+        if not hasattr(text.layers[index], "linear_attn"):
+            mask = (full_mask(calls[index])[columns][:, seen] + added[seen])[None, None]
         return text.layers[index](
             states,
-            attention_mask=mask[None, None],
+            attention_mask=mask,
             position_embeddings=angles(calls[index], columns),
             past_key_values=cache,
             use_cache=True,
@@ -169,7 +177,7 @@ def physical(
         features[-1] = features[-1][:, :length]
     columns, added = torch.arange(length), torch.zeros(length)
     by_layer = {layer: (number, keep[0]) for number, (layer, keep) in enumerate(cuts)}
-    cache = DynamicCache()
+    cache = DynamicCache(config=text.config) if hasattr(text.layers[0], "linear_attn") else DynamicCache()
     left: list[tuple[torch.Tensor, torch.Tensor]] = []
     for index in range(len(text.layers)):
         if index in by_layer:
@@ -232,14 +240,14 @@ def test_without_cuts_equals_the_stock_forward(family: str, rows: list, pad: str
     inputs = tiny.inputs(model, rows, pad=pad)
     out = oracle.masked_forward(model, inputs, [], tiny.visual_positions(model, inputs), output_hidden=True)
     real = inputs["attention_mask"].bool()
-    assert difference(out.logits[real], stock(model, inputs)[real]) <= 1e-5
+    assert difference(out.logits[real], stock(model, inputs)[real]) <= near(model)
     assert torch.isfinite(out.logits).all()
     assert len(out.hidden) == 7
     assert out.alive.equal(real[None].expand(6, -1, -1))
     explicit = oracle.masked_forward(
         model, inputs, [], tiny.visual_positions(model, inputs), positions="generate"
     )
-    assert difference(out.logits[real], explicit.logits[real]) <= 1e-5  # rotary: only distances count
+    assert difference(out.logits[real], explicit.logits[real]) <= near(model)  # rotary: only distances count
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -260,7 +268,7 @@ def greedy_search_agrees(family: str, attention: str, rows: list) -> None:
     found = generate(model, inputs)
     new = found.sequences[:, inputs["input_ids"].shape[1] :]
     out = oracle.masked_forward(model, inputs, [], tiny.visual_positions(model, inputs), generated=new)
-    assert difference(out.steps(), torch.stack(found.logits, 1)) <= 1e-4
+    assert difference(out.steps(), torch.stack(found.logits, 1)) <= judge.tolerance(model)
     allowed = out.steps().clone()
     allowed[..., : tiny.FIRST_TEXT_ID] = -torch.inf
     assert allowed.argmax(-1).equal(new)
@@ -408,13 +416,13 @@ def test_cut_before_the_llm_equals_a_shortened_stock_forward(family: str, attent
             use_cache=False,
         ).last_hidden_state
         short = model.lm_head(states)
-    assert difference(out.logits[:, kept], short) <= 1e-5
+    assert difference(out.logits[:, kept], short) <= near(model)
     assert difference(out.logits[:, kept], stock(model, inputs)[:, kept]) > 1e-2
 
 
 @pytest.mark.parametrize("extras", ["", "merges", "biases", "merges biases"])
 @pytest.mark.parametrize("layers", [(0,), (3,), (5,), (1, 4), (0, 2, 3)], ids=str)
-@pytest.mark.parametrize("family", [*TWO, "qwen3_vl"])
+@pytest.mark.parametrize("family", [*TWO, "qwen3_vl", "qwen3_5"])
 def test_cuts_equal_tokens_physically_gone(family: str, layers: tuple[int, ...], extras: str) -> None:
     """Prefill and decode with a cache, against a plain loop over stock layers that selects and shortens."""
     torch.manual_seed(0)
@@ -431,7 +439,7 @@ def test_cuts_equal_tokens_physically_gone(family: str, layers: tuple[int, ...],
     out = oracle.masked_forward(model, inputs, cuts, positions, generated=new, **more)
     expected, columns = physical(model, inputs, cuts, positions, generated=new, **more)
     assert out.alive[-1][0].nonzero().flatten().equal(columns)
-    assert difference(out.logits[0, columns], expected) <= 1e-5
+    assert difference(out.logits[0, columns], expected) <= near(model)
     for name in more:  # each of them is felt
         rest = {k: v for k, v in more.items() if k != name}
         without = oracle.masked_forward(model, inputs, cuts, positions, generated=new, **rest)
@@ -452,7 +460,7 @@ def test_every_family_with_tokens_physically_gone(family: str, rows: list, atten
     out = oracle.masked_forward(model, inputs, cuts, positions, generated=new, **more)
     expected, columns = physical(model, inputs, cuts, positions, generated=new, **more)
     assert out.alive[-1][0].nonzero().flatten().equal(columns)
-    assert difference(out.logits[0, columns], expected) <= 1e-5
+    assert difference(out.logits[0, columns], expected) <= near(model)
     bare = oracle.masked_forward(model, inputs, [], positions, generated=new).logits
     dropped = oracle.masked_forward(model, inputs, cuts, positions, generated=new).logits
     text = columns[columns > int(positions[0][-1][-1])]
@@ -483,7 +491,7 @@ def test_a_row_equals_its_own_batch_of_one(family: str, rows: list, pad: str) ->
             [[per_cut[row]] for per_cut in merges],
         )
         kept = alone.alive[-1][0]
-        assert difference(out.logits[row, real][kept], alone.logits[0, kept]) <= 1e-5
+        assert difference(out.logits[row, real][kept], alone.logits[0, kept]) <= near(model)
 
 
 def row_of(inputs: dict[str, Any], positions: Any, row: int) -> dict[str, Any]:

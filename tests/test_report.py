@@ -15,17 +15,6 @@ import torch
 import judge
 import tiny
 import tokenprune
-from tokenprune.runtime.flops import decoder_flops
-
-
-def test_flops_by_hand() -> None:
-    """n = 3, d = 8, 2 heads of 4, 1 KV head (d_kv = 4), m = 16:
-    4*3*8*(8+4) + 4*9*8 + 6*3*8*16 = 1152 + 288 + 2304 = 3744 per layer."""
-    config = tiny.llava(layers=2, d=64, heads=4, kv_heads=2).config.text_config
-    config.hidden_size, config.intermediate_size = 8, 16
-    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 2, 1, 4
-    assert decoder_flops(config, [3]) == 3744
-    assert decoder_flops(config, [3, 3, 3]) == 3 * 3744
 
 
 def test_report_of_a_ragged_batch() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -81,7 +82,7 @@ def settle(model: nn.Module, family: Family, asked: Arguments) -> PruneConfig:
     cuts, reason = _cuts(model, family, arguments, made)
     reason += note
     for cut in cuts:
-        _check_layer(cut.layer, num_layers, made)
+        _check_layer(cut.layer, num_layers, made, family.attending(model))
     _check_budget(arguments, cuts, num_layers)
     if arguments.positions == "compact" and (family.mrope or any(cut.layer for cut in cuts)):
         raise ConfigError(
@@ -146,12 +147,25 @@ def _cuts(
     if arguments.cuts is not None:
         return tuple(arguments.cuts), "given"  # type: ignore[arg-type]  # made Cuts by Arguments
     if arguments.layer is None:
-        return method.default_cuts(family.name, len(family.layers(model)), arguments.keep)
+        cuts, reason = method.default_cuts(family.name, len(family.layers(model)), arguments.keep)
+        return _after_attention(cuts, reason, method, family.attending(model))
     if arguments.layer == "auto":
         layer, reason = _detected_layer(model)
     else:
         layer, reason = arguments.layer, "given"
     return (Cut(layer),), reason
+
+
+def _after_attention(
+    cuts: tuple[Cut, ...], reason: str, method: Method, attending: Sequence[int]
+) -> tuple[tuple[Cut, ...], str]:
+    """The cuts, those of a method that scores states behind the next layer that has them."""
+    needs = method.needs()
+    if not needs.projected or needs.ahead is not None:
+        return cuts, reason
+    places = [min((i + 1 for i in attending if i + 1 >= cut.layer), default=cut.layer) for cut in cuts]
+    moved = tuple(replace(cut, layer=place) for cut, place in zip(cuts, places, strict=True))
+    return moved, reason if moved == cuts else f"{reason}, behind the next layer that attends"
 
 
 def _check_budget(arguments: Arguments, cuts: tuple[Cut, ...], num_layers: int) -> None:
@@ -171,7 +185,7 @@ def _check_budget(arguments: Arguments, cuts: tuple[Cut, ...], num_layers: int) 
 def decoder_shape(model: nn.Module, family: Family) -> DecoderShape:
     text: Any = family.text_model(model).config
     heads = text.num_attention_heads
-    attention: Any = family.attention(family.layers(model)[0])
+    attention: Any = family.attention(family.layers(model)[family.attending(model)[0]])
     return DecoderShape(
         num_layers=len(family.layers(model)),
         num_heads=heads,
@@ -181,7 +195,7 @@ def decoder_shape(model: nn.Module, family: Family) -> DecoderShape:
     )
 
 
-def _check_layer(layer: object, num_layers: int, method: Method) -> None:
+def _check_layer(layer: object, num_layers: int, method: Method, attending: Sequence[int]) -> None:
     # Queries, keys and values are those of the layer before the cut.
     needs = method.needs()
     if needs.ahead is not None:
@@ -190,6 +204,7 @@ def _check_layer(layer: object, num_layers: int, method: Method) -> None:
                 f"looking ahead goes with a cut before the LLM (layer=0) and at most {num_layers - 1} layers of this "
                 f"model, not with layer={layer!r} and {needs.ahead} layers"
             )
+        _check_attends(needs, needs.ahead, attending, "look {} layers ahead")
         return
     lowest = max(method.min_layer, int(bool(needs.projected)))
     if isinstance(layer, bool) or not isinstance(layer, int):
@@ -199,6 +214,17 @@ def _check_layer(layer: object, num_layers: int, method: Method) -> None:
         raise ConfigError(
             f"method {method.name!r} can cut this model at layers {lowest} to "
             f"{num_layers - 1}, not {layer}{why}"
+        )
+
+    _check_attends(needs, layer, attending, "cut at {}")
+
+
+def _check_attends(needs: Needs, layer: int, attending: Sequence[int], how: str) -> None:
+    if needs.projected and layer - 1 not in attending:
+        places = ", ".join(str(i + 1) for i in attending)
+        raise ConfigError(
+            f"queries, keys and values of layer {layer - 1} are wanted, which has none: only layers "
+            f"{', '.join(map(str, attending))} of this model attend; {how.format(places)}"
         )
 
 

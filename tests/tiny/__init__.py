@@ -44,7 +44,7 @@ from .base import (
 )
 from .gemma import Gemma3, PaliGemma, gemma3, paligemma
 from .llava import Llava, llava, vipllava
-from .qwen import QWEN_GRIDS, Qwen, Qwen3, qwen2_5_vl, qwen2_vl, qwen3_vl
+from .qwen import QWEN_GRIDS, Qwen, Qwen3, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
 from .records import random_cuts, random_merges
 from .tiles import Idefics, InternVL, Llama4, SmolVLM, idefics3, internvl, llama4, smolvlm
 
@@ -72,6 +72,7 @@ __all__ = [
     "paligemma",
     "qwen2_5_vl",
     "qwen2_vl",
+    "qwen3_5",
     "qwen3_vl",
     "random_cuts",
     "random_merges",
@@ -92,6 +93,9 @@ _BUILDERS: dict[str, Callable[..., Any]] = {
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
+    "qwen3_vl_moe": partial(qwen3_vl, moe=True),
+    "qwen3_5": qwen3_5,
+    "qwen3_5_moe": partial(qwen3_5, moe=True),
     "internvl": internvl,
     "idefics3": idefics3,
     "smolvlm": smolvlm,
@@ -109,6 +113,9 @@ _LAYOUTS: dict[str, Family] = {
     "qwen2_vl": Qwen(),
     "qwen2_5_vl": Qwen(),
     "qwen3_vl": Qwen3(),
+    "qwen3_vl_moe": Qwen3(),
+    "qwen3_5": Qwen3(),
+    "qwen3_5_moe": Qwen3(),
     "internvl": InternVL(),
     "idefics3": Idefics(),
     "smolvlm": SmolVLM(),

@@ -17,8 +17,14 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 from .base import (
@@ -91,10 +97,11 @@ def qwen3_vl(
     kv_heads: int = 2,
     vision_layers: int = 3,
     deepstack: int = 2,
+    moe: bool = False,
     attn_implementation: str = "sdpa",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-) -> Qwen3VLForConditionalGeneration:
+) -> Qwen3VLForConditionalGeneration | Qwen3VLMoeForConditionalGeneration:
     """Its first `deepstack` decoder layers add features of the vision layers to the visual tokens."""
     text = _text(layers, d, heads, kv_heads, None)
     text["rope_parameters"] |= {"mrope_interleaved": True}
@@ -105,8 +112,51 @@ def qwen3_vl(
         num_position_embeddings=64,
         deepstack_visual_indexes=list(range(deepstack)),
     )
+    if moe:
+        text |= {**_EXPERTS, "decoder_sparse_step": 1}
+        config = Qwen3VLMoeConfig(text_config=text, vision_config=vision, **_TOKENS)
+        return build_model(Qwen3VLMoeForConditionalGeneration, config, attn_implementation, dtype, seed)
     config = Qwen3VLConfig(text_config=text, vision_config=vision, **_TOKENS)
     return build_model(Qwen3VLForConditionalGeneration, config, attn_implementation, dtype, seed)
+
+
+def qwen3_5(
+    *,
+    layers: int = 6,
+    d: int = 64,
+    heads: int = 4,
+    kv_heads: int = 2,
+    vision_layers: int = 2,
+    moe: bool = False,
+    every: int = 2,
+    attn_implementation: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Qwen3_5ForConditionalGeneration | Qwen3_5MoeForConditionalGeneration:
+    """Every so many layers attend, the others are Gated DeltaNet (released models: every fourth)."""
+    text = _text(layers, d, heads, kv_heads, None)
+    text["rope_parameters"] |= {"mrope_interleaved": True, "partial_rotary_factor": 1.0}
+    text |= {
+        "head_dim": d // heads,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_conv_kernel_dim": 4,
+        "layer_types": [
+            "full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(layers)
+        ],
+    }
+    vision = _vision(vision_layers, out_hidden_size=d, num_position_embeddings=64)
+    if moe:
+        text |= {**_EXPERTS, "shared_expert_intermediate_size": 32}
+        config = Qwen3_5MoeConfig(text_config=text, vision_config=vision, **_TOKENS)
+        return build_model(Qwen3_5MoeForConditionalGeneration, config, attn_implementation, dtype, seed)
+    config = Qwen3_5Config(text_config=text, vision_config=vision, **_TOKENS)
+    return build_model(Qwen3_5ForConditionalGeneration, config, attn_implementation, dtype, seed)
+
+
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
 _TOKENS = {

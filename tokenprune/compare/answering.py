@@ -157,9 +157,8 @@ class Asker:
 
     def _whole_flops(self, numbers: Sequence[int]) -> int:
         """Of the unpruned prompts, which of a smaller picture are not the ones that were run."""
-        from tokenprune.runtime.flops import decoder_flops
+        from tokenprune.runtime.flops import layer_costs, prefill_flops
 
-        layers = len(self.family.layers(self.inner))
+        costs = layer_costs(self.inner, self.family)
         length = self.prompts[numbers[0]]["input_ids"].shape[1]
-        text: Any = self.family.text_model(self.inner).config
-        return len(numbers) * decoder_flops(text, [length] * layers)
+        return len(numbers) * prefill_flops(costs, [length] * len(costs))

@@ -18,6 +18,7 @@ from tokenprune.models.llava_onevision import LlavaOnevision
 from tokenprune.models.paligemma import PaliGemma
 from tokenprune.models.qwen2_5_vl import Qwen25VL
 from tokenprune.models.qwen2_vl import Qwen2VL
+from tokenprune.models.qwen3_5 import Qwen35
 from tokenprune.models.qwen3_vl import Qwen3VL
 from tokenprune.models.vipllava import VipLlava
 
@@ -29,6 +30,7 @@ _ALL = (
     Qwen2VL(),
     Qwen25VL(),
     Qwen3VL(),
+    Qwen35(),
     InternVL(),
     Idefics3(),
     SmolVLM(),
@@ -132,8 +134,8 @@ def _check_fits(family: Family, model: nn.Module) -> None:
         UnsupportedModelError: names what is missing.
     """
     try:
-        layers = family.layers(model)
-        family.base(model), family.final_norm(model), family.vision_tower(model), family.attention(layers[0])
+        first = family.layers(model)[family.attending(model)[0]]
+        family.base(model), family.final_norm(model), family.vision_tower(model), family.attention(first)
         family.token_id(model, "image"), family.decoder(model)
     except Exception as error:  # whatever a foreign layout makes it raise
         raise misfit(family, model, error) from error

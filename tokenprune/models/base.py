@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tokenprune.errors import ConfigError, UnsupportedModelError
-from tokenprune.models.decoders import Decoder, find_decoder
+from tokenprune.models.decoders import Decoder, attends, find_decoder
 from tokenprune.tokens import Grid, Image, IntArray, VisionAttention
 
 BoolArray = NDArray[np.bool_]
@@ -121,8 +121,13 @@ class Family(ABC):
         return self.text_model(model).norm  # type: ignore[return-value]
 
     def attention(self, layer: nn.Module) -> nn.Module:
-        """The self-attention module of a decoder layer, with `q_proj`, `k_proj`, `v_proj` and `head_dim`."""
+        """The self-attention module of a decoder layer that attends, with `q_proj`, `k_proj`, `v_proj`, `head_dim`."""
         return layer.self_attn  # type: ignore[return-value]
+
+    def attending(self, model: nn.Module) -> list[int]:
+        """The decoder layers that attend: in hybrids the others are recurrent, have no keys and see what is left."""
+        text: Any = self.text_model(model).config
+        return [i for i in range(len(self.layers(model))) if attends(text, i)]
 
     def vision_tap(self, model: nn.Module, layer: int | None = None) -> VisionTap:
         """Queries and keys of a layer of the vision tower.

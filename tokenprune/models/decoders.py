@@ -64,7 +64,9 @@ class Decoder:
 class NormedDecoder(Decoder):
     """Qwen3: queries and keys are normed by head after the projection."""
 
-    model_types: ClassVar[tuple[str, ...]] = ("qwen3", "qwen3_vl_text")
+    model_types: ClassVar[tuple[str, ...]] = (
+        *("qwen3", "qwen3_moe", "qwen3_vl_text", "qwen3_vl_moe_text", "qwen3_5_text", "qwen3_5_moe_text"),
+    )
 
     def state_module(self, attention: Any, state: str) -> nn.Module:
         if state == "value":
@@ -104,6 +106,16 @@ class Llama4Decoder(Decoder):
         return (
             torch.log1p(torch.floor((columns.float() + 1) / attention.floor_scale)) * attention.attn_scale + 1
         )
+
+
+# Kinds of layers that fold what came before into a state of one size (Gated DeltaNet, short convolutions).
+_RECURRENT = ("linear_attention", "conv")
+
+
+def attends(text_config: Any, layer: int) -> bool:
+    """Whether a decoder layer attends, to what its cache holds keys of; others are recurrent and have none."""
+    types = getattr(text_config, "layer_types", None)
+    return not types or types[layer] not in _RECURRENT
 
 
 def attention_backend(text_config: Any) -> str:

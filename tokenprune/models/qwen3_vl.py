@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -14,8 +14,8 @@ class Qwen3VL(Qwen2VL):
     """After each of its first layers, features of another vision layer are added to the visual tokens' states."""
 
     name = "qwen3_vl"
-    model_types = ("qwen3_vl",)
-    examples = ("Qwen/Qwen3-VL-4B-Instruct", "Qwen/Qwen3-VL-8B-Instruct")
+    model_types: ClassVar[tuple[str, ...]] = ("qwen3_vl", "qwen3_vl_moe")
+    examples: ClassVar[tuple[str, ...]] = ("Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen3-VL-30B-A3B-Instruct")
 
     def pixel_scale(self, model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return SCALES["siglip_vision_model"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.models.decoders import attention_backend
-from tokenprune.runtime.flops import decoder_flops
+from tokenprune.runtime.flops import prefill_flops
 from tokenprune.runtime.plan import Key
 from tokenprune.runtime.state import Call
 from tokenprune.runtime.states import Ahead, EnoughSeen, LayerStates
@@ -54,9 +54,15 @@ def look_ahead(
         seen = _run(runtime, needs.ahead, needs.projected, states, own)
         for i, key in enumerate(keys):
             found[key] = seen.row(i)
-        layers = [n] * needs.ahead
-        call.flops_ahead += len(keys) * decoder_flops(runtime.text_config, layers)
+        call.flops_ahead += len(keys) * prefill_flops(runtime.costs, [n] * needs.ahead)
     return _spread(runtime, call, hidden, found)
+
+
+def seen_ahead(ahead: Ahead, i: int, hidden: Tensor) -> None:
+    """States that enter layer i while the text model runs on images alone: it is left where they are what is wanted."""
+    if i == ahead.layer:
+        ahead.hidden = hidden
+        raise EnoughSeen
 
 
 def _run(runtime: Wrapped, layer: int, states: tuple[str, ...], embeds: Tensor, ids: Tensor | None) -> Ahead:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.releases import NEWEST, cache_of, names_cache, release
+from tokenprune.runtime.caches import has_entries
 from tokenprune.runtime.record import Record
 from tokenprune.runtime.state import Call
 
@@ -118,6 +119,8 @@ class Assumptions:
             return
         total = call.past + call.length
         for i, layer in enumerate(call.cache.layers[: len(record.layers)]):
+            if not has_entries(layer):
+                continue
             held, wanted = int(layer.get_seq_length()), total - record.removed(i)
             if held != wanted:
                 raise refusal(

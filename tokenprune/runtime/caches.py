@@ -19,13 +19,25 @@ class CacheView:
 
     Attributes:
         cache: the cache, or None.
+        first: the first layer that has entries: those of recurrent layers hold a state instead.
         spans_more: whether masks span more entries than are used, so that there always has to be one.
     """
 
     spans_more = False
 
     def __init__(self, cache: Any) -> None:
-        self.cache = cache
+        self.cache, self.first = cache, 0
+        layers = getattr(cache, "layers", None) or []
+        while self.first < len(layers) - 1 and not has_entries(layers[self.first]):
+            self.first += 1
+
+    def last(self, num_layers: int) -> int:
+        """The last of so many decoder layers that has entries."""
+        layers = [] if self.cache is None else self.cache.layers[:num_layers]
+        found = len(layers) - 1
+        while found > self.first and not has_entries(layers[found]):
+            found -= 1
+        return max(found, self.first)
 
     def entries(self, layer: int) -> int:
         """Entries a layer holds."""
@@ -35,7 +47,8 @@ class CacheView:
 
     def past(self, record: Record | None, length: int) -> int:
         """Unpruned columns of the conversation before a call of `length` columns."""
-        return self.entries(0) + (0 if record is None else record.removed(0))
+        first = self.first
+        return self.entries(first) + (0 if record is None else record.removed(first))
 
     def was_reset(self, num_layers: int, length: int) -> bool:
         """Whether a cache that has held a conversation is empty again.
@@ -44,7 +57,7 @@ class CacheView:
             num_layers: decoder layers.
             length: columns of the call about to use it.
         """
-        return self.entries(0) == self.entries(num_layers - 1) == 0
+        return self.entries(self.first) == self.entries(self.last(num_layers)) == 0
 
     def is_step(self, past: int, length: int) -> bool:
         """Whether a call without images goes on with a conversation of which nothing was pruned."""
@@ -71,14 +84,14 @@ class StaticView(CacheView):
 
     def past(self, record: Record | None, length: int) -> int:
         if record is None:
-            return self.entries(0) if length > 1 else 0  # of a step nobody asks, and it costs a copy
+            return self.entries(self.first) if length > 1 else 0  # of a step nobody asks, and it costs a copy
         if record.compiled:  # steps that ran without the hooks
-            record.after = self.entries(0) + record.removed(0) - record.length
+            record.after = self.entries(record.first) + record.removed(record.first) - record.length
         return record.length + record.after
 
     def was_reset(self, num_layers: int, length: int) -> bool:
         # generate() resets its static cache and uses it again; a step is never the first call.
-        return length > 1 and self.entries(0) == 0
+        return length > 1 and self.entries(self.first) == 0
 
     def is_step(self, past: int, length: int) -> bool:
         return past > 0 or length == 1
@@ -89,6 +102,11 @@ class StaticView(CacheView):
     def holds_all(self, layer: int, columns: Columns) -> bool:
         own = self.cache.layers[layer]
         return isinstance(getattr(own, "keys", None), Tensor) and not getattr(own, "is_sliding", False)
+
+
+def has_entries(layer: Any) -> bool:
+    """Whether a layer of a cache holds keys, an entry per token: a recurrent one holds a state of one size."""
+    return hasattr(layer, "keys")
 
 
 def check_is_cache(cache: Any) -> None:
@@ -147,6 +165,8 @@ def crop(cache: Any, record: Record, past: int) -> None:
     """Take the last entries off each layer that holds more than belong to `past` columns."""
     view = view_of(cache)
     for i, layer in enumerate(cache.layers):
+        if not has_entries(layer):
+            continue
         entries = past - record.removed(i)
         if view.entries(i) > entries:
             layer.keys, layer.values = layer.keys[..., :entries, :], layer.values[..., :entries, :]

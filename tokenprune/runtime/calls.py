@@ -123,6 +123,7 @@ class CallHooks:
                     call.length,
                     stages.plan.last + 1,
                     call.shift,
+                    runtime.first,
                 )
                 runtime.assumptions.check_cache(call, record)
                 if runtime.family.mrope:
@@ -133,7 +134,7 @@ class CallHooks:
                 output = self._with_loss(call, stages.done[-1], call.labels, output)
         # What a logits processor asks about (guidance, negative prompts) follows the prompt that the report is of.
         if call.rows is not None and (any(call.rows) or not called_from(LOGITS_PROCESSORS)):
-            runtime.outcome = make_outcome(runtime.text_config, layers, call)
+            runtime.outcome = make_outcome(runtime.costs, call)
         return output
 
     def _with_loss(self, call: Call, columns: Columns, labels: Tensor, output: Any) -> Any:

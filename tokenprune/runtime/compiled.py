@@ -19,7 +19,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from tokenprune.models.decoders import attention_backend
 from tokenprune.releases import cache_of
-from tokenprune.runtime.caches import is_static
+from tokenprune.runtime.caches import has_entries, is_static
 from tokenprune.runtime.masks import add_bias, local_attention
 from tokenprune.runtime.record import Columns, record_of
 
@@ -137,7 +137,7 @@ def mask(i: int, hidden: Tensor, kwargs: dict[str, Any], config: Any) -> dict[st
     cache: Any = cache_of(kwargs)
     record = record_of(cache)
     columns = None if record is None else record.layers[i]
-    if columns is None:
+    if columns is None or not has_entries(cache.layers[i]):
         return kwargs
     length = int(cache.layers[i].get_max_length())
     written = torch.arange(length, device=hidden.device) <= torch.as_tensor(

@@ -1,6 +1,7 @@
 """`compact_early`: after a prompt, what was dropped leaves the caches of the layers before the last cut, too.
 
-Layer 0 stays whole: generate() reads a conversation's length off it, and with it every later turn works.
+The first layer that attends stays whole: generate() reads a conversation's length off it, and with it every later turn
+works.
 """
 
 from __future__ import annotations
@@ -44,11 +45,17 @@ def compact_early(call: Call, held: list[Columns | None], text_config: Any) -> l
     """
     assert call.stages is not None
     left = call.stages.done[-1]
+    first = call.view.first
     alike: dict[tuple[int, int], list[int]] = {}  # layers that hold the same entries
     for i, own in enumerate(held):
         before = call.past - (0 if call.record is None else call.record.removed(i))
         looks_back = local_attention(text_config, i)[1] is not None
-        if i and own is not left and not looks_back and _is_whole(call, i, before + _length(call, own)):
+        if (
+            i != first
+            and own is not left
+            and not looks_back
+            and _is_whole(call, i, before + _length(call, own))
+        ):
             alike.setdefault((id(own), before), []).append(i)
     held, moved = list(held), []
     for (_, before), members in alike.items():

@@ -18,29 +18,30 @@ def continue_short(runtime: Wrapped, call: Call, hidden: Tensor, kwargs: dict[st
     record, masks = call.record, runtime.masks
     assert record is not None
     if not call.positions_given:  # what the model would make of the cache's length is wrong
-        first = call.past + runtime.family.first_position
-        kwargs["position_ids"] = torch.arange(first, first + call.length, device=hidden.device)[None]
+        start = call.past + runtime.family.first_position
+        kwargs["position_ids"] = torch.arange(start, start + call.length, device=hidden.device)[None]
     if record.shift is not None:
         kwargs["position_ids"] = kwargs["position_ids"] - record.shift.to(hidden.device)
-    mask = kwargs.get("attention_mask")
+    mask, first = kwargs.get("attention_mask"), record.first
     if isinstance(mask, Tensor) and mask.ndim == 2:
         if call.length == 1 and mask is call.attention:
             kwargs["attention_mask"] = _closed_up(mask, record, call.past + 1 - record.length)
         else:
-            kwargs["attention_mask"] = masks.entries(call, 0, hidden).to(mask.dtype)
+            kwargs["attention_mask"] = masks.entries(call, first, hidden).to(mask.dtype)
     elif isinstance(mask, dict):
-        example = {masks.kinds[i]: i for i in reversed(range(len(runtime.layers)))}
+        example = {masks.kinds[i]: i for i in reversed(runtime.attending)}
         kwargs["attention_mask"] = {
-            kind: masks.rebuild(call, example[kind], hidden, all_visible=False) for kind in mask
+            kind: masks.rebuild(call, example[kind], hidden, all_visible=False) if kind in example else own
+            for kind, own in mask.items()
         }
-    elif mask is not None or record.layers[0].visible is not None:  # type: ignore[union-attr]
-        kwargs["attention_mask"] = masks.rebuild(call, 0, hidden, all_visible=False)
+    elif mask is not None or record.layers[first].visible is not None:  # type: ignore[union-attr]
+        kwargs["attention_mask"] = masks.rebuild(call, first, hidden, all_visible=False)
     return kwargs
 
 
 def _closed_up(mask: Tensor, record: Record, since: int) -> Tensor:
     """A step's 2D mask (B, columns), of what layer 0 still holds and the columns since."""
-    own = record.layers[0]
+    own = record.layers[record.first]
     assert own is not None
     if own.visible is None:
         return mask[:, -own.length - since :]  # all that is left of the prompt is seen

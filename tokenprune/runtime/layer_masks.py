@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.models.decoders import attention_backend
+from tokenprune.models.decoders import attends, attention_backend
 from tokenprune.runtime import masks
 from tokenprune.runtime.record import Columns
 from tokenprune.runtime.state import Call
@@ -31,6 +31,7 @@ class LayerMasks:
         # Read once: looking into a config costs more than a hook should on a decoding step.
         self._local = [masks.local_attention(text_config, i) for i in range(text_config.num_hidden_layers)]
         self.kinds = [kind for kind, _ in self._local]
+        self._attends = [attends(text_config, i) for i in range(text_config.num_hidden_layers)]
         self.shortest = min((span for _, span in self._local if span is not None), default=math.inf)
 
     def of_layer(self, call: Call, i: int, hidden: Tensor, stock: Any) -> Any:
@@ -42,6 +43,8 @@ class LayerMasks:
             hidden: states entering it.
             stock: the mask the model made for it.
         """
+        if not self._attends[i]:
+            return _of_recurrent(_new(call), hidden, stock)
         columns = None if call.record is None else call.record.layers[i]
         key = (id(columns), call.cuts_done, id(stock), self.kinds[i])
         if key not in call.masks:
@@ -108,8 +111,11 @@ class LayerMasks:
             return None
         tails: dict[torch.dtype, Tensor] = {}
         made: dict[int, Any] = {}
-        first, found = record.layers[0], []
-        for own in record.layers:
+        first, found = record.layers[record.first], []
+        for own, has_mask in zip(record.layers, self._attends, strict=True):
+            if not has_mask:
+                found.append(KEEP)
+                continue
             if id(own) not in made:
                 if own is None or (
                     own.bias is None and (own is first or (stock is None and own.visible is None))
@@ -214,6 +220,15 @@ class LayerMasks:
         if padding is None:
             padding = torch.zeros(call.batch, dtype=torch.long)
         return masks.reach(kind, span, self._columns(call, i, hidden), padding.to(hidden.device))
+
+
+def _of_recurrent(own: Columns | None, hidden: Tensor, stock: Any) -> Tensor | None:
+    """(B, L') of a layer that folds its tokens into a state: those left, closed up; filler, leftmost, adds nothing."""
+    if own is None or hidden.shape[1] == 1:
+        return stock
+    if isinstance(stock, Tensor):
+        return masks.gather(stock, own.index.clamp(min=0), own.visible, own.length)
+    return None if own.visible is None else own.visible.to(hidden.device)
 
 
 def _tail(given: Tensor | None, prefix: Tensor, since: int) -> Tensor:

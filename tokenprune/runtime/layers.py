@@ -12,7 +12,7 @@ from tokenprune.errors import UnsupportedModeError
 from tokenprune.models.decoders import attention_backend
 from tokenprune.releases import cache_of
 from tokenprune.runtime import compiled
-from tokenprune.runtime.ahead import look_ahead
+from tokenprune.runtime.ahead import look_ahead, seen_ahead
 from tokenprune.runtime.caches import shrink
 from tokenprune.runtime.choose import choose, enter_prompt
 from tokenprune.runtime.early import check_early
@@ -21,7 +21,6 @@ from tokenprune.runtime.layer_masks import KEEP
 from tokenprune.runtime.record import begin_writing, record_of
 from tokenprune.runtime.stages import pick
 from tokenprune.runtime.state import Call
-from tokenprune.runtime.states import EnoughSeen
 from tokenprune.runtime.taps import Taps
 from tokenprune.runtime.wrapped import Changed, Wrapped
 from tokenprune.tensors import as_written
@@ -43,9 +42,11 @@ class LayerHooks:
         runtime.after(text_model, self._leave_text_model, _nothing, always=True)
         runtime.before(family.final_norm(runtime.model), self._enter_norm, _nothing, asleep=True)
         for i, layer in enumerate(runtime.layers):
-            # The first decides in each call whether the others are needed.
+            # The first that attends decides in each call whether the others are needed.
             hook = partial(self._hook_layer, i, compiled.apart(partial(self._enter_layer, i)))
-            runtime.before(layer, hook, asleep=i > 0, chooses=True)
+            runtime.before(layer, hook, asleep=i != runtime.first, chooses=True)
+            if i not in runtime.attending:
+                continue
             attention: Any = family.attention(layer)
             if runtime.decoder.temperature(attention, torch.zeros(1)) is not None:
                 runtime.after(attention.q_proj, partial(rescale, runtime, i, attention))
@@ -93,6 +94,8 @@ class LayerHooks:
         hidden = kwargs["inputs_embeds"]
         call.use(cache_of(kwargs, call.cache))
         record, stages = call.record, call.stages
+        if record is not None and self.runtime.first:
+            record.unfinished = True  # no length tells that recurrent layers were written to
         if record is not None and record.first_is_short:
             kwargs = continue_short(self.runtime, call, hidden, dict(kwargs))
         if stages is None:
@@ -149,8 +152,8 @@ class LayerHooks:
         call = stack[-1].call
         if call is None:
             if self.runtime.calls.ahead is not None:
-                self._seen_ahead(i, args[0] if args else kwargs["hidden_states"])
-            elif i == 0 and not self.taps.observers:
+                seen_ahead(self.runtime.calls.ahead, i, args[0] if args else kwargs["hidden_states"])
+            elif i == self.runtime.first and not self.taps.observers:
                 self.runtime.rest()
             return None
         if call.is_plain:
@@ -168,7 +171,7 @@ class LayerHooks:
         record, stages = call.record, call.stages
         cuts = call.config.cuts
         given = args[0] if args else kwargs["hidden_states"]
-        if i == 0 and stages is None and not self.taps.observers:
+        if i == self.runtime.first and stages is None and not self.taps.observers:
             stock = kwargs.get("attention_mask")
             call.is_plain = record is None or self.runtime.masks.needs_none(call, given, stock)
             if call.is_plain:
@@ -210,13 +213,6 @@ class LayerHooks:
         elif prunes or (call.record is not None and call.view.spans_more):
             begin_writing(cache, call.record, len(self.runtime.layers), prunes)
 
-    def _seen_ahead(self, i: int, hidden: Tensor) -> None:
-        """States that enter a layer while the text model runs on images alone, where they are what is wanted."""
-        ahead = self.runtime.calls.ahead
-        if ahead is not None and i == ahead.layer:
-            ahead.hidden = hidden
-            raise EnoughSeen
-
     def _enter_norm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
         call = self.runtime.call
         if call is None:
@@ -227,10 +223,12 @@ class LayerHooks:
         return None if hidden is given else _with_hidden(hidden, args, kwargs)
 
     def _like_first(self, call: Call, i: int) -> bool:
-        """Whether layer i holds what layer 0 holds, by whose length the model makes its masks."""
+        """Whether layer i holds what the first that attends holds, by whose length the model makes its masks."""
         assert call.record is not None
         own = call.record.layers[i]
-        if own is not call.record.layers[0] or (own is not None and own.bias is not None):
+        if i not in self.runtime.attending:
+            return True  # it sees what is new only
+        if own is not call.record.layers[call.record.first] or (own is not None and own.bias is not None):
             return False
         return own is None or not self.runtime.masks.looks_back(call, i)
 

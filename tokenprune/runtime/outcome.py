@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 from tokenprune.budget import average_kept
 from tokenprune.config import PruneConfig
-from tokenprune.runtime.flops import decoder_flops
+from tokenprune.runtime.flops import LayerCost, prefill_flops
 from tokenprune.runtime.plan import Key
 from tokenprune.runtime.record import record_of
 from tokenprune.runtime.state import Call
@@ -37,7 +37,7 @@ class Outcome:
     lengths: columns entering each decoder layer.
     kv_used, kv_allocated: bytes of each layer's keys and values, right after the prompt.
     batch: rows.
-    text_config: of the decoder, for the FLOPs formula.
+    costs: of the decoder layers.
     reason: why nothing was pruned although the budget asked for it.
     flops_ahead: of layers that ran on images alone; see `Needs.ahead`.
     """
@@ -56,7 +56,7 @@ class Outcome:
     kv_used: list[int]
     kv_allocated: list[int]
     batch: int
-    text_config: Any
+    costs: Sequence[LayerCost]
     scoring: Stopwatch
     compacting: Stopwatch
     reason: str | None = None
@@ -65,11 +65,11 @@ class Outcome:
     @property
     def flops(self) -> int:
         """Of the decoder's prefill, all rows, what was looked ahead at included."""
-        return self.batch * decoder_flops(self.text_config, self.lengths) + self.flops_ahead
+        return self.batch * prefill_flops(self.costs, self.lengths) + self.flops_ahead
 
     @property
     def flops_unpruned(self) -> int:
-        return self.batch * decoder_flops(self.text_config, [self.length] * len(self.lengths))
+        return self.batch * prefill_flops(self.costs, [self.length] * len(self.lengths))
 
 
 class Total:
@@ -124,7 +124,8 @@ class Total:
             self._seconds[1] += compacting.seconds
 
 
-def make_outcome(text_config: Any, num_layers: int, call: Call) -> Outcome:
+def make_outcome(costs: Sequence[LayerCost], call: Call) -> Outcome:
+    num_layers = len(costs)
     stages, config = call.stages, call.config
     lengths = [call.length] * num_layers
     if stages is not None:
@@ -150,7 +151,7 @@ def make_outcome(text_config: Any, num_layers: int, call: Call) -> Outcome:
         kv_used=used,
         kv_allocated=allocated,
         batch=call.batch,
-        text_config=text_config,
+        costs=costs,
         scoring=call.scoring,
         compacting=call.compacting,
         reason=call.reason,

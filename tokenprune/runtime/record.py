@@ -71,7 +71,7 @@ class Rows:
         marks: over all of the prompt's entries, which tell rows apart as prompts are, and over those up to its last
             image, which are there after a crop, too. None where no layer can tell.
         seen: the tensor the layer's keys were in after the last call. While they are, nothing was moved.
-        first: the same of layer 0's, which a call that fails half way has written to.
+        first: the same of the first layer's, which a call that fails half way has written to.
     """
 
     layer: int
@@ -108,6 +108,7 @@ class Record:
     length: int
     settled: int
     layers: list[Columns | None]
+    first: int = 0  # the first layer that attends: by its length the model knows the conversation's
     padding: Tensor | None = None
     shift: Tensor | None = None
     deltas: tuple[Tensor, Tensor] | None = None
@@ -139,8 +140,8 @@ class Record:
 
     @property
     def first_is_short(self) -> bool:
-        """Whether even layer 0 holds fewer entries than the conversation has columns, so that no length tells it."""
-        return self.layers[0] is not None
+        """Whether even the first layer holds fewer entries than the conversation has columns: no length tells it."""
+        return self.layers[self.first] is not None
 
 
 def begin_writing(cache: Any, record: Record | None, layers: int, prunes: bool) -> None:
@@ -179,6 +180,7 @@ def extend(
     length: int,
     settled: int,
     shift: Tensor | None,
+    first: int = 0,
 ) -> Record:
     """The record after a forward that added `length` columns, of which layer i kept `new[i]`.
 
@@ -190,7 +192,7 @@ def extend(
         new: per layer, the kept columns counted from this forward's first column; None for all of them.
         length: columns of this forward.
         settled: columns of it up to the last visual token.
-        shift: see `Record.shift`.
+        shift, first: see `Record`.
     """
     described = past.length if past is not None else 0
     joined: dict[tuple[int, int], Columns | None] = {}
@@ -205,7 +207,7 @@ def extend(
     padding = past.padding if past is not None else None
     if visible is not None:
         padding = visible.long().argmax(1)
-    return Record(past_length + length, past_length + settled, layers, padding, shift)
+    return Record(past_length + length, past_length + settled, layers, first, padding, shift)
 
 
 def _join(

@@ -23,7 +23,7 @@ def remember(cache: Any, record: Record) -> None:
     """Note after a call in which tensors the rows are, and what they are known by if that is not noted yet."""
     if record.rows is None:
         record.rows = _rows(cache, record)
-    keys, first = (getattr(cache.layers[i], "keys", None) for i in (record.rows.layer, 0))
+    keys, first = (getattr(cache.layers[i], "keys", None) for i in (record.rows.layer, record.first))
     record.rows.seen = weakref.ref(keys) if isinstance(keys, Tensor) else None
     record.rows.first = weakref.ref(first) if isinstance(first, Tensor) else None
 
@@ -189,11 +189,12 @@ def _is_untouched(view: CacheView, record: Record, batch: int) -> bool:
     keys, first, layers = rows.seen(), rows.first(), view.cache.layers
     if keys is None or first is None:
         return False
-    return keys is layers[rows.layer].keys and first is layers[0].keys and keys.shape[0] == batch
+    return keys is layers[rows.layer].keys and first is layers[record.first].keys and keys.shape[0] == batch
 
 
 def _check_lengths(view: CacheView, record: Record | None, num_layers: int) -> None:
-    first, last = view.entries(0), view.entries(num_layers - 1)
+    lowest, highest = view.first, view.last(num_layers)
+    first, last = view.entries(lowest), view.entries(highest)
     if record is None:
         if first != last:
             raise UnsupportedModeError(
@@ -201,13 +202,13 @@ def _check_lengths(view: CacheView, record: Record | None, num_layers: int) -> N
                 f"was pruned; pass on the cache object a pruned call returned (or a deep copy of it), not a rebuilt one"
             )
         return
-    past, own = first + record.removed(0), last + record.removed(num_layers - 1)
+    past, own = first + record.removed(lowest), last + record.removed(highest)
     if past > own:
         raise UnsupportedModeError(HALF_WAY)
     if own > past:
         # transformers before 5.23 crops to an absolute length, which leaves the shorter layers too long.
         crop(view.cache, record, past)
-        own = view.entries(num_layers - 1) + record.removed(num_layers - 1)
+        own = view.entries(highest) + record.removed(highest)
     if past != own or past < record.settled:
         raise UnsupportedModeError(
             "this cache was cropped into a pruned prompt, so its record no longer fits; start again from the prompt"

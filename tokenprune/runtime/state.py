@@ -146,12 +146,14 @@ def open_call(
 
 
 def _check_continuation(call: Call, family: Family, inputs: dict[str, Any], visual: bool) -> None:
-    """After a cut before the LLM no layer's cache length tells how long the conversation is: ask the inputs."""
+    """After a cut before the first layer that attends no cache's length tells the conversation's: ask the inputs."""
     record, position_ids = call.record, inputs.get("position_ids")
     assert record is not None
+    # To generate() a cut below the first layer that attends is one before the LLM.
+    later = f"cut at layer {record.first + 1} or later"
     if visual:
         raise UnsupportedModeError(
-            "new images after a cut before the LLM are not supported; cut at layer 1 or later for several turns"
+            f"new images after a cut before the LLM are not supported; {later} for several turns"
         )
     if position_ids is None and family.mrope:
         raise UnsupportedModeError("after a cut before the LLM pass position_ids, as generate() does")
@@ -166,9 +168,8 @@ def _check_continuation(call: Call, family: Family, inputs: dict[str, Any], visu
     record.verify = call.length > 1
     if past < record.settled or past > call.past:
         raise UnsupportedModeError(
-            "a further turn after a cut before the LLM is not supported: the cache's length no "
-            "longer tells which tokens "
-            "are new; cut at layer 1 or later, or pass the whole conversation without the cache"
+            f"a further turn after a cut before the LLM is not supported: the cache's length no longer tells which "
+            f"tokens are new; {later}, or pass the whole conversation without the cache"
         )
     if past < call.past:
         crop(call.cache, record, past)

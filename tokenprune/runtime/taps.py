@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokenprune.config import PruneConfig
-from tokenprune.errors import TokenPruneError
+from tokenprune.errors import TokenPruneError, UnsupportedModelError
 from tokenprune.methods.base import Needs
 from tokenprune.models.decoders import Decoder, check_states
 from tokenprune.runtime import compiled
@@ -82,7 +82,12 @@ class Taps:
         """
         if observer.states:
             check_states(self.runtime.text_config)
-            layers = range(len(self.runtime.layers))
+            layers = self.runtime.attending
+            if len(layers) < len(self.runtime.layers):
+                raise UnsupportedModelError(
+                    f"the states of every layer are wanted, and of this {self.runtime.family.name} model only layers "
+                    f"{', '.join(map(str, layers))} attend; use what reads hidden states"
+                )
             self._arm([(layer, state) for layer in layers for state in observer.states], Needs())
         self.observers = (*self.observers, observer)
 

@@ -15,6 +15,7 @@ from tokenprune.models.base import Family
 from tokenprune.runtime import compiled
 from tokenprune.runtime.assumptions import Assumptions
 from tokenprune.runtime.current import Calls, last_outcome, note_outcome, overrides_here
+from tokenprune.runtime.flops import layer_costs
 from tokenprune.runtime.layer_masks import LayerMasks
 from tokenprune.runtime.outcome import Outcome, Total
 from tokenprune.runtime.state import Call
@@ -88,8 +89,10 @@ class Wrapped:
         self.decoder = family.decoder(model)
         self.layers = list(family.layers(model))
         self.text_config: Any = family.text_model(model).config
-        self.shape = decoder_shape(model, family)
-        self.masks = LayerMasks(self.text_config, family.attention(self.layers[0]))
+        self.shape, self.costs = decoder_shape(model, family), layer_costs(model, family)
+        self.attending = family.attending(model)
+        self.first = self.attending[0]  # whose mask and length the model makes all others' of
+        self.masks = LayerMasks(self.text_config, family.attention(self.layers[self.first]))
         self.calls = Calls({})
         self.assumptions = Assumptions()
         self.gate = threading.RLock()  # between calls that begin and hooks that come and go
