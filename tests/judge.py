@@ -24,6 +24,12 @@ def tolerance(model: Any) -> float:
     return 5 * TOLERANCE if any(hasattr(module, "linear_attn") for module in model.modules()) else TOLERANCE
 
 
+def offered(model: Any, cut: dict[str, Any]) -> dict[str, Any]:
+    """A cut by what the model's decoder has: latent attention's queries and keys cannot be scored."""
+    latent = model.config.model_type == "kimi_k25" and cut["method"] == "entropyprune"
+    return {**cut, "source": "hidden"} if latent else cut
+
+
 def holds_keys(layer: Any) -> bool:
     """Whether a layer of a cache holds entries, and no recurrent state instead."""
     return getattr(layer, "keys", None) is not None

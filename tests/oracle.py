@@ -238,8 +238,8 @@ def shares(
 ) -> list[int] | None:
     """How many entries of an input belong to each row, in order; None: it has one entry per row."""
     value, ids = inputs[name], inputs["input_ids"]
-    per_image = ("pixel_values", "image_grid_thw", "image_sizes")
-    per_video = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+    per_image = ("pixel_values", "image_grid_thw", "image_sizes", "image_position_ids")
+    per_video = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "num_frames_per_video")
     if name not in per_image + per_video:
         return None
     if "image_sizes" not in inputs and value.ndim == 5 and name == "pixel_values":

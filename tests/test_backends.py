@@ -19,9 +19,10 @@ CUTS: dict[str, dict[str, Any]] = {
     "at_2": {"method": "entropyprune", "layer": 2, "keep": 0.5},
     "two": {"method": "random", "cuts": [(0, 0.7), (3, 0.3)]},
 }
+GEMMA4 = ("gemma4", "gemma4_moe")
 # The others attend in both directions or in chunks, which flash attention's 2D mask cannot say: stock itself does
 # not serve them.
-CAUSAL = [name for name in tiny.FAMILIES if name not in ("gemma3", "paligemma", "llama4")]
+CAUSAL = [name for name in tiny.FAMILIES if name not in ("gemma3", "paligemma", "llama4", *GEMMA4)]
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -31,6 +32,10 @@ def test_flash_emulated(family: str, cut: str, batch: int) -> None:
     model = tiny.build(family)
     inputs = tiny.inputs(model, ROWS[:batch], pad="left")
     if batch == 1:
+        if family == "glm4v_moe":
+            pytest.skip(
+                "stock hands its layers positions with gaps, which flash attention takes for packed sequences"
+            )
         del inputs["attention_mask"]
     positions = tiny.visual_positions(model, inputs)
     options = {
@@ -39,7 +44,7 @@ def test_flash_emulated(family: str, cut: str, batch: int) -> None:
         "return_dict_in_generate": True,
         "output_logits": True,
     }
-    with flash.emulated(model), tokenprune.pruned(model, **CUTS[cut]), torch.no_grad():
+    with flash.emulated(model), tokenprune.pruned(model, **judge.offered(model, CUTS[cut])), torch.no_grad():
         logits = model(**inputs).logits
         report = tokenprune.report(model)
         out = model.generate(**inputs, **options)
@@ -59,7 +64,7 @@ def test_flash_beyond_a_window_is_refused(cut: str) -> None:
     """Its window counts kept tokens, and it takes no mask that could say otherwise."""
     model = tiny.llava("mistral", sliding_window=20)
     inputs = tiny.inputs(model, ROWS[:1])
-    with flash.emulated(model), tokenprune.pruned(model, **CUTS[cut]), torch.no_grad():
+    with flash.emulated(model), tokenprune.pruned(model, **judge.offered(model, CUTS[cut])), torch.no_grad():
         with pytest.raises(tokenprune.UnsupportedModeError, match=r"longer than the span .* \(20\).*'sdpa'"):
             model(**inputs)
 
@@ -74,7 +79,7 @@ def test_flex(family: str, cut: str, batch: int) -> None:
     twin = tiny.build(family)
     inputs = tiny.inputs(model, ROWS[:batch], pad="left")
     positions = tiny.visual_positions(twin, inputs)
-    with tokenprune.pruned(model, **CUTS[cut]), torch.no_grad():
+    with tokenprune.pruned(model, **judge.offered(model, CUTS[cut])), torch.no_grad():
         logits = model(**inputs).logits
         report = tokenprune.report(model)
     wanted = oracle.masked_forward(twin, inputs, judge.cuts_of(report), positions).logits

@@ -20,6 +20,7 @@ import limits
 import oracle
 import tiny
 import tokenprune
+from tokenprune.models import find_family
 
 OLD = version.parse(transformers.__version__) < version.parse("5.23")
 FAMILIES = tiny.FAMILIES
@@ -41,8 +42,8 @@ def model(family: str, request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture(params=list(CUTS))
-def cut(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return CUTS[request.param]
+def cut(request: pytest.FixtureRequest, model: Any) -> dict[str, Any]:
+    return judge.offered(model, CUTS[request.param])
 
 
 @pytest.mark.parametrize("rows", [judge.ROWS[:1], judge.ROWS], ids=["batch1", "ragged4"])
@@ -113,7 +114,9 @@ def test_ragged_without_padding(model: Any) -> None:
     inputs = tiny.inputs(model, [image, [f"text:{length}"]], pad="left")
     assert bool(inputs["attention_mask"].all())
     options = {"do_sample": False, "max_new_tokens": 4}
-    difference, _, _ = judge.generate_difference(model, inputs, options, **CUTS["layer2"])
+    difference, _, _ = judge.generate_difference(
+        model, inputs, options, **judge.offered(model, CUTS["layer2"])
+    )
     assert difference <= judge.tolerance(model)
 
 
@@ -163,7 +166,7 @@ def _second_turn(
 def test_interleaved_conversations(model: Any, family: str, rows: Any) -> None:
     """Contract 3 and 11: two conversations in turn, one of them on a deep copy of its cache."""
     first = {"do_sample": False, "max_new_tokens": 3, "return_dict_in_generate": True}
-    with tokenprune.pruned(model, **CUTS["layer2"]):
+    with tokenprune.pruned(model, **judge.offered(model, CUTS["layer2"])):
         talks = []
         for seed in (0, 1):
             inputs, question = _turns(model, rows, seed)
@@ -304,7 +307,7 @@ def test_turn_after_a_cut_before_the_llm_is_refused(model: Any) -> None:
 def test_cache_without_its_record_is_refused(model: Any) -> None:
     """Contract 3: unequal layer lengths that nobody explains."""
     inputs = tiny.inputs(model, judge.ROWS[:1])
-    with tokenprune.pruned(model, **CUTS["layer2"]), torch.no_grad():
+    with tokenprune.pruned(model, **judge.offered(model, CUTS["layer2"])), torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
         rebuilt = DynamicCache(config=model.config.get_text_config())
         for i, layer in enumerate(cache.layers):
@@ -318,11 +321,11 @@ def test_cache_without_its_record_is_refused(model: Any) -> None:
 def test_manual_decode_without_masks(family: str) -> None:
     """A hand-written loop that passes neither positions nor a mask (contract 6)."""
     model = FAMILIES[family]()
-    if family.startswith("qwen"):
+    if find_family(model).mrope:
         pytest.skip("the stock model computes positions from the cache here; generate() passes them")
     inputs = {k: v for k, v in tiny.inputs(model, judge.ROWS[:1]).items() if k != "attention_mask"}
     for cut in CUTS.values():
-        with tokenprune.pruned(model, **cut), torch.no_grad():
+        with tokenprune.pruned(model, **judge.offered(model, cut)), torch.no_grad():
             out = model(**inputs, use_cache=True)
             report = tokenprune.report(model)
             steps, ids = [], []
@@ -360,7 +363,7 @@ def test_physical_cache(model: Any, cut: dict[str, Any]) -> None:
             continue
         expected = length - sum(len(image) for image in images) + sum(left)
         assert layer.keys.shape[-2] == layer.values.shape[-2] == expected == report.layers[i].length
-        assert report.layers[i].kv_used == 2 * layer.keys.numel() * 4
+        assert report.layers[i].kv_used == 4 * (layer.keys.numel() + layer.values.numel())
     assert stage == len(report.layers_cut)
 
 
@@ -368,14 +371,14 @@ def test_static_cache_reports_used_and_allocated(family: str) -> None:
     model = FAMILIES[family]()
     inputs = tiny.inputs(model, judge.ROWS[:1])
     length = inputs["input_ids"].shape[1]
-    with tokenprune.pruned(model, **CUTS["layer2"]), torch.no_grad():
+    with tokenprune.pruned(model, **judge.offered(model, CUTS["layer2"])), torch.no_grad():
         cache = StaticCache(config=model.config.text_config, max_cache_len=length + 8)
         model(**inputs, past_key_values=cache)
         report = tokenprune.report(model)
     for i, layer in enumerate(cache.layers):
         if not judge.holds_keys(layer):
             continue
-        per_token = 2 * layer.keys[:, :, 0].numel() * 4
+        per_token = 4 * (layer.keys[:, :, 0].numel() + layer.values[:, :, 0].numel())
         assert report.layers[i].kv_allocated == per_token * layer.keys.shape[2]
         assert (
             report.layers[i].kv_used

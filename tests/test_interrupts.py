@@ -175,6 +175,8 @@ def test_nothing_is_left_of_any_method(family: str) -> None:
     first = find_family(model).attending(model)[0]
     for asked in METHODS:
         arguments = {**asked, "layer": asked["layer"] + first} if asked.get("layer") else asked
+        if family == "kimi_k25" and asked["method"] in ("fastv", "entropyprune"):
+            continue  # its latent attention's states are not offered
         tokenprune.wrap(model, **{"keep": 0.7, "budget": "after_cut", **arguments})
         model.generate(**inputs, **GREEDY)
         with tokenprune.override(model, method="vflowopt", layer=1, keep=0.5, budget="after_cut"):

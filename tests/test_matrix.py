@@ -14,6 +14,7 @@ BATCHES = {
     "several": [["text:3", "image", "text:2", "image", "text:4"]],
     "ragged": [["text:5", "image", "text:3"], ["text:7"], ["text:2", "image", "text:1", "image", "text:6"]],
     "video": [["text:3", "video", "text:4"], ["text:2", "image", "text:5"]],
+    "videos": [["text:3", "video", "text:4"], ["text:2", "video", "text:1", "video", "text:5"]],
 }
 CUTS: dict[str, dict[str, Any]] = {
     "before": {"method": "random", "layer": 0, "keep": 0.4},

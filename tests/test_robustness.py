@@ -907,6 +907,8 @@ def test_autocast(family: str) -> None:
         {"method": "entropyprune", "layer": 2, "keep": 0.6},
         {"method": "fastv", "layer": 2, "keep": 0.6},
     ):
+        if family == "kimi_k25" and arguments["method"] != "vflowopt":
+            continue  # the states of latent attention are not offered
         with tokenprune.pruned(model, **arguments), torch.no_grad():
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 logits = model(**inputs).logits

@@ -577,7 +577,7 @@ def test_a_batch_is_scored_in_one_go(
 
 
 @pytest.mark.parametrize("normalization", ["none", "trace"])
-@pytest.mark.parametrize("name", list(tiny.FAMILIES))
+@pytest.mark.parametrize("name", [name for name in tiny.FAMILIES if name != "kimi_k25"])
 def test_entropy_does_not_see_the_rotary_embedding(
     name: str, normalization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

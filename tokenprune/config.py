@@ -189,8 +189,8 @@ def decoder_shape(model: nn.Module, family: Family) -> DecoderShape:
     return DecoderShape(
         num_layers=len(family.layers(model)),
         num_heads=heads,
-        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=int(attention.head_dim),
+        num_key_value_heads=heads // getattr(attention, "num_key_value_groups", 1),
+        head_dim=int(getattr(attention, "head_dim", None) or attention.qk_head_dim),  # latent attention
         hidden_size=text.hidden_size,
     )
 

@@ -26,7 +26,13 @@ COLUMNS = {
     "test_prefill_and_greedy": (
         0,
         1,
-        {"one": "one image", "several": "several images", "ragged": "ragged batch", "video": "video"},
+        {
+            "one": "one image",
+            "several": "several images",
+            "ragged": "ragged batch",
+            "video": "video",
+            "videos": "video",
+        },
     ),
     "test_modes": (
         1,

@@ -42,8 +42,11 @@ from .base import (
     Family,
     make_inputs,
 )
-from .gemma import Gemma3, PaliGemma, gemma3, paligemma
+from .gemma import Gemma3, Gemma4, PaliGemma, gemma3, gemma4, paligemma
+from .glm import Glm, glm
 from .llava import Llava, llava, vipllava
+from .mistral import Mistral, mistral3
+from .packed import Kimi, Paddle, kimi_k25, paddleocr_vl
 from .qwen import QWEN_GRIDS, Qwen, Qwen3, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
 from .records import random_cuts, random_merges
 from .tiles import Idefics, InternVL, Llama4, SmolVLM, idefics3, internvl, llama4, smolvlm
@@ -62,13 +65,18 @@ __all__ = [
     "VOCAB",
     "build",
     "gemma3",
+    "gemma4",
+    "glm",
     "idefics3",
     "inputs",
     "internvl",
+    "kimi_k25",
     "llama4",
     "llava",
     "llava_next",
     "llava_onevision",
+    "mistral3",
+    "paddleocr_vl",
     "paligemma",
     "qwen2_5_vl",
     "qwen2_vl",
@@ -101,6 +109,14 @@ _BUILDERS: dict[str, Callable[..., Any]] = {
     "smolvlm": smolvlm,
     "gemma3": gemma3,
     "paligemma": paligemma,
+    "gemma4": gemma4,
+    "gemma4_moe": partial(gemma4, moe=True),
+    "glm4v": glm,
+    "glm46v": partial(glm, "glm46v"),
+    "glm4v_moe": partial(glm, "glm4v_moe"),
+    "mistral3": mistral3,
+    "paddleocr_vl": paddleocr_vl,
+    "kimi_k25": kimi_k25,
     "llama4": llama4,
 }
 FAMILIES = {name: builder for name, builder in _BUILDERS.items() if name not in BROKEN}
@@ -121,6 +137,13 @@ _LAYOUTS: dict[str, Family] = {
     "smolvlm": SmolVLM(),
     "gemma3": Gemma3(),
     "paligemma": PaliGemma(),
+    "gemma4": Gemma4(),
+    "glm4v": Glm(),
+    "glm46v": Glm(),
+    "glm4v_moe": Glm(),
+    "mistral3": Mistral(),
+    "paddleocr_vl": Paddle(),
+    "kimi_k25": Kimi(),
     "llama4": Llama4(),
 }
 

@@ -222,7 +222,9 @@ def _draw_weights(model: nn.Module, generator: torch.Generator) -> None:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 1:  # norms (not exactly one: a forgotten norm must show) and biases
-                zero = name.endswith("bias") or "Gemma" in type(_owner(model, name)).__name__  # 1 + weight
+                zero = name.endswith("bias") or "Gemma" in _owner(
+                    model, name
+                )  # 1 + weight, but for Gemma 4's
                 parameter.copy_(0.1 * noise + (0.0 if zero else 1.0))
             elif any(
                 part in name
@@ -237,5 +239,5 @@ def _draw_weights(model: nn.Module, generator: torch.Generator) -> None:
                 parameter.copy_(gain / math.sqrt(fan_in) * noise)
 
 
-def _owner(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])
+def _owner(model: nn.Module, name: str) -> str:
+    return type(model.get_submodule(name.rpartition(".")[0])).__name__.replace("Gemma4", "")

@@ -62,7 +62,7 @@ def qwen2_vl(
     vision = _vision(vision_layers, mlp_ratio=2, embed_dim=32) | {"hidden_size": d}
     del vision["intermediate_size"]
     config = Qwen2VLConfig(
-        text_config=_text(layers, d, heads, kv_heads, sliding_window), vision_config=vision, **_TOKENS
+        text_config=_text(layers, d, heads, kv_heads, sliding_window), vision_config=vision, **TOKENS
     )
     return build_model(Qwen2VLForConditionalGeneration, config, attn_implementation, dtype, seed)
 
@@ -84,7 +84,7 @@ def qwen2_5_vl(
         vision_layers, window_size=16, out_hidden_size=d, fullatt_block_indexes=[vision_layers - 1]
     )
     config = Qwen2_5_VLConfig(
-        text_config=_text(layers, d, heads, kv_heads, sliding_window), vision_config=vision, **_TOKENS
+        text_config=_text(layers, d, heads, kv_heads, sliding_window), vision_config=vision, **TOKENS
     )
     return build_model(Qwen2_5_VLForConditionalGeneration, config, attn_implementation, dtype, seed)
 
@@ -114,9 +114,9 @@ def qwen3_vl(
     )
     if moe:
         text |= {**_EXPERTS, "decoder_sparse_step": 1}
-        config = Qwen3VLMoeConfig(text_config=text, vision_config=vision, **_TOKENS)
+        config = Qwen3VLMoeConfig(text_config=text, vision_config=vision, **TOKENS)
         return build_model(Qwen3VLMoeForConditionalGeneration, config, attn_implementation, dtype, seed)
-    config = Qwen3VLConfig(text_config=text, vision_config=vision, **_TOKENS)
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, **TOKENS)
     return build_model(Qwen3VLForConditionalGeneration, config, attn_implementation, dtype, seed)
 
 
@@ -150,16 +150,16 @@ def qwen3_5(
     vision = _vision(vision_layers, out_hidden_size=d, num_position_embeddings=64)
     if moe:
         text |= {**_EXPERTS, "shared_expert_intermediate_size": 32}
-        config = Qwen3_5MoeConfig(text_config=text, vision_config=vision, **_TOKENS)
+        config = Qwen3_5MoeConfig(text_config=text, vision_config=vision, **TOKENS)
         return build_model(Qwen3_5MoeForConditionalGeneration, config, attn_implementation, dtype, seed)
-    config = Qwen3_5Config(text_config=text, vision_config=vision, **_TOKENS)
+    config = Qwen3_5Config(text_config=text, vision_config=vision, **TOKENS)
     return build_model(Qwen3_5ForConditionalGeneration, config, attn_implementation, dtype, seed)
 
 
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
-_TOKENS = {
+TOKENS = {
     "image_token_id": IMAGE,
     "video_token_id": VIDEO,
     "vision_start_token_id": VISION_START,

@@ -9,12 +9,17 @@ from torch import nn
 from tokenprune.errors import ConfigError, UnsupportedModelError
 from tokenprune.models.base import Family
 from tokenprune.models.gemma3 import Gemma3
+from tokenprune.models.gemma4 import Gemma4
+from tokenprune.models.glm4v import Glm4v
 from tokenprune.models.idefics3 import Idefics3, SmolVLM
 from tokenprune.models.internvl import InternVL
+from tokenprune.models.kimi_k25 import KimiK25
 from tokenprune.models.llama4 import Llama4
 from tokenprune.models.llava import Llava
 from tokenprune.models.llava_next import LlavaNext
 from tokenprune.models.llava_onevision import LlavaOnevision
+from tokenprune.models.mistral3 import Mistral3
+from tokenprune.models.paddleocr_vl import PaddleOCRVL
 from tokenprune.models.paligemma import PaliGemma
 from tokenprune.models.qwen2_5_vl import Qwen25VL
 from tokenprune.models.qwen2_vl import Qwen2VL
@@ -31,10 +36,15 @@ _ALL = (
     Qwen25VL(),
     Qwen3VL(),
     Qwen35(),
+    Glm4v(),
+    Mistral3(),
+    PaddleOCRVL(),
+    KimiK25(),
     InternVL(),
     Idefics3(),
     SmolVLM(),
     Gemma3(),
+    Gemma4(),
     PaliGemma(),
     Llama4(),
 )
@@ -105,6 +115,7 @@ def find_family(model: nn.Module, asked: str | Family | None = None) -> Family:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for family in FAMILIES.values():
         if kind in family.model_types and head is not None:
+            family.check_model(model)
             return family
     supported = ", ".join(sorted(t for f in FAMILIES.values() for t in f.model_types))
     if any(kind in family.model_types for family in FAMILIES.values()):

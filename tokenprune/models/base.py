@@ -80,6 +80,13 @@ def rotate_half(x: Tensor) -> Tensor:
     return torch.cat((-second, first), dim=-1)
 
 
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply a vision layer's rotary embedding (m, d) to x (m, heads, d), in float32 as they do."""
+    cos, sin = (part.to(x.device).float().unsqueeze(1) for part in (cos, sin))
+    wide = x.float()
+    return (wide * cos + rotate_half(wide) * sin).to(x.dtype)
+
+
 class Family(ABC):
     """One model family. Subclasses are stateless; one file each under `tokenprune/models/`.
 
@@ -91,6 +98,7 @@ class Family(ABC):
         first_position: position id of the first token.
         sizes_ahead: whether generate() hides from the model what `sizes` reads, so that it has to be noted when
             the features are computed.
+        block_kinds: kinds of layers in which `blocks` are seen both ways; none named: all of them.
     """
 
     name: ClassVar[str]
@@ -99,6 +107,7 @@ class Family(ABC):
     mrope: ClassVar[bool] = False
     first_position: ClassVar[int] = 0
     sizes_ahead: ClassVar[bool] = False
+    block_kinds: ClassVar[tuple[str, ...]] = ()
 
     # -- where things are ---------------------------------------------------------------------------------------
 
@@ -142,6 +151,13 @@ class Family(ABC):
         raise UnsupportedModelError(
             f"the vision attention of {self.name} models is not available; use a method that does not need it"
         )
+
+    def check_model(self, model: nn.Module) -> None:  # noqa: B027  # optional
+        """Refuse a model of one of the family's types that it cannot serve.
+
+        Raises:
+            UnsupportedModelError: says why.
+        """
 
     # -- what a call brings -------------------------------------------------------------------------------------
 

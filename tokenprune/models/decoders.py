@@ -23,6 +23,7 @@ class Decoder:
 
     model_types: ClassVar[tuple[str, ...]] = (
         *("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "gemma", "gemma2"),
+        *("glm4v_moe_text", "paddleocr_vl_text"),
     )
 
     def state_module(self, attention: Any, state: str) -> nn.Module:
@@ -47,9 +48,13 @@ class Decoder:
         """
         cos, sin = (part.to(x.device).unsqueeze(1) for part in rope)
         width = cos.shape[-1]
-        first, second = x[..., :width].chunk(2, dim=-1)
-        turned = x[..., :width] * cos + torch.cat((-second, first), dim=-1) * sin
+        turned = x[..., :width] * cos + self.quarter_turn(x[..., :width]) * sin
         return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)
+
+    def quarter_turn(self, x: Tensor) -> Tensor:
+        """Each pair of coordinates turned by 90 degrees."""
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((-second, first), dim=-1)
 
     def turns_heads_alike(self, text_model: Any) -> bool:
         """Whether `rotate` is a turn of all heads by the same angles, lengths kept (YaRN, for one, scales them)."""
@@ -59,6 +64,24 @@ class Decoder:
     def temperature(self, attention: Any, columns: Tensor) -> Tensor | None:
         """By what a layer multiplies its queries at these columns of the conversation; None where it does not."""
         return None
+
+
+class InterleavedDecoder(Decoder):
+    """GLM-4: the coordinates of a pair are neighbours."""
+
+    model_types = ("glm4v_text", "glm_ocr_text")
+
+    def quarter_turn(self, x: Tensor) -> Tensor:
+        return torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
+
+
+class GptOssDecoder(Decoder):
+    """gpt-oss: the rotary embedding says every angle once."""
+
+    model_types = ("gpt_oss",)
+
+    def rotate(self, attention: Any, x: Tensor, rope: Any) -> Tensor:
+        return super().rotate(attention, x, tuple(torch.cat((part, part), dim=-1) for part in rope))
 
 
 class NormedDecoder(Decoder):
@@ -81,6 +104,15 @@ class Gemma3Decoder(NormedDecoder):
 
     def by_token(self, attention: Any, output: Tensor) -> Tensor:
         return super().by_token(attention, output) if output.ndim == 3 else output.transpose(1, 2)
+
+
+class Gemma4Decoder(NormedDecoder):
+    """Gemma 4: values are normed, too; some layers have no projection of their own for them."""
+
+    model_types = ("gemma4_text",)
+
+    def state_module(self, attention: Any, state: str) -> nn.Module:
+        return getattr(attention, f"{state[0]}_norm")
 
 
 class Llama4Decoder(Decoder):
@@ -131,7 +163,17 @@ def takes_biases(text_config: Any) -> bool:
 _PLAIN = Decoder()
 DECODERS: dict[str, Decoder] = {
     name: decoder
-    for decoder in (_PLAIN, NormedDecoder(), Gemma3Decoder(), Llama4Decoder())
+    for decoder in (
+        *(
+            _PLAIN,
+            InterleavedDecoder(),
+            GptOssDecoder(),
+            NormedDecoder(),
+            Gemma3Decoder(),
+            Gemma4Decoder(),
+            Llama4Decoder(),
+        ),
+    )
     for name in decoder.model_types
 }
 
@@ -145,6 +187,6 @@ def check_states(text_config: Any) -> None:
     """Raises UnsupportedModelError where the states of a decoder's layers cannot be had."""
     if text_config.model_type not in DECODERS:
         raise UnsupportedModelError(
-            f"queries, keys and values of {text_config.model_type!r} decoders are not available (only of "
-            f"{', '.join(DECODERS)}); use a method that does not need them, or source='hidden'"
+            f"queries, keys and values of {text_config.model_type!r} decoders are not available: nobody here has "
+            f"looked at how they are made; use a method that does not need them, or source='hidden'"
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tokenprune.errors import ConfigError
 from tokenprune.hashing import digest, mix
-from tokenprune.models.base import Family, Layout, VisionCall, VisionTap, rotate_half
+from tokenprune.models.base import Family, Layout, VisionCall, VisionTap, turn
 from tokenprune.models.crops import SCALES, checked_layer
 from tokenprune.tokens import Grid, Image, IntArray, VisionAttention
 
@@ -93,10 +93,3 @@ class Qwen2VL(Family):
     def to_tokens(self, model: nn.Module, patches: Tensor, image: Image) -> Tensor:
         # The patches of a token stand one after the other.
         return patches.reshape(-1, image.grids[0].merge ** 2, patches.shape[-1]).mean(1)
-
-
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply the vision layers' rotary embedding (m, d) to x (m, heads, d), in float32 as they do."""
-    cos, sin = (part.to(x.device).float().unsqueeze(1) for part in (cos, sin))
-    wide = x.float()
-    return (wide * cos + rotate_half(wide) * sin).to(x.dtype)

@@ -47,7 +47,7 @@ class Assumptions:
         if self.hold or call.stages is None:
             return
         self._layers.add(i)
-        if len(args) > 1:
+        if any(arg is not None for arg in args[1:]):
             raise refusal(f"hands its decoder layers {len(args)} arguments by place")
         missing = [name for name in _KNOWN[1:] if name not in kwargs]
         if missing or not names_cache(kwargs):

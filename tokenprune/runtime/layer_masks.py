@@ -23,10 +23,11 @@ class LayerMasks:
     Args:
         text_config: of the text model.
         attention: the attention module of one of its layers.
+        block_kinds: see `Family`.
     """
 
-    def __init__(self, text_config: Any, attention: nn.Module) -> None:
-        self.text_config = text_config
+    def __init__(self, text_config: Any, attention: nn.Module, block_kinds: tuple[str, ...] = ()) -> None:
+        self.text_config, self._block_kinds = text_config, block_kinds
         self.is_causal = bool(getattr(attention, "is_causal", True))
         # Read once: looking into a config costs more than a hook should on a decoding step.
         self._local = [masks.local_attention(text_config, i) for i in range(text_config.num_hidden_layers)]
@@ -167,7 +168,8 @@ class LayerMasks:
             visible = self.entries(call, i, hidden)
         within = self._within(call, i, hidden) if self.looks_back(call, i) else None
         blocks = None
-        if call.blocks is not None and hidden.shape[1] > 1:
+        seen_both_ways = not self._block_kinds or self.kinds[i] in self._block_kinds
+        if call.blocks is not None and seen_both_ways and hidden.shape[1] > 1:
             columns = self._columns(call, i, hidden)
             own = call.blocks.to(hidden.device)
             blocks = own.gather(1, columns.clamp(0, own.shape[1] - 1)).masked_fill(

@@ -19,8 +19,9 @@ from tokenprune.runtime.early import check_early
 from tokenprune.runtime.later import continue_short, rescale
 from tokenprune.runtime.layer_masks import KEEP
 from tokenprune.runtime.record import begin_writing, record_of
-from tokenprune.runtime.stages import pick
+from tokenprune.runtime.stages import pick, pick_positions
 from tokenprune.runtime.state import Call
+from tokenprune.runtime.states import asked_for
 from tokenprune.runtime.taps import Taps
 from tokenprune.runtime.wrapped import Changed, Wrapped
 from tokenprune.tensors import as_written
@@ -84,10 +85,12 @@ class LayerHooks:
         calls.begin(module, None)
         return None
 
-    def _leave_text_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _leave_text_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         calls = self.runtime.calls
         if calls.stack and calls.stack[-1].owner is module:
             calls.end(module)
+        call, asked = self.runtime.call, kwargs.get("logits_to_keep")
+        return None if call is None or call.stages is None else asked_for(output, asked)
 
     def _prompt(self, call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The text model's inputs, after what a cut before the LLM needs."""
@@ -259,7 +262,7 @@ class LayerHooks:
                 ids = None  # gaps in them would be read as packed sequences; rotary embeddings carry the positions
             call.positions[key] = {
                 "position_embeddings": self.runtime.decoder.rope_of(rope, lambda x: pick(x, index)),
-                "position_ids": ids if ids is None else pick(ids, index),
+                "position_ids": ids if ids is None else pick_positions(ids, index),
             }
         return call.positions[key]
 

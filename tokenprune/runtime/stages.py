@@ -212,6 +212,11 @@ def pick(states: Tensor, slots: Tensor) -> Tensor:
     return flat.view(batch, short, *states.shape[2:])
 
 
+def pick_positions(ids: Tensor, slots: Tensor) -> Tensor:
+    """Position ids (B | 1, L), or of several axes (axes, B | 1, L), at slots (B, L')."""
+    return pick(ids, slots) if ids.ndim == 2 else torch.stack([pick(axis, slots) for axis in ids])
+
+
 def _right_align(rows: Sequence[Tensor], length: int) -> Tensor:
     """Sort each row's columns and fill up with -1 on the left: (B, length)."""
     padded = [torch.nn.functional.pad(row, (length - len(row), 0), value=-1) for row in rows]

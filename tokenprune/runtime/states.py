@@ -77,7 +77,25 @@ def last_row(states: LayerStates, row: int, slots: Tensor, columns: Tensor) -> T
         window = getattr(module.config, "sliding_window", None)
     if window is not None:
         logits = logits.masked_fill(columns <= last - window, -torch.inf)
-    return logits.softmax(-1)
+    sinks = getattr(module, "sinks", None)  # (heads,) logits of a column that is nobody's
+    if sinks is None:
+        return logits.softmax(-1)
+    return torch.cat([logits, sinks.float()[:, None]], dim=1).softmax(-1)[:, :-1]
+
+
+def asked_for(output: Any, asked: int | Tensor | None) -> Any:
+    """A text model's output, its states those of the logits asked for.
+
+    A model that hands `logits_to_keep` on to its text model takes states of the prompt's length for all of them, and
+    others for those asked for already (Gemma 4).
+    """
+    if asked is None or (isinstance(asked, int) and not asked) or output is None:  # None: it failed
+        return output
+    states = output[0]
+    kept = states[:, -asked:] if isinstance(asked, int) else states[:, asked]
+    if isinstance(output, tuple):
+        return kept, *output[1:]
+    return type(output)(**{**dict(output), "last_hidden_state": kept})
 
 
 def picked(row: int, columns: Tensor) -> Callable[[Tensor], Tensor]:

@@ -92,7 +92,8 @@ class Wrapped:
         self.shape, self.costs = decoder_shape(model, family), layer_costs(model, family)
         self.attending = family.attending(model)
         self.first = self.attending[0]  # whose mask and length the model makes all others' of
-        self.masks = LayerMasks(self.text_config, family.attention(self.layers[self.first]))
+        first = family.attention(self.layers[self.first])
+        self.masks = LayerMasks(self.text_config, first, family.block_kinds)
         self.calls = Calls({})
         self.assumptions = Assumptions()
         self.gate = threading.RLock()  # between calls that begin and hooks that come and go

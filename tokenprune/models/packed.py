@@ -1,0 +1,58 @@
+"""Towers that are given pictures of any size one behind the other in one sequence, patches row by row."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokenprune.models.base import Family, VisionCall, VisionTap, turn
+from tokenprune.models.crops import checked_layer
+from tokenprune.models.qwen2_vl import Qwen2VL
+from tokenprune.tokens import Image, IntArray, VisionAttention
+
+
+class Packed(Qwen2VL):
+    """Qwen2-VL's inputs; but the patches of a token do not stand one after the other."""
+
+    @abstractmethod
+    def vision_attentions(self, tower: Any) -> list[nn.Module]:
+        """The attention module of each of the tower's layers."""
+
+    def tower_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        pixels = args[0] if args else kwargs["pixel_values"]
+        return pixels.flatten(0, -4), kwargs["grid_thw"] if len(args) < 2 else args[1]
+
+    def vision_tap(self, model: nn.Module, layer: int | None = None) -> VisionTap:
+        attentions = self.vision_attentions(self.vision_tower(model))
+        attention: Any = attentions[-1 if layer is None else checked_layer(layer, len(attentions))]
+
+        def read(call: VisionCall) -> list[list[VisionAttention]]:
+            assert call.sizes is not None
+            return attend(attention, call, call.sizes.prod(-1).tolist())
+
+        return VisionTap(attention, (attention.q_proj, attention.k_proj), read, packed=True)
+
+    def patches(self, model: nn.Module, pixels: Tensor, sizes: IntArray | None) -> list[Tensor]:
+        assert sizes is not None
+        return list(pixels.split(sizes.prod(-1).tolist()))
+
+    def to_tokens(self, model: nn.Module, patches: Tensor, image: Image) -> Tensor:
+        return Family.to_tokens(self, model, patches, image)
+
+
+def attend(attention: Any, call: VisionCall, patches: Sequence[int]) -> list[list[VisionAttention]]:
+    """The attention of each picture, which attends within itself, from the outputs of `q_proj` and `k_proj`.
+
+    Args:
+        attention: its module.
+        call: what was caught.
+        patches: of each picture.
+    """
+    cos, sin = (part.flatten(0, -2) for part in call.attention["position_embeddings"])
+    query, key = (x.flatten(0, -2).unflatten(-1, (-1, attention.head_dim)) for x in call.outputs)
+    query, key = (turn(x, cos, sin).transpose(0, 1) for x in (query, key))
+    pairs = zip(query.split(patches, dim=1), key.split(patches, dim=1), strict=True)
+    return [[VisionAttention(q, k, attention.scaling, has_cls=False)] for q, k in pairs]
