@@ -12,7 +12,7 @@ from torch import nn
 from tokenprune.arguments import Arguments
 from tokenprune.auto import resolve
 from tokenprune.budget import BudgetMeaning, Cut, Keep
-from tokenprune.errors import BudgetError, ConfigError
+from tokenprune.errors import BudgetError, ConfigError, UnsupportedModelError
 from tokenprune.fingerprint import fingerprint
 from tokenprune.methods import DecoderShape, Method, NoPruning, ScoreMethod, make_method
 from tokenprune.methods.base import PROJECTED, Needs
@@ -133,6 +133,11 @@ def _check_needs(model: nn.Module, family: Family, method: Method) -> None:
         raise ConfigError(
             f"method {method.name!r} adds biases to attention, which {attention_backend(text)} does not take; load the "
             f"model with attn_implementation='sdpa' or 'eager', or ask for no bias (vflowopt: size_term=False)"
+        )
+    if family.on_trial and (needs.merges or needs.bias):
+        raise UnsupportedModelError(
+            f"method {method.name!r} merges tokens or adds biases, and a model of no known family is tried by what is "
+            f"dropped alone; take a method that only drops (uniform, entropyprune, fastv)"
         )
     if needs.counts and type(method).count is Method.count:
         raise ConfigError(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
 
-from tokenprune.errors import ConfigError, UnsupportedModelError
+from tokenprune.errors import ConfigError, UnsupportedModelError, UntestedWarning
 from tokenprune.models.base import Family
 from tokenprune.models.gemma3 import Gemma3
 from tokenprune.models.gemma4 import Gemma4
+from tokenprune.models.generic import Generic
 from tokenprune.models.glm4v import Glm4v
 from tokenprune.models.idefics3 import Idefics3, SmolVLM
 from tokenprune.models.internvl import InternVL
@@ -52,7 +54,9 @@ FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 # Why a well-known model cannot be served.
 REFUSED = {
-    "mllama": "its images are read by cross-attention: there are no visual tokens in the sequence to prune"
+    "mllama": "its images are read by cross-attention: there are no visual tokens in the sequence to prune",
+    "gemma3n": "its layers get an input of their own for every token, and the last ones borrow keys of earlier ones, "
+    "which nobody here shortens",
 }
 
 # Checkpoints as their authors released them, by model_type, and the twin that transformers reads.
@@ -117,16 +121,38 @@ def find_family(model: nn.Module, asked: str | Family | None = None) -> Family:
         if kind in family.model_types and head is not None:
             family.check_model(model)
             return family
-    supported = ", ".join(sorted(t for f in FAMILIES.values() for t in f.model_types))
     if any(kind in family.model_types for family in FAMILIES.values()):
         raise UnsupportedModelError(
             f"{type(model).__name__} is the body of a {kind!r} model, and pruning hooks into the whole: wrap the class "
             f"with its language head (...ForConditionalGeneration); as an embedding model it is not supported yet"
         )
-    why = f": {REFUSED[kind]}" if kind in REFUSED else ""
-    raise UnsupportedModelError(
-        f"{type(model).__name__} (model_type {kind!r}) is not supported{why}; supported: {supported}, or pass family="
+    if kind in REFUSED:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} (model_type {kind!r}) is not supported: {REFUSED[kind]}"
+        )
+    return _unknown(model, kind)
+
+
+def _unknown(model: nn.Module, kind: str) -> Family:
+    """What is tried on a model of a type that is not known.
+
+    Raises:
+        UnsupportedModelError: its layout is not the usual one.
+    """
+    try:
+        family = Generic(model)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} (model_type {kind!r}) is not supported ('tokenprune models' lists what is), and "
+            f"its layout is not the usual one: {error}; pass a Family of your own as family= (docs/family.md)"
+        ) from None
+    warnings.warn(
+        f"{type(model).__name__} (model_type {kind!r}) is of no known family: its first prompt is run twice, pruned "
+        f"and with what was dropped masked, and refused if they differ; nobody looks into its vision tower",
+        UntestedWarning,
+        stacklevel=2,
     )
+    return family
 
 
 def misfit(family: Family, model: nn.Module, error: Exception) -> UnsupportedModelError:
@@ -148,6 +174,7 @@ def _check_fits(family: Family, model: nn.Module) -> None:
         first = family.layers(model)[family.attending(model)[0]]
         family.base(model), family.final_norm(model), family.vision_tower(model), family.attention(first)
         family.token_id(model, "image"), family.decoder(model)
+        family.check_model(model)
     except Exception as error:  # whatever a foreign layout makes it raise
         raise misfit(family, model, error) from error
 

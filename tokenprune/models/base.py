@@ -98,6 +98,7 @@ class Family(ABC):
         first_position: position id of the first token.
         sizes_ahead: whether generate() hides from the model what `sizes` reads, so that it has to be noted when
             the features are computed.
+        on_trial: whether what it assumes is tried on a model's first prompt.
         block_kinds: kinds of layers in which `blocks` are seen both ways; none named: all of them.
     """
 
@@ -107,6 +108,7 @@ class Family(ABC):
     mrope: ClassVar[bool] = False
     first_position: ClassVar[int] = 0
     sizes_ahead: ClassVar[bool] = False
+    on_trial: ClassVar[bool] = False
     block_kinds: ClassVar[tuple[str, ...]] = ()
 
     # -- where things are ---------------------------------------------------------------------------------------

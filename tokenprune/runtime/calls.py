@@ -20,6 +20,7 @@ from tokenprune.runtime.record import Columns, attach, extend, record_of
 from tokenprune.runtime.rows import remember
 from tokenprune.runtime.state import Call, open_call
 from tokenprune.runtime.taps import Taps
+from tokenprune.runtime.trial import try_prompt
 from tokenprune.runtime.wrapped import Changed, Wrapped
 
 
@@ -47,6 +48,8 @@ class CallHooks:
         """Before the model, or before its inner multimodal model when that is called directly."""
         runtime = self.runtime
         calls = runtime.calls
+        if calls.trying:
+            return None
         if module not in self._names:
             raise UnsupportedModeError(
                 f"this {type(module).__name__} is a copy (by copy.copy, or a replica of DataParallel) of a wrapped "
@@ -76,6 +79,8 @@ class CallHooks:
                 runtime.wake()
         if call is None or call.stages is None or module is not runtime.model:
             return None if inputs is given else ((), inputs)
+        if runtime.on_trial and not call.past:
+            call.given = dict(inputs)
         call.labels = inputs.pop("labels", None)
         # What the stock forward would pass on to the loss (the Trainer's num_items_in_batch, for example).
         call.loss_options = {name: value for name, value in inputs.items() if name not in names}
@@ -109,6 +114,9 @@ class CallHooks:
             remember(call.cache, call.record)
         if stages is not None:
             runtime.assumptions.check_call(call, output, layers)
+            if call.given is not None:
+                try_prompt(runtime, call, call.given, output)
+                runtime.on_trial = False
             if call.cache is not None:
                 new = [stages.done[c - 1] if c else None for c in call.config.cuts_by(layers)]
                 if call.config.arguments.compact_early:

@@ -151,6 +151,7 @@ class Calls(threading.local):
 
     Attributes:
         ahead: what is wanted of the text model while it runs on images alone.
+        trying: whether a prompt runs once more, unpruned, to compare with; see `trial.py`.
     """
 
     everywhere: dict[int, list[Entry]]  # by thread
@@ -158,6 +159,7 @@ class Calls(threading.local):
     def __init__(self, everywhere: dict[int, list[Entry]]) -> None:
         self.stack: list[Entry] = []
         self.ahead: Ahead | None = None
+        self.trying = False
         self._tower: tuple[object, FrameType | None] | None = None
         self.everywhere = everywhere
         everywhere[threading.get_ident()] = self.stack

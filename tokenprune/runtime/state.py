@@ -64,13 +64,13 @@ class Call:
         self.kinds: tuple[str, ...] = ()
         self.facts: dict[str, VisionFacts] = {}
         self.sizes: list[tuple[Tensor, IntArray]] = []
+        self.given: dict[str, Any] | None = None  # what a prompt that is tried brings; see `trial.py`
         self.labels: Tensor | None = None
         self.loss_options: dict[str, Any] = {}
         self.shift: Tensor | None = None
         self.deltas: Tensor | None = None  # the model's own when the call began; see `deltas.py`
         self.reason: str | None = None
         self.notes: dict[Key, list[Mapping[str, int | Tensor]]] = {}
-        # Filled in by the layers' hooks.
         self.is_plain = False  # whether its layers need nothing: no cut, and no masks but the model's
         # What layers behind the last cut are given instead of their own, by what it was made of.
         self.changes: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -242,7 +242,7 @@ def _images(
 ) -> list[list[Image]]:
     layouts = family.layouts(model, kind, sizes)
     times = 1
-    if encoded:
+    if encoded and layouts:
         # Beams: generate() encodes an image once and repeats each row's features; what was noted is not repeated.
         given = int((ids == family.token_id(model, kind)).sum())
         times = max(1, given // max(1, sum(layout.columns for layout in layouts)))

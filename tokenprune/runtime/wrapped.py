@@ -96,6 +96,7 @@ class Wrapped:
         self.masks = LayerMasks(self.text_config, first, family.block_kinds)
         self.calls = Calls({})
         self.assumptions = Assumptions()
+        self.on_trial = family.on_trial
         self.gate = threading.RLock()  # between calls that begin and hooks that come and go
         self.installed = False
         self.awake = False  # whether the hooks that only some calls need are on
