@@ -535,7 +535,7 @@ def test_errors_hold_no_escapes_for_the_terminal(image: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "advice"),
     [
-        (_text_only, "is a 'llama' model, which cannot be pruned; supported: gemma3, idefics3, internvl, "),
+        (_text_only, "is a 'llama' model, which reads no images; 'tokenprune models' lists "),
         (_empty, "give a model folder"),
         (_nonsense, "is a 'nosuch' model, which transformers 5."),
         (partial(_of_type, "llava_llama"), "its twin is llava-hf/llava-1.5-7b-hf"),

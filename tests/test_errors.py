@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3_5ForSequenceClassification
 
 import judge
 import tiny
@@ -220,17 +220,18 @@ def text_only() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
+def classifier() -> Any:
+    return Qwen3_5ForSequenceClassification(tiny.qwen3_5(layers=2).config).eval()
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
         (
             text_only,
-            r"LlamaForCausalLM \(model_type 'llama'\) is not supported; supported: gemma3, .*, or pass family=",
+            r"LlamaForCausalLM \(model_type 'llama'\) is not supported.* no text model is found .* pass a Family",
         ),
-        (
-            lambda: tiny.llava(layers=1).model,
-            r"LlavaModel is the body of a 'llava' model.*ForConditionalGeneration",
-        ),
+        (classifier, "Qwen3_5ForSequenceClassification has another head .*or the body alone"),
         (
             lambda: nn.Linear(2, 2),
             "expected a loaded transformers model, got Linear; load it with from_pretrained",
@@ -239,7 +240,7 @@ def text_only() -> Any:
         (lambda: None, "expected a loaded transformers model, got NoneType"),
         (lambda: tiny.llava, "expected a loaded transformers model, got function"),
     ],
-    ids=["llama", "headless", "linear", "string", "none", "function"],
+    ids=["llama", "classifier", "linear", "string", "none", "function"],
 )
 def test_unsupported_models(make: Callable[[], Any], text: str) -> None:
     model = make()

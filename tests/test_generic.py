@@ -147,11 +147,37 @@ def test_a_layout_that_is_not_the_usual_one() -> None:
         find_family(model)
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_bodies_without_a_head(family: str) -> None:
+    """As models that embed are: the states of what is left, the same to the bit as inside the whole model."""
+    whole = tiny.build(family)
+    if not hasattr(whole, "model"):
+        pytest.skip("no body of its own")
+    prefix = [["image", "text:12"], ["image", "text:12"]]
+    inputs = tiny.inputs(whole, prefix if family == "paligemma" else judge.ROWS)
+    for cut in CUTS.values():
+        states = []
+        for wrapped in (whole, whole.model):
+            with tokenprune.pruned(wrapped, **cut), torch.no_grad():
+                states.append(whole.model(**inputs).last_hidden_state)
+                assert tokenprune.report(wrapped).pruned
+        assert torch.equal(*states) and states[0].shape[1] < inputs["input_ids"].shape[1]
+
+
 @pytest.mark.parametrize("kind", ["gemma3n", "mllama"])
 def test_types_that_are_known_not_to_work(kind: str) -> None:
     model = tiny.llava()
     model.config.model_type = kind
     with pytest.raises(tokenprune.UnsupportedModelError, match=f"{kind!r}.*is not supported: its"):
+        find_family(model)
+
+
+def test_checkpoints_of_their_authors_own_code() -> None:
+    model = tiny.internvl()
+    model.config.model_type = "internvl_chat"
+    with pytest.raises(
+        tokenprune.UnsupportedModelError, match=r"its twin in transformers, OpenGVLab/InternVL3-8B-hf"
+    ):
         find_family(model)
 
 

@@ -40,6 +40,22 @@ def plain_tensors(held: Any) -> Iterator[Tensor]:
             yield from plain_tensors(part)
 
 
+def split_over(module: Any) -> Any:
+    """The device mesh over which a linear module's outputs are split (tensor parallelism); None where they are not."""
+    weight: Any = getattr(module, "weight", None)
+    mesh = getattr(weight, "device_mesh", None)
+    if mesh is None or mesh.size() == 1:
+        return None
+    return mesh if any(place.is_shard(0) for place in weight.placements) else None
+
+
+def gathered(x: Tensor, mesh: Any, dim: int) -> Tensor:
+    """The parts of all ranks of a mesh, one behind the other along a dimension."""
+    parts = [torch.empty_like(x) for _ in range(mesh.size())]
+    torch.distributed.all_gather(parts, x.contiguous(), group=mesh.get_group())
+    return torch.cat(parts, dim=dim)
+
+
 def to_host(tensors: list[Tensor]) -> list[NDArray[np.int64]]:
     """Copy integer tensors to the host, those on a device in one transfer."""
     away = [t for t in tensors if t.device.type != "cpu"]

@@ -124,13 +124,12 @@ def _unknown(name: str, kind: str) -> str:
 
 
 def _check_type(name: str, config: Any) -> None:
-    from tokenprune.models import FAMILIES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
 
-    supported = sorted(t for family in FAMILIES.values() for t in family.model_types)
-    if config.model_type not in supported:
+    if config.model_type not in KNOWN:  # of those, types without a family are tried
         raise UnsupportedModelError(
-            f"{name!r} is a {config.model_type!r} model, which cannot be pruned; supported: {', '.join(supported)} "
-            f"(see 'tokenprune models')"
+            f"{name!r} is a {config.model_type!r} model, which reads no images; 'tokenprune models' lists what is "
+            f"pruned"
         )
 
 

@@ -116,21 +116,35 @@ def find_family(model: nn.Module, asked: str | Family | None = None) -> Family:
         return FAMILIES[asked]
     config: Any = model.config
     kind = getattr(config, "model_type", type(model).__name__)
-    head = getattr(model, "get_output_embeddings", lambda: None)()
     for family in FAMILIES.values():
-        if kind in family.model_types and head is not None:
+        if kind in family.model_types:
+            _check_head(model)
             family.check_model(model)
             return family
-    if any(kind in family.model_types for family in FAMILIES.values()):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is the body of a {kind!r} model, and pruning hooks into the whole: wrap the class "
-            f"with its language head (...ForConditionalGeneration); as an embedding model it is not supported yet"
-        )
     if kind in REFUSED:
         raise UnsupportedModelError(
             f"{type(model).__name__} (model_type {kind!r}) is not supported: {REFUSED[kind]}"
         )
+    if kind in TWINS:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is a {kind!r} model of its authors' own code; prune its twin in transformers, "
+            f"{TWINS[kind]}"
+        )
     return _unknown(model, kind)
+
+
+def _check_head(model: nn.Module) -> None:
+    """Refuse what finds its states by their columns in the input; a body alone (models that embed) gives them all.
+
+    Raises:
+        UnsupportedModelError: names the class.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None and hasattr(model, "model"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has another head than a language model's, which looks for its states where they "
+            f"were before pruning; wrap the class ...ForConditionalGeneration, or the body alone"
+        )
 
 
 def _unknown(model: nn.Module, kind: str) -> Family:

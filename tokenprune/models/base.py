@@ -114,8 +114,11 @@ class Family(ABC):
     # -- where things are ---------------------------------------------------------------------------------------
 
     def base(self, model: nn.Module) -> nn.Module:
-        """The module that merges visual features into the prompt (it receives `input_ids` and pixels)."""
-        return model.model  # type: ignore[return-value]
+        """The module that merges visual features into the prompt (it receives `input_ids` and pixels).
+
+        The model itself where it has no head, as models that embed have not.
+        """
+        return getattr(model, "model", model)
 
     def text_model(self, model: nn.Module) -> nn.Module:
         return self.base(model).language_model  # type: ignore[return-value]

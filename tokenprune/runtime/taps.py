@@ -23,6 +23,7 @@ from tokenprune.runtime.state import Call
 from tokenprune.runtime.states import EnoughSeen, LayerStates, Observer
 from tokenprune.runtime.tower import TowerTap
 from tokenprune.runtime.wrapped import Wrapped
+from tokenprune.tensors import gathered, split_over
 
 
 class Taps:
@@ -136,6 +137,8 @@ class Taps:
     ) -> None:
         """Score as soon as the last state a method needs is there; nothing but its selection is kept."""
         call, ahead = self.runtime.call, self.runtime.calls.ahead
+        if (call is not None and call.caught is not None) or ahead is not None:
+            output = self._of_all_ranks(layer, state, output)
         if ahead is not None and call is None and ahead.caught is not None and layer == ahead.layer - 1:
             # Tokens along dimension 1 whatever the decoder, so that images can be told apart.
             ahead.caught.raw[state] = self.runtime.decoder.by_token(ahead.caught.module, output).flatten(2)
@@ -157,6 +160,15 @@ class Taps:
         wanted = {state for at, state in self._armed if at == layer}
         if not waits and caught.raw.keys() >= wanted:
             call.caught = None
+
+    def _of_all_ranks(self, layer: int, state: str, output: Tensor) -> Tensor:
+        """With all heads, where tensor parallelism gives each rank some: all ranks then keep the same tokens."""
+        decoder, attention = self.runtime.decoder, self.runtime.family.attention(self.runtime.layers[layer])
+        mesh = split_over(getattr(attention, f"{state[0]}_proj", None))
+        if mesh is None:
+            return output
+        # `by_token` is its own inverse on states that are told apart by head.
+        return decoder.by_token(attention, gathered(decoder.by_token(attention, output), mesh, 2))
 
     def _scored(self, call: Call, layer: int) -> bool:
         """Whether the call's next cut scores states of this layer."""

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.config import PruneConfig
+from tokenprune.errors import UnsupportedModelError
 from tokenprune.methods.base import Needs
 from tokenprune.models.base import VisionCall, VisionTap
 from tokenprune.runtime import compiled
 from tokenprune.runtime.state import Call
 from tokenprune.runtime.vision import VisionFacts, attach_facts, sizes_on_host
 from tokenprune.runtime.wrapped import Wrapped
-from tokenprune.tensors import as_written
+from tokenprune.tensors import as_written, split_over
 
 
 @dataclass
@@ -71,8 +72,13 @@ class TowerTap:
         layer = needs.vision_layer
         if needs.vision is None or layer in self.taps:
             return
-        compiled.forget()
         tap = self.runtime.family.vision_tap(self.runtime.model, layer)
+        if any(split_over(source) is not None for source in tap.sources):
+            raise UnsupportedModelError(
+                "the vision tower is split over several processes, and each would keep other tokens; give it no "
+                "part in tp_plan, or use a method that does not look into it"
+            )
+        compiled.forget()
         self.runtime.before(tap.attention, partial(self._enter_vision, layer))
         for source in tap.sources:
             self.runtime.after(source, partial(self._catch_vision, layer))
