@@ -90,10 +90,10 @@ def ours(frame: FrameType) -> bool:
 GREEDY = {"do_sample": False, "max_new_tokens": 3}
 # (family, settings that are interrupted, settings of the next call, options of generate, points)
 RUNS: dict[str, Any] = {
-    "tower": ("llava", {"method": "importance", "layer": 2}, {"method": "importance", "t": 1.0}, {}, 100),
-    "merging": ("qwen2_5_vl", {"method": "vflowopt"}, {"method": "entropyprune", "layer": 2}, {}, 100),
-    "other": ("llava_next", {"method": "entropyprune", "layer": 2}, {"method": "vflowopt"}, {}, 50),
-    "static": ("llava", {"method": "vflowopt"}, {"keep": 0.3}, {"cache_implementation": "static"}, 50),
+    "tower": ("llava", {"method": "importance", "layer": 2}, {"method": "importance", "t": 1.0}, {}, 50),
+    "merging": ("qwen2_5_vl", {"method": "vflowopt"}, {"method": "entropyprune", "layer": 2}, {}, 50),
+    "other": ("llava_next", {"method": "entropyprune", "layer": 2}, {"method": "vflowopt"}, {}, 25),
+    "static": ("llava", {"method": "vflowopt"}, {"keep": 0.3}, {"cache_implementation": "static"}, 25),
 }
 
 
@@ -159,7 +159,7 @@ def held(model: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", [name for name in tiny.FAMILIES if name not in tiny.VARIANTS])
 def test_nothing_is_left_of_any_method(family: str) -> None:
     """After calls, overrides, calls that fail and calls that are interrupted: no hook, attribute or callback."""
     model = tiny.build(family, layers=3)

@@ -59,6 +59,7 @@ __all__ = [
     "IMAGE",
     "PAD",
     "QWEN_GRIDS",
+    "VARIANTS",
     "VIDEO",
     "VISION_END",
     "VISION_START",
@@ -120,6 +121,9 @@ _BUILDERS: dict[str, Callable[..., Any]] = {
     "llama4": llama4,
 }
 FAMILIES = {name: builder for name, builder in _BUILDERS.items() if name not in BROKEN}
+
+VARIANTS = ("qwen3_vl_moe", "qwen3_5_moe", "gemma4_moe", "glm46v", "glm4v_moe")
+"""Families that differ from another one by their feed-forward layers or by a name only."""
 
 _LAYOUTS: dict[str, Family] = {
     "llava": Llava(),

@@ -229,9 +229,10 @@ class Calls(threading.local):
                 self._tower = None
 
     def _forget(self, entry: Entry) -> None:
+        # An interrupt may come in between: what is still on the stack is forgotten once more.
+        compiled.eager.end(entry)
         # By identity: a garbage collection, which forgets too, may come between any two steps of this thread.
         self.stack[:] = [own for own in self.stack if own is not entry]
-        compiled.eager.end(entry)
 
     def _rest(self) -> None:
         if not self.stack and self._tower is None:
