@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+import torch
 import transformers
+from torch import Tensor
 
 from tokenprune.errors import UnsupportedModelError, UntestedWarning
 
@@ -59,6 +61,14 @@ def cache_of(named: Mapping[str, Any], default: Any = None) -> Any:
         if named.get(name) is not None:
             return named[name]
     return default
+
+
+def frames_per_video(inputs: Mapping[str, Any], places: Tensor) -> Tensor:
+    """(videos,) how many frames each has: said since 5.24, where frames of all stand in a row; before, by shape."""
+    given = inputs.get("num_frames_per_video")
+    if given is None:
+        return places.new_full(places.shape[:1], places.shape[1])
+    return torch.as_tensor(given, device=places.device)
 
 
 def cache_argument(module: Any) -> str:

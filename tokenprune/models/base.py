@@ -80,6 +80,13 @@ def rotate_half(x: Tensor) -> Tensor:
     return torch.cat((-second, first), dim=-1)
 
 
+def runs_of(marks: Tensor, total: int) -> Tensor:
+    """(B, total) the number of the run that a column marked in (B, L), the last columns, belongs to; -1 for none."""
+    marks = torch.nn.functional.pad(marks, (total - marks.shape[1], 0))
+    first = marks & ~torch.nn.functional.pad(marks, (1, -1))
+    return torch.where(marks, first.long().cumsum(1), -1)
+
+
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply a vision layer's rotary embedding (m, d) to x (m, heads, d), in float32 as they do."""
     cos, sin = (part.to(x.device).float().unsqueeze(1) for part in (cos, sin))

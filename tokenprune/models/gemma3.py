@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from tokenprune.models.base import runs_of
 from tokenprune.models.crops import Crops, side
 
 
@@ -26,8 +26,4 @@ class Gemma3(Crops):
 
     def blocks(self, inputs: Mapping[str, Any], total: int) -> Tensor | None:
         types = inputs.get("token_type_ids")
-        if types is None:
-            return None
-        image = torch.nn.functional.pad(types == 1, (total - types.shape[1], 0))
-        first = image & ~torch.nn.functional.pad(image, (1, -1))
-        return torch.where(image, first.long().cumsum(1), -1)
+        return None if types is None else runs_of(types == 1, total)

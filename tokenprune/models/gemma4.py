@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,22 +10,21 @@ from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.hashing import digest, mix
-from tokenprune.models.base import Family, Layout, VisionCall, VisionTap
-from tokenprune.models.crops import checked_layer
+from tokenprune.models.base import Layout, VisionCall, runs_of
+from tokenprune.models.packed import Packed
+from tokenprune.releases import frames_per_video
 from tokenprune.tokens import Grid, IntArray, VisionAttention
 
-_INPUTS = {
-    "image": ("pixel_values", "image_position_ids"),
-    "video": ("pixel_values_videos", "video_position_ids"),
-}
+_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
-class Gemma4(Family):
+class Gemma4(Packed):
     """The tower gets patches and their places, padded to the largest picture; a video's frames are pictures to it."""
 
     name = "gemma4"
     model_types = ("gemma4",)
     examples = ("google/gemma-4-26B-A4B-it", "google/gemma-4-31B-it")
+    mrope = False
     sizes_ahead = True  # its tower does not know videos
     block_kinds = ("sliding_attention",)
 
@@ -46,53 +44,44 @@ class Gemma4(Family):
         return args[0] if args else kwargs["pixel_values"], _sizes(places)
 
     def sizes(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        found = {}
-        for kind, (pixels, places) in _INPUTS.items():
-            if inputs.get(pixels) is None:
-                continue
-            own = _sizes(inputs[places].flatten(0, -3))
-            if kind == "video":  # frames of all, in order; before transformers 5.24 by video
-                given = inputs.get("num_frames_per_video")
-                frames = (
-                    own.new_full(inputs[places].shape[:1], inputs[places].shape[1])
-                    if given is None
-                    else given
-                )
-                frames = torch.as_tensor(frames, device=own.device)
-                own = own[frames.cumsum(0) - frames]
-                own = torch.cat([frames[:, None], own[:, 1:]], dim=1)
-            found[kind] = own
+        kinds = [kind for kind, pixels in _PIXELS.items() if inputs.get(pixels) is not None]
+        found = {kind: _sizes(inputs[f"{kind}_position_ids"].flatten(0, -3)) for kind in kinds}
+        if "video" in found:
+            frames = frames_per_video(inputs, inputs["video_position_ids"])
+            first = found["video"][frames.cumsum(0) - frames]
+            found["video"] = torch.cat([frames[:, None], first[:, 1:]], dim=1)
         return found
 
     def layouts(self, model: nn.Module, kind: str, sizes: IntArray) -> list[Layout]:
         config: Any = model.config
         merge = config.vision_config.pooling_kernel_size
-        return [
-            Layout((Grid(int(t), int(h) // merge, int(w) // merge, merge),), items=int(t))
-            for t, h, w in sizes
-        ]
+        return [Layout((Grid(t, h // merge, w // merge, merge),), items=t) for t, h, w in sizes.tolist()]
 
     def blocks(self, inputs: Mapping[str, Any], total: int) -> Tensor | None:
         types = inputs.get("mm_token_type_ids")
-        if types is None:
-            return None
-        vision = torch.nn.functional.pad((types == 1) | (types == 2), (total - types.shape[1], 0))
-        first = vision & ~torch.nn.functional.pad(vision, (1, -1))
-        return torch.where(vision, first.long().cumsum(1), -1)
+        return None if types is None else runs_of((types == 1) | (types == 2), total)
 
     def digests(self, pixels: Tensor, sizes: Tensor) -> Tensor:
         place = torch.arange(pixels.shape[-2], device=pixels.device)
         real = place < sizes.to(pixels.device).prod(-1, keepdim=True)
-        hashes = mix(digest(pixels.flatten(0, -3), 2) + place)
-        return (hashes * real).sum(-1)
+        return (mix(digest(pixels.flatten(0, -3), 2) + place) * real).sum(-1)
 
-    def vision_tap(self, model: nn.Module, layer: int | None = None) -> VisionTap:
-        tower: Any = self.vision_tower(model)
-        layers = tower.encoder.layers
-        attention = layers[checked_layer(-1 if layer is None else layer, len(layers))].self_attn
-        return VisionTap(
-            attention, (attention.q_norm, attention.k_norm), partial(attend, attention), packed=True
-        )
+    def vision_attentions(self, tower: Any) -> list[nn.Module]:
+        return [layer.self_attn for layer in tower.encoder.layers]
+
+    def vision_sources(self, attention: Any) -> tuple[nn.Module, nn.Module]:
+        return attention.q_norm, attention.k_norm
+
+    def attend_each(
+        self, attention: Any, call: VisionCall, counts: Sequence[int]
+    ) -> list[list[VisionAttention]]:
+        from transformers.models.gemma4.modeling_gemma4 import apply_multidimensional_rope as turn
+
+        rope, places = call.attention["position_embeddings"], call.attention["position_ids"]
+        query, key = (turn(x, *rope, places).transpose(1, 2) for x in call.outputs)
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        parts = ((q[:, :n], k[:, :n]) for q, k, n in zip(query, key, counts, strict=True))
+        return [[VisionAttention(q, k, attention.scaling, has_cls=False)] for q, k in parts]
 
     def pixel_scale(self, model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -102,28 +91,10 @@ class Gemma4(Family):
         config: Any = model.config
         p = config.vision_config.patch_size
         whole = pixels.flatten(0, -3).unflatten(-1, (p, p, 3)).movedim(-1, 2)
-        return [own[:n] for own, n in zip(whole, sizes.prod(-1).tolist(), strict=True)]
+        return [own[:n] for own, n in zip(whole, self.counts(model, sizes), strict=True)]
 
 
 def _sizes(places: Tensor) -> Tensor:
     """(N, 3) frames (1), rows and columns of patches, from their places (N, m, 2), x before y, -1 behind the last."""
     width, height = (places.amax(1) + 1).unbind(-1)
     return torch.stack([torch.ones_like(width), height, width], dim=1)
-
-
-def attend(attention: Any, call: VisionCall) -> list[list[VisionAttention]]:
-    """The attention of each picture, padding left out."""
-    from transformers.models.gemma4.modeling_gemma4 import apply_multidimensional_rope
-
-    assert call.sizes is not None
-    places, rope = call.attention["position_ids"], call.attention["position_embeddings"]
-    turned = [apply_multidimensional_rope(x, *rope, places) for x in call.outputs]
-    # Fewer heads of keys than of queries: each serves several.
-    query, key = (
-        x.repeat_interleave(turned[0].shape[2] // x.shape[2], dim=2).transpose(1, 2) for x in turned
-    )
-    counts = call.sizes.prod(-1).tolist()
-    return [
-        [VisionAttention(q[:, :n], k[:, :n], attention.scaling, has_cls=False)]
-        for q, k, n in zip(query, key, counts, strict=True)
-    ]

@@ -9,63 +9,52 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.hashing import digest, mix
-from tokenprune.models.base import Family, Layout, VisionCall, VisionTap
-from tokenprune.models.crops import SCALES, checked_layer, feature_layer
-from tokenprune.models.packed import attend
-from tokenprune.tokens import Grid, IntArray, VisionAttention
+from tokenprune.models.base import Layout
+from tokenprune.models.packed import Packed
+from tokenprune.tokens import Grid, IntArray
 
 
-class Mistral3(Family):
+class Mistral3(Packed):
     """A break token, which is text, stands behind each row of placeholders. Pixels are padded to the largest one."""
 
     name = "mistral3"
     model_types = ("mistral3",)
     examples = ("mistralai/Mistral-Small-3.2-24B-Instruct-2506",)
+    mrope = False
 
     def vision_tower(self, model: nn.Module) -> nn.Module:
         return self.base(model).vision_tower  # type: ignore[return-value]
 
     def tower_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        pixels = args[0] if args else kwargs["pixel_values"]
-        return pixels, torch.as_tensor(args[1] if len(args) > 1 else kwargs["image_sizes"])
+        named = {**kwargs, **dict(zip(("pixel_values", "image_sizes"), args, strict=False))}
+        return named["pixel_values"], self.sizes(named)["image"]
 
     def sizes(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        if inputs.get("pixel_values") is None:
+        pixels, given = inputs.get("pixel_values"), inputs.get("image_sizes")
+        if pixels is None:
             return {}
-        given = inputs.get("image_sizes")
-        height, width = inputs["pixel_values"].shape[-2:]
-        whole = [(height, width)] * len(inputs["pixel_values"])  # as the tower takes it
-        return {"image": torch.as_tensor(whole if given is None else given)}
+        # Where nothing is said, the tower takes pictures for whole.
+        return {"image": torch.as_tensor([pixels.shape[-2:]] * len(pixels) if given is None else given)}
 
     def layouts(self, model: nn.Module, kind: str, sizes: IntArray) -> list[Layout]:
         config: Any = model.config
         merge = config.spatial_merge_size
-        side = config.vision_config.patch_size * merge
-        return [Layout((Grid(1, int(h) // side, int(w) // side, merge),)) for h, w in sizes]
+        shapes = (sizes // (config.vision_config.patch_size * merge)).tolist()
+        return [Layout((Grid(1, height, width, merge),)) for height, width in shapes]
+
+    def counts(self, model: nn.Module, sizes: IntArray) -> list[int]:
+        config: Any = model.config
+        return super().counts(model, sizes // config.vision_config.patch_size)
 
     def digests(self, pixels: Tensor, sizes: Tensor) -> Tensor:
         # By place, so that a picture has one hash however far it is padded.
         row, column = (torch.arange(n, device=pixels.device) for n in pixels.shape[-2:])
         height, width = sizes.to(pixels.device).view(-1, 2, 1, 1).unbind(1)
-        inside = (row[:, None] < height) & (column < width)
         hashes = mix(digest(pixels.movedim(1, -1), 3) + (row[:, None] << 20) + column)
-        return (hashes * inside).sum((1, 2))
+        return (hashes * ((row[:, None] < height) & (column < width))).sum((1, 2))
 
-    def vision_tap(self, model: nn.Module, layer: int | None = None) -> VisionTap:
-        tower: Any = self.vision_tower(model)
-        layers = tower.transformer.layers
-        feature = feature_layer(model.config)
-        index = (feature if feature >= 0 else len(layers) + 1 + feature) - 1 if layer is None else layer
-        attention = layers[checked_layer(index, len(layers))].attention
-
-        def read(call: VisionCall) -> list[list[VisionAttention]]:
-            assert call.sizes is not None
-            return attend(attention, call, (call.sizes // tower.config.patch_size).prod(-1).tolist())
-
-        return VisionTap(attention, (attention.q_proj, attention.k_proj), read, packed=True)
-
-    def pixel_scale(self, model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        return SCALES["clip_vision_model"]
+    def vision_attentions(self, tower: Any) -> list[nn.Module]:
+        return [layer.attention for layer in tower.transformer.layers]
 
     def patches(self, model: nn.Module, pixels: Tensor, sizes: IntArray | None) -> list[Tensor]:
         config: Any = model.config

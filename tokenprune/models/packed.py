@@ -1,4 +1,4 @@
-"""Towers that are given pictures of any size one behind the other in one sequence, patches row by row."""
+"""Towers that are given pictures of any size in one sequence, or padded to the largest, patches row by row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,15 @@ class Packed(Qwen2VL):
 
     @abstractmethod
     def vision_attentions(self, tower: Any) -> list[nn.Module]:
-        """The attention module of each of the tower's layers."""
+        """The attention modules of the tower's layers, up to the one that yields the features."""
+
+    def vision_sources(self, attention: Any) -> tuple[nn.Module, nn.Module]:
+        """The modules whose outputs are the queries and keys."""
+        return attention.q_proj, attention.k_proj
+
+    def counts(self, model: nn.Module, sizes: IntArray) -> list[int]:
+        """Patches of each picture."""
+        return sizes.prod(-1).tolist()
 
     def tower_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         pixels = args[0] if args else kwargs["pixel_values"]
@@ -27,13 +35,23 @@ class Packed(Qwen2VL):
 
     def vision_tap(self, model: nn.Module, layer: int | None = None) -> VisionTap:
         attentions = self.vision_attentions(self.vision_tower(model))
-        attention: Any = attentions[-1 if layer is None else checked_layer(layer, len(attentions))]
+        attention = attentions[-1 if layer is None else checked_layer(layer, len(attentions))]
 
         def read(call: VisionCall) -> list[list[VisionAttention]]:
             assert call.sizes is not None
-            return attend(attention, call, call.sizes.prod(-1).tolist())
+            return self.attend_each(attention, call, self.counts(model, call.sizes))
 
-        return VisionTap(attention, (attention.q_proj, attention.k_proj), read, packed=True)
+        return VisionTap(attention, self.vision_sources(attention), read, packed=True)
+
+    def attend_each(
+        self, attention: Any, call: VisionCall, counts: Sequence[int]
+    ) -> list[list[VisionAttention]]:
+        """The attention of each picture, which attends within itself."""
+        cos, sin = (part.flatten(0, -2) for part in call.attention["position_embeddings"])
+        query, key = (x.flatten(0, -2).unflatten(-1, (-1, attention.head_dim)) for x in call.outputs)
+        query, key = (turn(x, cos, sin).transpose(0, 1) for x in (query, key))
+        pairs = zip(query.split(counts, dim=1), key.split(counts, dim=1), strict=True)
+        return [[VisionAttention(q, k, attention.scaling, has_cls=False)] for q, k in pairs]
 
     def patches(self, model: nn.Module, pixels: Tensor, sizes: IntArray | None) -> list[Tensor]:
         assert sizes is not None
@@ -41,18 +59,3 @@ class Packed(Qwen2VL):
 
     def to_tokens(self, model: nn.Module, patches: Tensor, image: Image) -> Tensor:
         return Family.to_tokens(self, model, patches, image)
-
-
-def attend(attention: Any, call: VisionCall, patches: Sequence[int]) -> list[list[VisionAttention]]:
-    """The attention of each picture, which attends within itself, from the outputs of `q_proj` and `k_proj`.
-
-    Args:
-        attention: its module.
-        call: what was caught.
-        patches: of each picture.
-    """
-    cos, sin = (part.flatten(0, -2) for part in call.attention["position_embeddings"])
-    query, key = (x.flatten(0, -2).unflatten(-1, (-1, attention.head_dim)) for x in call.outputs)
-    query, key = (turn(x, cos, sin).transpose(0, 1) for x in (query, key))
-    pairs = zip(query.split(patches, dim=1), key.split(patches, dim=1), strict=True)
-    return [[VisionAttention(q, k, attention.scaling, has_cls=False)] for q, k in pairs]
