@@ -274,10 +274,10 @@ def test_second_image_in_second_turn() -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["llava", "llava_qwen3", "vipllava", "llava_next", "gemma3"])
+@pytest.mark.parametrize("name", ["llava", "llava_qwen3", "vipllava", "llava_next", "gemma3", "gemma4"])
 def test_new_image_in_a_later_turn(name: str, attention: str) -> None:
     """A conversation in two calls equals the same columns in one, kept tokens held fixed (contract 9)."""
-    window = {"sliding_window": 20} if name == "gemma3" else {}
+    window = {"sliding_window": 20} if name.startswith("gemma") else {}
     model = tiny.build(name, attn_implementation=attention, **window)
     whole = tiny.inputs(model, [["text:3", "image", "text:4", "image", "text:5"]])
     positions = tiny.visual_positions(model, whole)
@@ -288,7 +288,7 @@ def test_new_image_in_a_later_turn(name: str, attention: str) -> None:
     split = int(positions[0][0][-1]) + 3
     first = {k: v[:, :split] if v.ndim == 2 and k != "image_sizes" else v[:1] for k, v in whole.items()}
     second = {k: v[:, split:] if v.ndim == 2 and k != "image_sizes" else v[1:] for k, v in whole.items()}
-    second |= {k: whole[k] for k in ("attention_mask", "token_type_ids") if k in whole}
+    second |= {k: whole[k] for k in ("attention_mask", "token_type_ids", "mm_token_type_ids") if k in whole}
     cache = DynamicCache(config=model.config.get_text_config())
     with tokenprune.pruned(model, **arguments, keep_lists=[[lists[0][:1]]]), torch.no_grad():
         model(**first, past_key_values=cache)

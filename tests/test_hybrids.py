@@ -154,3 +154,26 @@ def test_collapse_is_not_read_off_hybrids() -> None:
     with pytest.raises(tokenprune.UnsupportedModelError, match=r"only layers 3, 7 attend"):
         with Reader(model, hidden=None, on_states=lambda *_: None):
             pass
+
+
+def test_fastv_reads_the_models_own_attention() -> None:
+    model = hybrid(attn_implementation="eager")
+    inputs = tiny.inputs(model, ROWS[:1])
+    with torch.no_grad():
+        first, _ = model(**inputs, output_attentions=True, use_cache=False).attentions  # of layers 3 and 7
+    (columns,) = tiny.visual_positions(model, inputs)[0]
+    with tokenprune.pruned(model, "fastv", layer=4, keep=0.7), torch.no_grad():
+        model(**inputs)
+        (kept,) = tokenprune.report(model).keep_lists[0][0]
+    best = first[0, :, -1, columns].mean(0).topk(len(kept)).indices.sort().values
+    assert list(kept) == best.tolist()
+
+
+def test_a_mixture_of_experts_behind_internvl_is_scored() -> None:
+    for text in ("qwen3_moe", "gpt_oss"):
+        model = tiny.internvl(text, attn_implementation="eager")
+        inputs = tiny.inputs(model, ROWS)
+        for method in ("entropyprune", "fastv"):
+            arguments = {"method": method, "layer": 2, "keep": 0.6}
+            options = {"do_sample": False, "max_new_tokens": 3}
+            assert judge.generate_difference(model, inputs, options, **arguments)[0] <= judge.TOLERANCE

@@ -14,13 +14,14 @@ import oracle
 import tiny
 import tokenprune
 
-ROWS = [["text:9", "image", "text:8"], ["text:3"], ["text:2", "image", "image", "text:4"]]
+ROWS = [["text:15", "image", "text:8"], ["text:3"], ["text:2", "image", "image", "text:4"]]
 MODELS: dict[str, Any] = {
     "mistral": lambda **options: tiny.llava("mistral", **options),
     "qwen2": lambda **options: tiny.llava("qwen2", **options),
     "qwen3": lambda **options: tiny.llava("qwen3", **options),
     "qwen2_5_vl": tiny.qwen2_5_vl,
     "gemma3": tiny.gemma3,
+    "gemma4": tiny.gemma4,
 }
 CUTS: dict[str, dict[str, Any]] = {
     "before": {"method": "random", "layer": 0, "keep": 0.5},

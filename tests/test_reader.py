@@ -23,6 +23,13 @@ MODELS = {
     "llava-qwen2-window": lambda **k: tiny.llava("qwen2", sliding_window=12, **k),
     "llava-mistral-window": lambda **k: tiny.llava("mistral", sliding_window=12, **k),
     "qwen2_5_vl": lambda **k: tiny.qwen2_5_vl(**k),
+    "glm4v": tiny.glm,
+    "glm4v_moe": lambda **k: tiny.glm("glm4v_moe", **k),
+    "gemma4": tiny.gemma4,
+    "mistral3": tiny.mistral3,
+    "paddleocr_vl": tiny.paddleocr_vl,
+    "internvl_qwen3_moe": lambda **k: tiny.internvl("qwen3_moe", **k),
+    "internvl_gpt_oss": lambda **k: tiny.internvl("gpt_oss", **k),
 }
 
 

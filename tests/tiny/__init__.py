@@ -106,6 +106,7 @@ _BUILDERS: dict[str, Callable[..., Any]] = {
     "qwen3_5": qwen3_5,
     "qwen3_5_moe": partial(qwen3_5, moe=True),
     "internvl": internvl,
+    "internvl_qwen3_moe": partial(internvl, "qwen3_moe"),
     "idefics3": idefics3,
     "smolvlm": smolvlm,
     "gemma3": gemma3,
@@ -122,7 +123,10 @@ _BUILDERS: dict[str, Callable[..., Any]] = {
 }
 FAMILIES = {name: builder for name, builder in _BUILDERS.items() if name not in BROKEN}
 
-VARIANTS = ("qwen3_vl_moe", "qwen3_5_moe", "gemma4_moe", "glm46v", "glm4v_moe")
+VARIANTS = (
+    "internvl_qwen3_moe",
+    *("qwen3_vl_moe", "qwen3_5_moe", "gemma4_moe", "glm46v", "glm4v_moe"),
+)
 """Families that differ from another one by their feed-forward layers or by a name only."""
 
 _LAYOUTS: dict[str, Family] = {

@@ -12,7 +12,15 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 VOCAB = 128
 PAD, BOS, EOS, IMAGE, VISION_START, VISION_END, VIDEO = range(7)
@@ -25,7 +33,14 @@ BROKEN: dict[str, str] = {}
 if transformers.__version__ == "5.24.0":
     BROKEN["llama4"] = "stock Llama 4 of 5.24.0 reads an output that its text model does not have"
 
-_TEXT_CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+_TEXT_CONFIGS = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "qwen3_moe": Qwen3MoeConfig,
+    "gpt_oss": GptOssConfig,
+}
 _EMBEDDINGS = ("embed_tokens", "position_embedding", "positional_embedding", "pos_embed")
 
 
@@ -165,6 +180,20 @@ def text_config(
         raise ValueError(f"no sliding window in a {text} text model")
     if text == "qwen3":
         kwargs["head_dim"] = d // heads  # its default is 128, whatever the width
+    if text == "qwen3_moe":
+        kwargs |= {
+            "head_dim": d // heads,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+        }
+    if text == "gpt_oss":
+        kwargs |= {
+            "head_dim": d // heads,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 512,
+        }
     return _TEXT_CONFIGS[text](**text_kwargs(layers, d, heads, kv_heads), **kwargs)
 
 

@@ -105,7 +105,7 @@ class Paddle(Qwen):
 
 class Kimi(Paddle):
     def video(self, config: Any, detail: str, draw: Draw) -> Piece:
-        if version.parse(transformers.__version__) < version.parse("5.23"):
+        if version.parse(transformers.__version__) < version.parse("5.24"):
             raise ValueError(
                 "stock Kimi of this version splits a video's features by frames that it has averaged"
             )

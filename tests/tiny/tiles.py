@@ -51,6 +51,7 @@ IMAGE_MARK, TILE_X, TILE_Y = 7, 8, 9  # Llama4
 
 
 def internvl(
+    text: str = "qwen2",
     *,
     layers: int = 6,
     d: int = 64,
@@ -65,7 +66,7 @@ def internvl(
     vision = vision_kwargs(vision_layers, PIXELS) | {"image_size": [PIXELS] * 2, "patch_size": [4, 4]}
     config = InternVLConfig(
         vision_config=vision,
-        text_config=text_config("qwen2", layers, d, heads, kv_heads, sliding_window),
+        text_config=text_config(text, layers, d, heads, kv_heads, sliding_window),
         image_token_id=IMAGE,
         image_seq_length=TOKENS,
         tie_word_embeddings=False,

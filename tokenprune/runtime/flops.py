@@ -64,8 +64,9 @@ def _weights(layer: nn.Module, text: Any) -> Iterable[int]:
             yield module.in_features * module.out_features
             continue
         for parameter in module.parameters(recurse=False):
-            if parameter.ndim == 3 and "experts" in name.split("."):
-                yield parameter[0].numel() * chosen
+            if "experts" in name.split("."):
+                if parameter.ndim == 3:  # others are biases
+                    yield parameter[0].numel() * chosen
             elif parameter.ndim > 1:
                 yield parameter.numel()
 
