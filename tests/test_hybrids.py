@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 
@@ -11,6 +12,8 @@ import judge
 import oracle
 import tiny
 import tokenprune
+from tokenprune.analysis.memory import Memory
+from tokenprune.tune.space import Space, setting_of
 
 EVERY = 4  # as in the released models: layers 3 and 7 of 8 attend
 ROWS = [["text:5", "image", "text:3"], ["text:7"], ["text:2", "image", "text:1", "image", "text:6"]]
@@ -177,3 +180,30 @@ def test_a_mixture_of_experts_behind_internvl_is_scored() -> None:
             arguments = {"method": method, "layer": 2, "keep": 0.6}
             options = {"do_sample": False, "max_new_tokens": 3}
             assert judge.generate_difference(model, inputs, options, **arguments)[0] <= judge.TOLERANCE
+
+
+def test_searches_leave_out_what_scores_states() -> None:
+    """Most layers have none to score; a decoder whose states are not offered has none at all."""
+    for model in (hybrid(), tiny.kimi_k25()):
+        calls = [tiny.inputs(model, ROWS[:1])]
+        setting = setting_of(model, calls, 0.5, Memory())
+        assert not setting.scored
+        assert {"vflowopt", "uniform"} & set(Space.of(setting, None, 0.5).methods)
+        assert not {"entropyprune", "fastv"} & set(Space.of(setting, None, 0.5).methods)
+        with pytest.raises(tokenprune.ConfigError, match="'fastv' has nothing to search on this model"):
+            Space.of(setting, ["fastv"], 0.5)
+    assert setting_of(tiny.llava(), [tiny.inputs(tiny.llava(), ROWS[:1])], 0.5, Memory()).scored
+
+
+@pytest.mark.parametrize("build", [hybrid, tiny.gemma4], ids=["qwen3_5", "gemma4"])
+def test_weights_that_accelerate_brings_in_layer_by_layer(build: Any) -> None:
+    model, twin = build(), build()
+    inputs = tiny.inputs(model, ROWS)
+    answers = []
+    for own in (twin, accelerate.cpu_offload(model, execution_device=torch.device("cpu"))):
+        with tokenprune.pruned(own, "vflowopt", keep=0.5), torch.no_grad():
+            answers.append(
+                (own.generate(**inputs, max_new_tokens=3, do_sample=False), tokenprune.report(own))
+            )
+    (a, one), (b, other) = answers
+    assert torch.equal(a, b) and one.keep_lists == other.keep_lists and one.flops == other.flops

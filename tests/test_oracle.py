@@ -29,7 +29,16 @@ VIDEOS = [
 FAMILIES = list(tiny.FAMILIES)
 WITH_VIDEOS = ["llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl", "smolvlm"]
 TWO = ["llava", "qwen2_5_vl"]
-WINDOWS = ["llava_mistral", "llava_qwen2", "llava_qwen3", "llava_onevision", "qwen2_vl", "gemma3", "gemma4", "llama4"]
+WINDOWS = [
+    "llava_mistral",
+    "llava_qwen2",
+    "llava_qwen3",
+    "llava_onevision",
+    "qwen2_vl",
+    "gemma3",
+    "gemma4",
+    "llama4",
+]
 
 build = tiny.build
 

@@ -52,6 +52,7 @@ class Setting:
         attention_peak: 0.99 quantile over them of max(c) / mean(c), c being the attention a patch receives in the
             vision layer that yields the features; None where the tower cannot be looked into.
         biases: whether the text model's attention takes biases.
+        scored: whether queries and keys of every layer can be scored.
     """
 
     num_layers: int
@@ -60,3 +61,4 @@ class Setting:
     grid_side: int
     attention_peak: float | None = None
     biases: bool = True
+    scored: bool = True

@@ -183,9 +183,14 @@ def find_decoder(text_config: Any) -> Decoder:
     return DECODERS.get(text_config.model_type, _PLAIN)
 
 
+def offers_states(text_config: Any) -> bool:
+    """Whether the states of a decoder's layers can be had."""
+    return text_config.model_type in DECODERS
+
+
 def check_states(text_config: Any) -> None:
     """Raises UnsupportedModelError where the states of a decoder's layers cannot be had."""
-    if text_config.model_type not in DECODERS:
+    if not offers_states(text_config):
         raise UnsupportedModelError(
             f"queries, keys and values of {text_config.model_type!r} decoders are not available: nobody here has "
             f"looked at how they are made; use a method that does not need them, or source='hidden'"

@@ -19,7 +19,7 @@ from tokenprune.methods import METHODS
 from tokenprune.methods.base import Needs
 from tokenprune.methods.uniform import Uniform
 from tokenprune.models import stock_model
-from tokenprune.models.decoders import takes_biases
+from tokenprune.models.decoders import offers_states, takes_biases
 from tokenprune.space import Dimension, OneOf, Point, Real, Setting, Whole
 from tokenprune.tokens import VisionAttention
 
@@ -62,6 +62,7 @@ def setting_of(model: Any, calls: Iterable[Mapping[str, Any]], keep: Keep, memor
         grid_side=side,
         attention_peak=float(np.quantile(probe.peaks, 0.99)) if probe.peaks else None,
         biases=takes_biases(family.text_model(inner).config),
+        scored=offers_states(family.text_model(inner).config) and len(family.attending(inner)) == layers,
     )
 
 
@@ -106,6 +107,7 @@ class Space:
             name: space
             for name, own in METHODS.items()
             if (methods is None or name in methods) and (not served or not own().needs().not_ahead)
+            if setting.scored or not own().needs().projected
             if (space := own.search_space(setting)) is not None
         }
         missing = [name for name in methods or () if name not in found]
