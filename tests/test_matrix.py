@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 import judge
 import tiny
+import tokenprune
 
 BATCHES = {
     "one": [["text:5", "image", "text:4"]],
@@ -39,6 +41,20 @@ def test_prefill_and_greedy(family: str, batch: str, cut: str, attention: str) -
     assert judge.prefill_difference(model, inputs, **CUTS[cut]) <= judge.tolerance(model)
     greedy = {"do_sample": False, "max_new_tokens": 3}
     assert judge.generate_difference(model, inputs, greedy, **CUTS[cut])[0] <= judge.tolerance(model)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"method": "uniform", "keep": 1.0}, {"method": "vflowopt", "keep": 1.0}]
+)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_keeping_everything_is_equal_to_the_bit(family: str, arguments: dict[str, Any]) -> None:
+    model = tiny.build(family)
+    prefix = [["image", "text:12"], ["image", "text:12"]]
+    inputs = tiny.inputs(model, prefix if family == "paligemma" else judge.ROWS)
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        with tokenprune.pruned(model, **arguments):
+            assert torch.equal(model(**inputs).logits, wanted)
 
 
 @pytest.mark.parametrize("cut", CUTS)
