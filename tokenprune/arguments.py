@@ -32,6 +32,23 @@ KeepLists = Sequence[Sequence[Sequence[Any]]]
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A cut with a method of its own.
+
+    Attributes:
+        layer: it is made on entering this decoder layer; 0 is before the LLM.
+        method: a name, or a `Method`.
+        keep: a share of the image's original tokens, or a number; None, of the last: solved from the budget.
+        parameters: of the method.
+    """
+
+    layer: int
+    method: str | Method
+    keep: Keep | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Arguments:
     """What is asked of a wrapped model, as it was asked; `tokenprune.config.settle` says what becomes of it.
 
@@ -45,6 +62,8 @@ class Arguments:
             "auto": the one `detect_ecl` found for this model.
         cuts: several cuts instead of `layer`: (layer, keep) pairs, each keep a share of the image's original
             tokens; leave the last one's keep None to have it solved from the budget.
+        stages: cuts that each have a method of their own, instead of `method`, `layer` and `cuts`: `Stage`s, or (layer,
+            method, keep) and, where it has any, a mapping of the method's parameters.
         budget: what `keep` means: "average" over the decoder layers (as papers count), or "after_cut". Default: what
             the profile says, else "average".
         positions: "keep" the original position ids, or "compact" them (cuts before the LLM with 1-D RoPE only).
@@ -70,6 +89,7 @@ class Arguments:
     keep: Keep | None = None
     layer: int | Literal["auto"] | None = None
     cuts: Sequence[Cut | tuple[int, Keep | None]] | None = None
+    stages: Sequence[Stage | tuple[Any, ...]] | None = None
     budget: BudgetMeaning | None = None
     positions: Positions = "keep"
     strict: bool = False
@@ -104,6 +124,14 @@ class Arguments:
             raise ConfigError("pass layer or cuts, not both")
         if self.cuts is not None:
             object.__setattr__(self, "cuts", check_cuts(self.cuts))
+        if self.stages is not None:
+            beside = [name for name in ("layer", "cuts") if getattr(self, name) is not None]
+            beside += ["method"] if self.method != AUTO else list(self.parameters)
+            if beside:
+                raise ConfigError(
+                    f"stages say methods, parameters and layers themselves: leave {beside[0]} out"
+                )
+            object.__setattr__(self, "stages", check_stages(self.stages))
         if self.keep_lists is not None and not is_list(self.keep_lists):
             raise ConfigError(
                 f"keep_lists must be keep_lists[cut][row][image] = kept raster indices, not {self.keep_lists!r}"
@@ -112,7 +140,7 @@ class Arguments:
     @property
     def says_how_much(self) -> bool:
         """Whether anything is to be dropped."""
-        return any(given is not None for given in (self.keep, self.cuts, self.keep_lists))
+        return any(given is not None for given in (self.keep, self.cuts, self.stages, self.keep_lists))
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Arguments:
@@ -143,6 +171,13 @@ class Arguments:
                 new = {"keep": self.profile.keep, "budget": self.profile.budget, **new}  # at the same budget
         elif "method" not in changes:
             own = {**self.parameters, **own}
+        if changes.keys() & {"method", "profile", "layer", "cuts"}:
+            gone.add("stages")
+        if changes.get("stages") is not None:
+            gone, own = gone | {"layer", "cuts", "profile"}, {}
+            new.setdefault("method", AUTO)
+            if check_stages(new["stages"])[-1].keep is not None:
+                gone.add("keep")
         if "layer" in changes:
             gone.add("cuts")
         if "cuts" in changes:
@@ -155,7 +190,7 @@ class Arguments:
             gone |= {"layer", "cuts", "keep_lists"} - changes.keys()
         if changes.get("method") == "none":
             gone |= {"keep", "layer", "cuts", "keep_lists"}
-        if {"layer", "cuts", "keep"} & changes.keys():
+        if {"layer", "cuts", "stages", "keep"} & changes.keys():
             gone.add("keep_lists")
         replaced: dict[str, Any] = {**dict.fromkeys(gone), "parameters": own, **new}
         return dataclasses.replace(self, **replaced)
@@ -166,12 +201,23 @@ class Arguments:
         Raises:
             ConfigError: the profile is for another method, or holds what its method does not take.
         """
+        if self.stages is not None:
+            raise ConfigError("stages and a profile say the same things: leave one of them out")
+        if profile.stages and (self.method != AUTO or self.layer is not None or self.cuts is not None):
+            raise ConfigError(
+                "the profile says methods and layers in stages: leave method, layer and cuts out"
+            )
         if self.method not in (AUTO, profile.method):
             raise ConfigError(
                 f"the profile is for method {profile.method!r}, not {self.method!r}: leave one of them out"
             )
         profile.check()
         said = profile.arguments(self.keep)
+        if profile.stages:
+            meaning = self.budget or profile.budget
+            return dataclasses.replace(
+                self, stages=said["stages"], keep=said["keep"], budget=meaning, profile=profile
+            )
         if self.layer is not None or self.cuts is not None:
             solved = self.cuts is None or check_cuts(self.cuts)[-1].keep is None
             said |= {"cuts": self.cuts, "keep": (self.keep or profile.keep) if solved else self.keep}
@@ -294,6 +340,25 @@ def check_cuts(cuts: Any) -> tuple[Cut, ...]:
     return checked
 
 
+def check_stages(stages: Any) -> tuple[Stage, ...]:
+    """The stages as `Stage`s, their cuts as `check_cuts` has them.
+
+    Raises:
+        ConfigError: says what they must look like.
+    """
+    try:
+        checked = tuple(own if isinstance(own, Stage) else Stage(*own) for own in stages)
+    except TypeError:
+        raise ConfigError(f"stages must be a list of (layer, method, keep), not {stages!r:.80}") from None
+    for own in checked:
+        if not isinstance(own.method, str | Method) or not isinstance(own.parameters, Mapping):
+            raise ConfigError(f"a stage is (layer, method, keep, parameters), not {own!r:.80}")
+        if own.method in (AUTO, "none"):
+            raise ConfigError(f"a stage names the method that makes its cut, not {own.method!r}")
+    cuts = check_cuts([Cut(own.layer, own.keep) for own in checked])
+    return tuple(dataclasses.replace(own, keep=cut.keep) for own, cut in zip(checked, cuts, strict=True))
+
+
 # -- reading texts ----------------------------------------------------------------------------------------------------
 
 _COUNT = re.compile(r"[0-9]+")
@@ -357,6 +422,31 @@ def read_cuts(text: str) -> tuple[Cut, ...]:
     return check_cuts(cuts)
 
 
+_STAGE = re.compile(r"\s*(\d+):([\w-]+)(?:\(([^)]*)\))?(?::([^,:()]+))?\s*(?:,|$)")
+
+
+def read_stages(text: str) -> tuple[Stage, ...]:
+    """Stages written as `0:vflowopt(even=0.3 recycling=none):20%,10:question:10%,20:question`.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    stages, at = [], 0
+    while at < len(text):
+        found = _STAGE.match(text, at)
+        if found is None:
+            raise ConfigError(
+                f"stages takes layer:method:keep, such as 0:vflowopt:20%,10:fastv:10%,20:fastv, not {text[at:]!r:.60}"
+            )
+        layer, method, words, keep = found.groups()
+        pairs = [word.partition("=") for word in (words or "").split()]
+        defaults = _parameters(METHODS[method]) if method in METHODS else {}
+        own = {name: read_like(name, value, defaults.get(name, "")) for name, _, value in pairs}
+        stages.append(Stage(int(layer), method, None if keep is None else read_keep(keep), own))
+        at = found.end()
+    return check_stages(stages)
+
+
 def read_like(name: str, text: str, default: Any) -> Any:
     """A text as a value of the default's type.
 
@@ -384,6 +474,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "keep": read_keep,
     "layer": read_layer,
     "cuts": read_cuts,
+    "stages": read_stages,
     "keep_lists": _no_text,
     "strict": lambda text: read_like("strict", text, False),
     "compact_early": lambda text: read_like("compact_early", text, False),

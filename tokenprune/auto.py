@@ -27,7 +27,7 @@ def resolve(model: nn.Module, family: Family, asked: Arguments) -> tuple[Argumen
     """
     if asked.profile is not None:
         return asked.under(asked.profile), ""
-    if asked.method != AUTO:
+    if asked.method != AUTO or asked.stages is not None:
         return asked, ""
     others = (asked.layer, asked.cuts, asked.keep_lists)
     if asked.keep is None or asked.parameters or any(one is not None for one in others):

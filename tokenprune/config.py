@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from tokenprune.arguments import Arguments
+from tokenprune.arguments import Arguments, check_stages
 from tokenprune.auto import resolve
 from tokenprune.budget import BudgetMeaning, Cut, Keep
 from tokenprune.errors import BudgetError, ConfigError, UnsupportedModelError
 from tokenprune.fingerprint import fingerprint
 from tokenprune.methods import DecoderShape, Method, NoPruning, ScoreMethod, make_method
 from tokenprune.methods.base import PROJECTED, Needs
+from tokenprune.methods.staged import Staged
 from tokenprune.models.base import Family
 from tokenprune.models.decoders import attention_backend, check_states, takes_biases
 
@@ -38,8 +39,16 @@ class PruneConfig:
 
     @cached_property
     def needs(self) -> Needs:
-        """The method's, asked once: hooks look at them."""
+        """Of all cuts, asked once: hooks look at them."""
         return self.method.needs()
+
+    def needs_at(self, cut: int) -> Needs:
+        """What is wanted at a cut."""
+        return self._needs[min(cut, len(self._needs) - 1)]
+
+    @cached_property
+    def _needs(self) -> list[Needs]:
+        return [self.method.at(cut).needs() for cut in range(len(self.cuts) or 1)]
 
     def cuts_by(self, layers: int) -> list[int]:
         """How many cuts have been made on entering each of so many layers, that layer's own included."""
@@ -64,10 +73,16 @@ def settle(model: nn.Module, family: Family, asked: Arguments) -> PruneConfig:
     """
     num_layers = len(family.layers(model))
     arguments, note = resolve(model, family, asked)
-    made = make_method(arguments.method, dict(arguments.parameters))
+    stages = None if arguments.stages is None else check_stages(arguments.stages)
+    if stages is None:
+        made = make_method(arguments.method, dict(arguments.parameters))
+    else:
+        made = Staged(tuple(make_method(own.method, dict(own.parameters)) for own in stages))
+    each = [made] if stages is None else [made.at(cut) for cut in range(len(stages))]
     made.check(decoder_shape(model, family))
-    _check_needs(model, family, made)
-    if arguments.frame_floor and not isinstance(made, ScoreMethod):
+    for own in each:
+        _check_needs(model, family, own)
+    if arguments.frame_floor and not all(isinstance(own, ScoreMethod) for own in each):
         raise ConfigError(
             f"frame_floor needs a method that scores tokens; {made.name!r} does not: leave it out"
         )
@@ -81,8 +96,8 @@ def settle(model: nn.Module, family: Family, asked: Arguments) -> PruneConfig:
         return PruneConfig(asked, arguments, made, (), "nothing is cut")
     cuts, reason = _cuts(model, family, arguments, made)
     reason += note
-    for cut in cuts:
-        _check_layer(cut.layer, num_layers, made, family.attending(model))
+    for number, cut in enumerate(cuts):
+        _check_layer(cut.layer, num_layers, made.at(number), family.attending(model))
     _check_budget(arguments, cuts, num_layers)
     if arguments.positions == "compact" and (family.mrope or any(cut.layer for cut in cuts)):
         raise ConfigError(
@@ -149,6 +164,8 @@ def _cuts(
     model: nn.Module, family: Family, arguments: Arguments, method: Method
 ) -> tuple[tuple[Cut, ...], str]:
     """The cuts, and where their layers came from."""
+    if arguments.stages is not None:
+        return tuple(Cut(own.layer, own.keep) for own in check_stages(arguments.stages)), "given"
     if arguments.cuts is not None:
         return tuple(arguments.cuts), "given"  # type: ignore[arg-type]  # made Cuts by Arguments
     if arguments.layer is None:

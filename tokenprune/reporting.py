@@ -306,7 +306,7 @@ def make_report(outcome: Outcome) -> Report:
     allocated = outcome.kv_allocated or [0] * num_layers
     return Report(
         method=config.method.name,
-        parameters=dataclasses.asdict(config.method),
+        parameters=config.method.described(),
         layers_cut=tuple(cut.layer for cut in config.cuts),
         layer_reason=config.layer_reason,
         keep=config.arguments.keep,

@@ -11,15 +11,17 @@ from tokenprune.methods.entropyprune import EntropyPrune
 from tokenprune.methods.fastv import FastV
 from tokenprune.methods.importance import ImportanceMap
 from tokenprune.methods.none import NoPruning
+from tokenprune.methods.question import Question
 from tokenprune.methods.random import Random
 from tokenprune.methods.recycle import Recycle
 from tokenprune.methods.spread import Spread
+from tokenprune.methods.staged import Staged
 from tokenprune.methods.uniform import Uniform
 from tokenprune.methods.vflowopt import VFlowOpt
 from tokenprune.tokens import Grid, Selection, VisionAttention
 
 METHODS: dict[str, type[Method]] = {
-    m.name: m for m in (EntropyPrune, FastV, ImportanceMap, NoPruning, Random, Uniform, VFlowOpt)
+    m.name: m for m in (EntropyPrune, FastV, ImportanceMap, NoPruning, Question, Random, Uniform, VFlowOpt)
 }
 
 
@@ -57,11 +59,13 @@ __all__ = [
     "Method",
     "Needs",
     "NoPruning",
+    "Question",
     "Random",
     "Recycle",
     "ScoreMethod",
     "Selection",
     "Spread",
+    "Staged",
     "Text",
     "Uniform",
     "VFlowOpt",

@@ -6,6 +6,7 @@ shorter tensors.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -116,6 +117,8 @@ class Text:
         query, key, value: (m, heads, head_dim), see `Needs.prompt`.
         hidden: (m, hidden_size).
         words: (m, hidden_size) word embeddings, see `Needs.words`.
+        behind: how many of them, the last ones, stand behind the row's last image.
+        scale: by what the layer multiplies its attention logits.
     """
 
     columns: Tensor
@@ -124,6 +127,8 @@ class Text:
     value: Tensor | None = None
     hidden: Tensor | None = None
     words: Tensor | None = None
+    behind: int = 0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -208,6 +213,14 @@ class Method(ABC):
     @abstractmethod
     def needs(self) -> Needs:
         """What `select` will find in its `ImageTokens`."""
+
+    def at(self, cut: int) -> Method:
+        """The method that is asked at a cut: itself, unless it is made of several."""
+        return self
+
+    def described(self) -> dict[str, Any]:
+        """Its parameters, for reports."""
+        return dataclasses.asdict(self)
 
     def check(self, shape: DecoderShape) -> None:  # noqa: B027  # most methods fit every decoder
         """Refuse a decoder the method cannot work with; called by `wrap`, before anything changes.

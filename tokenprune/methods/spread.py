@@ -36,9 +36,7 @@ class Spread(ScoreMethod):
     def __post_init__(self) -> None:
         if not isinstance(self.method, ScoreMethod):
             raise ConfigError(f"Spread goes around a method that scores tokens, not {self.method!r}")
-        share = self.share
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise ConfigError(f"the share of an even grid must be a number from 0 to 1, not {share!r}")
+        check_share(self.share)
 
     def needs(self) -> Needs:
         return self.method.needs()
@@ -53,8 +51,19 @@ class Spread(ScoreMethod):
         return self.method.notes(image)
 
     def ranked(self, image: ImageTokens, score: Tensor, k: int) -> Tensor:
-        even = _on_grid(image.grids, round(self.share * k)).to(score.device, non_blocking=True)
-        return torch.where(even[image.raster], torch.inf, self.method.ranked(image, score, k).double())
+        return on_grid_first(image, self.method.ranked(image, score, k), round(self.share * k))
+
+
+def check_share(share: object) -> None:
+    """Raises ConfigError for what is no share."""
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+        raise ConfigError(f"the share of an even grid must be a number from 0 to 1, not {share!r}")
+
+
+def on_grid_first(image: ImageTokens, score: Tensor, k: int) -> Tensor:
+    """The score, but k tokens of an even grid, as far as they are there, before all others."""
+    even = _on_grid(image.grids, k).to(score.device, non_blocking=True)
+    return torch.where(even[image.raster], torch.inf, score.double())
 
 
 @lru_cache(maxsize=64)

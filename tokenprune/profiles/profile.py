@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,10 +12,11 @@ from pydantic import Field, model_validator
 
 from tokenprune.errors import ConfigError
 from tokenprune.files import given_path
-from tokenprune.methods import NoPruning, make_method
+from tokenprune.methods import NoPruning, Staged, make_method
 from tokenprune.profiles import hub
 from tokenprune.profiles.store import Document, Fingerprint, Line, Number, read_document, write_document
 
+STAGES = Staged.name
 PRESETS = Path(__file__).with_name("published")
 Name = Annotated[str, Field(max_length=64, pattern=r"^[a-z][a-z0-9_]*$")]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -27,6 +29,13 @@ class ProfileCut(Document):
 
     layer: Annotated[int, Field(ge=0, le=10_000)]
     keep: Share | Count | None = None
+
+
+class ProfileStage(ProfileCut):
+    """A cut with the method that makes it."""
+
+    method: Name
+    parameters: dict[Name, Value] = Field(default_factory=dict, max_length=64)
 
 
 class Made(Document):
@@ -61,8 +70,9 @@ class Profile(Document):
 
     Attributes:
         version: of this document.
-        method, parameters: as `wrap` takes them.
+        method, parameters: as `wrap` takes them; "stages" where `stages` says them cut by cut.
         cuts: where to prune; empty: the method's default.
+        stages: cuts with a method each, instead of `cuts`.
         keep, budget: what it was made for.
         model: fingerprint of the model; "" for one that was published without weights at hand.
         family: of the model.
@@ -74,6 +84,7 @@ class Profile(Document):
     method: Name
     parameters: dict[Name, Value] = Field(default_factory=dict, max_length=64)
     cuts: tuple[ProfileCut, ...] = Field(default=(), max_length=64)
+    stages: tuple[ProfileStage, ...] = Field(default=(), max_length=64)
     keep: Share | Count
     budget: Literal["average", "after_cut"] = "average"
     model: Fingerprint = ""
@@ -84,8 +95,10 @@ class Profile(Document):
 
     @model_validator(mode="after")
     def _check_cuts(self) -> Profile:
-        if any(cut.keep is None for cut in self.cuts[:-1]):
+        if any(cut.keep is None for cut in (*self.cuts[:-1], *self.stages[:-1])):
             raise ValueError("only the last cut can be left to the budget")
+        if (self.method == STAGES) != bool(self.stages) or (self.stages and (self.cuts or self.parameters)):
+            raise ValueError("stages go with method 'stages', and say cuts and parameters themselves")
         return self
 
     @model_validator(mode="after")
@@ -100,13 +113,15 @@ class Profile(Document):
         Raises:
             ConfigError: no such method or parameter, or a value that it refuses.
         """
-        made = make_method(self.method, dict(self.parameters))
-        if isinstance(made, NoPruning):
-            raise ConfigError("a profile for method 'none' says nothing")
+        for own in self.stages or (self,):
+            made = make_method(own.method, dict(own.parameters))
+            if isinstance(made, NoPruning):
+                raise ConfigError("a profile for method 'none' says nothing")
 
     def content_hash(self) -> str:
         """SHA-256 of everything but `hash`, as canonical JSON."""
-        content = self.model_dump(mode="json", exclude={"hash"})
+        # Profiles made before there were stages keep their hash.
+        content = self.model_dump(mode="json", exclude={"hash"} if self.stages else {"hash", "stages"})
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def sealed(self) -> Profile:
@@ -120,10 +135,25 @@ class Profile(Document):
             keep: another budget; the shares of its cuts are scaled to it and the last is solved anew. Between a
                 fraction and a count nothing can be scaled, and the method's default cuts are taken.
         """
-        cuts = [(cut.layer, cut.keep) for cut in self.cuts] or None
+        own: Sequence[ProfileCut] = self.stages or self.cuts
+        cuts = [(cut.layer, cut.keep) for cut in own] or None
         if keep is not None and keep != self.keep and cuts is not None:
-            cuts = self._scaled(keep)
+            cuts = _scaled(own, keep, self.keep)
         solved = cuts is None or cuts[-1][1] is None
+        if self.stages:
+            if cuts is None:
+                raise ConfigError(
+                    f"this profile's stages were made for keep={self.keep}; between a fraction and a number of tokens "
+                    f"nothing can be scaled: ask for keep={self.keep}, or tune another"
+                )
+            return {
+                "stages": [
+                    (layer, stage.method, share, dict(stage.parameters))
+                    for (layer, share), stage in zip(cuts, self.stages, strict=True)
+                ],
+                "keep": (self.keep if keep is None else keep) if solved else None,
+                "budget": self.budget,
+            }
         return {
             "method": self.method,
             "keep": (self.keep if keep is None else keep) if solved else None,
@@ -131,19 +161,6 @@ class Profile(Document):
             "budget": self.budget,
             **self.parameters,
         }
-
-    def _scaled(self, keep: float | int) -> list[tuple[int, float | int | None]] | None:
-        if type(keep) is not type(self.keep):
-            return None
-        times = keep / self.keep
-        cuts: list[tuple[int, float | int | None]] = []
-        for cut in self.cuts[:-1]:
-            own = cut.keep
-            assert own is not None  # only the last has none
-            cuts.append(
-                (cut.layer, max(1, round(own * times)) if isinstance(own, int) else min(1.0, own * times))
-            )
-        return [*cuts, (self.cuts[-1].layer, None)]
 
     def save(self, path: str | Path) -> Path:
         """Write it, sealed, as JSON.
@@ -197,3 +214,19 @@ class Profile(Document):
         if name not in names:
             raise ConfigError(f"there is no published profile {name!r}; choose one of {', '.join(names)}")
         return cls.load(PRESETS / f"{name}.json")
+
+
+def _scaled(
+    own: Sequence[ProfileCut], keep: float | int, made_for: float | int
+) -> list[tuple[int, float | int | None]] | None:
+    """The shares of cuts made for one budget, at another, the last left open; None between fractions and counts."""
+    if type(keep) is not type(made_for):
+        return None
+    times = keep / made_for
+    cuts: list[tuple[int, float | int | None]] = []
+    for cut in own[:-1]:
+        share = cut.keep
+        assert share is not None  # only the last has none
+        scaled = max(1, round(share * times)) if isinstance(share, int) else min(1.0, share * times)
+        cuts.append((cut.layer, scaled))
+    return [*cuts, (own[-1].layer, None)]

@@ -35,7 +35,7 @@ def look_ahead(
         (B, L, D) states entering layer `Needs.ahead`, and the states of the layer before it; both hold zeros where no
         image is. Without deep-stack features, and causal within an image.
     """
-    needs, stages = call.config.needs, call.stages
+    needs, stages = call.config.needs_at(0), call.stages
     assert needs.ahead is not None and stages is not None
     ids = kwargs.get("position_ids")
     if "flash" in attention_backend(runtime.text_config):

@@ -81,7 +81,7 @@ class Assumptions:
         Raises:
             UnsupportedModelError: they were not.
         """
-        stages, needs = call.stages, call.config.needs
+        stages, needs = call.stages, call.config.needs_at(call.cuts_done)
         assert stages is not None
         raw = {} if call.caught is None else call.caught.raw
         seen = (

@@ -25,7 +25,7 @@ def choose(call: Call, cut: int, *, hidden: Tensor | None = None, caught: LayerS
         hidden: (B, L', D) states entering the cut's layer.
         caught: states of the layer before it.
     """
-    stages, method = call.stages, call.config.method
+    stages, method = call.stages, call.config.method.at(cut)
     assert stages is not None and call.views is not None
     if call.config.arguments.keep_lists is not None:
         stages.force(cut)
@@ -51,19 +51,20 @@ def choose(call: Call, cut: int, *, hidden: Tensor | None = None, caught: LayerS
         found = dict(zip(asked, chosen, strict=True))
         for key, k in counts.items():
             selection = found.get(key, Selection(stages.raster[key][:0]))
-            check_selection(method.name, selection, stages.shown(key), k, views.needs.bias)
+            check_selection(method.name, selection, stages.shown(key), k, call.config.needs_at(cut).bias)
             stages.store(cut, key, selection)
 
 
 def enter_prompt(call: Call, embeds: Tensor) -> None:
     """Before layer 0: what methods may want of the embeddings, and what they say of the counts."""
-    stages, views, method = call.stages, call.views, call.config.method
+    stages, views, method = call.stages, call.views, call.config.method.at(0)
     assert stages is not None and views is not None
     if call.config.arguments.keep_lists is not None:
         return
-    if views.needs.features or views.needs.words:
+    needs = call.config.needs
+    if needs.features or needs.words:
         views.embeds = embeds
-    if not views.needs.counts:
+    if not needs.counts:
         return
     with as_written(embeds.device), call.scoring.running(embeds.device):
         told = []

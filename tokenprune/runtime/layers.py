@@ -108,7 +108,7 @@ class LayerHooks:
         enter_prompt(call, hidden)
         first = call.config.cuts[0].layer
         if first == 0:
-            if call.config.scores and call.config.needs.ahead is not None:
+            if call.config.scores and call.config.needs_at(0).ahead is not None:
                 with torch.no_grad(), call.scoring.running(hidden.device):
                     shown, caught = look_ahead(self.runtime, call, hidden, kwargs)
                 choose(call, 0, hidden=shown, caught=caught)

@@ -234,7 +234,7 @@ def _plan(
     wants_digest = config.needs.digest and config.arguments.keep_lists is None
     prompts = prompt_digests(ids, mask, plan.rows) if wants_digest else {}
     call.stages = Stages(plan, visible if mask is not None else None)
-    call.views = Views(model, family, config.needs, text.num_attention_heads, call.facts, prompts)
+    call.views = Views(model, family, config, text.num_attention_heads, call.facts, prompts)
 
 
 def _images(

@@ -149,7 +149,7 @@ class Taps:
             return
         caught = call.caught
         caught.raw[state] = output
-        needs = call.config.needs if self._scored(call, layer) else Needs()
+        needs = call.config.needs_at(call.cuts_done) if self._scored(call, layer) else Needs()
         # A method that wants the cut's own input too is asked when that is there.
         waits = "hidden" in (*needs.states, *needs.prompt)
         if state in needs.projected and caught.raw.keys() >= set(needs.projected) and not waits:
@@ -180,9 +180,12 @@ class Taps:
 
 def _wanted(config: PruneConfig) -> list[tuple[int, str]]:
     """The layers and projected states that are scored."""
-    ahead = config.needs.ahead
-    layers = [cut.layer for cut in config.cuts] if ahead is None else [ahead]
-    return [(layer - 1, state) for layer in layers for state in config.needs.projected]
+    found = []
+    for number, cut in enumerate(config.cuts):
+        needs = config.needs_at(number)
+        layer = cut.layer if needs.ahead is None else needs.ahead
+        found += [(layer - 1, state) for state in needs.projected]
+    return list(dict.fromkeys(found))
 
 
 def _no_state_in_a_step(

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tokenprune.config import PruneConfig
 from tokenprune.hashing import digest, mix
 from tokenprune.methods.base import ImageTokens, Needs, Text
 from tokenprune.models.base import Family
@@ -30,7 +31,7 @@ class Views:
 
     Args:
         model, family: whose prompt it is.
-        needs: what the method wants to see.
+        config: what is wanted at each cut.
         num_heads: attention heads of the decoder.
         facts: what the vision tower's hook noted, by kind of image; it may fill up until layer 0 is entered.
         prompts: by image, a hash of the prompt; empty where the method wants none.
@@ -43,14 +44,14 @@ class Views:
         self,
         model: nn.Module,
         family: Family,
-        needs: Needs,
+        config: PruneConfig,
         num_heads: int,
         facts: Mapping[str, VisionFacts],
         prompts: Mapping[Key, Tensor],
     ) -> None:
-        self.model, self.family, self.needs, self.num_heads = model, family, needs, num_heads
+        self.model, self.family, self.config, self.num_heads = model, family, config, num_heads
         self.facts, self.prompts = facts, prompts
-        self.turned = needs.rotary or not family.decoder(model).turns_heads_alike(family.text_model(model))
+        self.alike = family.decoder(model).turns_heads_alike(family.text_model(model))
         self.embeds: Tensor | None = None
         # By row and cut: shared by a row's images.
         self._texts: dict[tuple[int, int], Text] = {}
@@ -67,20 +68,21 @@ class Views:
             hidden: (B, L', D) states entering the cut's layer; None before layer 0.
             caught: states of the layer before it, if any are wanted.
         """
+        needs = self.config.needs_at(len(stages.done))
         image, raster = stages.images[key], stages.raster[key].clone()
         sizes = stages.sizes.get(key)
-        shown = self._states(self.needs.states, hidden, caught, partial(stages.take, key=key))
+        shown = self._states(needs.states, needs, hidden, caught, partial(stages.take, key=key))
         if sizes is not None:
             shown["merged_sizes"] = sizes.clone()
-        if self.needs.vision is not None:
+        if needs.vision is not None:
             shown["vision"] = self._noted("vision", image, raster)
-        if self.needs.pixels is not None:
+        if needs.pixels is not None:
             shown["pixels"] = self._noted("pixels", image, raster)
-        if self.embeds is not None and self.needs.features:
+        if self.embeds is not None and needs.features:
             shown["features"] = self.embeds[key[0]].index_select(
                 0, stages.column_of(key).to(self.embeds.device)
             )
-        if self.needs.last_row and caught is not None:
+        if needs.last_row and caught is not None:
             shown["last_row"] = self._last_row(stages, key, caught)
         if key in stages.plan.ends_row:  # its last token stays anyway: the method is not shown it
             raster = raster[:-1]
@@ -93,11 +95,11 @@ class Views:
             raster=raster,
             grids=image.grids,
             num_heads=self.num_heads,
-            digest=self._digest(image, key, raster.device) if self.needs.digest else None,
+            digest=self._digest(image, key, raster.device) if needs.digest else None,
             frame_floor=stages.plan.config.arguments.frame_floor,
             cut=len(stages.done),
             starts=tuple(accumulate((part.n for part in image.parts[:-1]), initial=0)),
-            prompt=self._text(stages, key[0], hidden, caught),
+            prompt=self._text(stages, key[0], needs, hidden, caught),
             **shown,
         )
 
@@ -113,9 +115,9 @@ class Views:
 
         None where they cannot be shown so, or are too many to be held at once.
         """
-        rasters = [stages.raster[key] for key in keys]
+        needs, rasters = self.config.needs_at(len(stages.done)), [stages.raster[key] for key in keys]
         one_by_one = (
-            self.needs.ahead is not None
+            needs.ahead is not None
             or stages.plan.config.arguments.frame_floor
             or stages.plan.ends_row.intersection(keys)
             or sum(map(len, rasters)) > JOINED_TOKENS
@@ -130,7 +132,7 @@ class Views:
             rows = torch.cat([stages.slots(key) + key[0] * x.shape[1] for key in keys])
             return x.reshape(-1, *x.shape[2:]).index_select(0, rows.to(x.device))
 
-        shown: dict[str, Any] = dict(self._states(self.needs.states, hidden, caught, pick))
+        shown: dict[str, Any] = dict(self._states(needs.states, needs, hidden, caught, pick))
         starts = tuple(accumulate(map(len, rasters[:-1]), initial=0))
         return ImageTokens(
             n=len(slots),
@@ -144,6 +146,7 @@ class Views:
     def _states(
         self,
         names: tuple[State, ...],
+        needs: Needs,
         hidden: Tensor | None,
         caught: LayerStates | None,
         pick: Callable[[Tensor], Tensor],
@@ -154,24 +157,27 @@ class Views:
             if name == "hidden" and hidden is not None:
                 shown[name] = _apart(pick(hidden), hidden)
             elif name != "hidden" and caught is not None:
-                shown[name] = _apart(caught.of(name, pick, self.turned), caught.raw[name])
+                shown[name] = _apart(caught.of(name, pick, needs.rotary or not self.alike), caught.raw[name])
         return shown
 
     def _text(
-        self, stages: Stages, row: int, hidden: Tensor | None, caught: LayerStates | None
+        self, stages: Stages, row: int, needs: Needs, hidden: Tensor | None, caught: LayerStates | None
     ) -> Text | None:
         """The row's text at this cut; none where the method wants nothing of it."""
-        if not (self.needs.prompt or self.needs.words):
+        if not (needs.prompt or needs.words):
             return None
         at = (row, len(stages.done) if hidden is not None or caught is not None else -1)
         if at not in self._texts:
-            columns = _to_device(stages.plan.prompt(row), next(iter(stages.raster.values())).device)
+            own = stages.plan.prompt(row)
+            columns = _to_device(own, next(iter(stages.raster.values())).device)
             slots = stages.text_slots(columns, row)
-            shown = self._states(self.needs.prompt, hidden, caught, picked(row, slots))
-            if self.embeds is not None and self.needs.words:
+            shown = self._states(needs.prompt, needs, hidden, caught, picked(row, slots))
+            if self.embeds is not None and needs.words:
                 shown["words"] = picked(row, columns)(self.embeds)
-            self._texts = {own: text for own, text in self._texts.items() if own[1] == at[1]}
-            self._texts[at] = Text(columns, **shown)
+            behind = int((own > max(image.columns[-1] for image in stages.plan.rows[row])).sum())
+            scale = 1.0 if caught is None else float(caught.module.scaling)  # type: ignore[arg-type]
+            self._texts = {where: text for where, text in self._texts.items() if where[1] == at[1]}
+            self._texts[at] = Text(columns, **shown, behind=behind, scale=scale)
         return self._texts[at]
 
     def _last_row(self, stages: Stages, key: Key, caught: LayerStates) -> Tensor:

@@ -86,6 +86,8 @@ def read_settings(given: Mapping[str, Any]) -> Settings:
     asked = Arguments.of(own)
     if asked.profile is not None:
         asked = asked.under(asked.profile)
+    if asked.stages is not None:
+        raise ConfigError("vLLM can cut before the LLM only, by one method: leave stages out")
     if asked.method == AUTO:
         raise ConfigError('say which method is served, for example "method": "vflowopt", or give a "profile"')
     if asked.keep is None:
