@@ -152,9 +152,9 @@ def test_defaults_come_first_and_are_never_beaten_by_worse(
     model: Any, calls: list[Any], memory: Memory
 ) -> None:
     found = run(model, calls, memory, methods=None, trials=8)
-    first = [one.arguments["method"] for one in found.tried[:4]]
-    assert sorted(first) == ["entropyprune", "fastv", "uniform", "vflowopt"]
-    assert found.front[0].value <= min(one.value for one in found.tried[:4])
+    first = [one.arguments["method"] for one in found.tried[:5]]
+    assert sorted(first) == ["entropyprune", "fastv", "question", "uniform", "vflowopt"]
+    assert found.front[0].value <= min(one.value for one in found.tried[:5])
 
 
 def test_what_is_worse_is_stopped_and_never_called_the_best(

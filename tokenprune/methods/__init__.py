@@ -7,21 +7,29 @@ from typing import Any
 
 from tokenprune.errors import ConfigError
 from tokenprune.methods.base import DecoderShape, ImageTokens, Method, Needs, ScoreMethod, Text
+from tokenprune.methods.divprune import DivPrune
 from tokenprune.methods.entropyprune import EntropyPrune
 from tokenprune.methods.fastv import FastV
 from tokenprune.methods.importance import ImportanceMap
 from tokenprune.methods.none import NoPruning
+from tokenprune.methods.pyramiddrop import PyramidDrop
 from tokenprune.methods.question import Question
 from tokenprune.methods.random import Random
 from tokenprune.methods.recycle import Recycle
+from tokenprune.methods.sparsevlm import SparseVLM
 from tokenprune.methods.spread import Spread
 from tokenprune.methods.staged import Staged
 from tokenprune.methods.uniform import Uniform
 from tokenprune.methods.vflowopt import VFlowOpt
+from tokenprune.methods.visionzip import VisionZip
 from tokenprune.tokens import Grid, Selection, VisionAttention
 
 METHODS: dict[str, type[Method]] = {
-    m.name: m for m in (EntropyPrune, FastV, ImportanceMap, NoPruning, Question, Random, Uniform, VFlowOpt)
+    m.name: m
+    for m in (
+        *(DivPrune, EntropyPrune, FastV, ImportanceMap, NoPruning, PyramidDrop, Question, Random, SparseVLM),
+        *(Uniform, VFlowOpt, VisionZip),
+    )
 }
 
 
@@ -51,6 +59,7 @@ def make_method(method: str | Method, parameters: dict[str, Any]) -> Method:
 __all__ = [
     "METHODS",
     "DecoderShape",
+    "DivPrune",
     "EntropyPrune",
     "FastV",
     "Grid",
@@ -59,16 +68,19 @@ __all__ = [
     "Method",
     "Needs",
     "NoPruning",
+    "PyramidDrop",
     "Question",
     "Random",
     "Recycle",
     "ScoreMethod",
     "Selection",
+    "SparseVLM",
     "Spread",
     "Staged",
     "Text",
     "Uniform",
     "VFlowOpt",
     "VisionAttention",
+    "VisionZip",
     "make_method",
 ]

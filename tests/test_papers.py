@@ -1,0 +1,149 @@
+"""Methods from papers: by hand, by brute force, and against the oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import judge
+import tiny
+import tokenprune
+from tokenprune.methods import (
+    DivPrune,
+    Grid,
+    ImageTokens,
+    PyramidDrop,
+    SparseVLM,
+    Text,
+    VisionAttention,
+    VisionZip,
+)
+from tokenprune.methods.divprune import max_min
+from tokenprune.methods.visionzip import attended_and_keys
+
+METHODS: dict[str, dict[str, Any]] = {
+    "divprune": {"keep": 0.4},
+    "visionzip": {"keep": 0.4},
+    "visionzip, later": {"method": "visionzip", "layer": 2, "keep": 0.6},
+    "pyramiddrop": {"keep": 0.5},
+    "sparsevlm": {"layer": 2, "keep": 0.6},
+    "question": {"layer": 2, "keep": 0.6, "even": 0.3},
+}
+
+
+def image(n: int, **states: Any) -> ImageTokens:
+    return ImageTokens(n=n, raster=torch.arange(n), grids=(Grid(1, 1, n),), num_heads=1, **states)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("build", [tiny.llava, tiny.qwen2_5_vl, tiny.llava_next], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", METHODS)
+def test_against_the_oracle(name: str, build: Any, attention: str) -> None:
+    model = build(attn_implementation=attention)
+    inputs = tiny.inputs(model, judge.ROWS)
+    arguments = {"method": name, **METHODS[name]}
+    assert judge.prefill_difference(model, inputs, **arguments) <= judge.TOLERANCE
+    options = {"do_sample": False, "max_new_tokens": 3}
+    assert judge.generate_difference(model, inputs, options, **arguments)[0] <= judge.TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["divprune", "visionzip", "sparsevlm"])
+@pytest.mark.parametrize("keep", [7, 0.3])
+def test_budgets(name: str, keep: Any) -> None:
+    model = tiny.llava(side=6)
+    inputs = tiny.inputs(model, judge.ROWS)
+    layer = 2 if name == "sparsevlm" else 0
+    with tokenprune.pruned(model, name, keep=keep, layer=layer, budget="after_cut"), torch.no_grad():
+        model(**inputs)
+        report = tokenprune.report(model)
+    assert {own.kept[-1] for own in report.images} == {7 if keep == 7 else int(36 * 0.3)}
+
+
+# -- DivPrune ---------------------------------------------------------------------------------------------------------
+
+
+def greedy(distance: Tensor, k: int) -> list[int]:
+    """Algorithm 1, word by word."""
+    n = len(distance)
+    chosen = [max(range(n), key=lambda i: (min(float(distance[i, j]) for j in range(n) if j != i), -i))]
+    while len(chosen) < k:
+        rest = [i for i in range(n) if i not in chosen]
+        chosen.append(max(rest, key=lambda i: (min(float(distance[i, j]) for j in chosen), -i)))
+    return chosen
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("n", "k"), [(2, 1), (9, 4), (40, 13), (40, 39)])
+def test_max_min_is_the_greedy_algorithm(n: int, k: int, seed: int) -> None:
+    points = torch.randn(n, 3, generator=torch.Generator().manual_seed(seed))
+    unit = torch.nn.functional.normalize(points, dim=1)
+    distance = 1 - unit @ unit.T
+    assert max_min(distance, k).tolist() == greedy(distance, k)
+
+
+def test_divprune_by_hand() -> None:
+    """Three directions, two tokens each: one of each is kept, and of equal ones the lower index."""
+    features = torch.tensor([[1.0, 0, 0], [2, 0, 0], [0, 1, 0], [0, 3, 0], [0, 0, 1], [0, 0, 1]])
+    assert DivPrune().select(image(6, features=features), 3).keep.tolist() == [0, 2, 4]
+
+
+# -- VisionZip --------------------------------------------------------------------------------------------------------
+
+
+def test_visionzip_by_hand() -> None:
+    """Four kept, three of them dominant; of the other four two go to the target whose key is like theirs."""
+    score = torch.tensor([0.9, 0.1, 0.8, 0.2, 0.7, 0.3])
+    key = torch.tensor([[1.0, 0], [1, 0], [1, 0], [0, 1], [1, 0], [1, 0]])
+    shown = image(6, vision=torch.cat([score[:, None], key], dim=1))
+    found = VisionZip(dominant=0.75).select(shown, 4)
+    # Dominant: 0, 2, 4. The rest, 1, 3 and 5, has one target, 1.
+    assert found.keep.tolist() == [0, 1, 2, 4]
+    assert found.merges is not None and found.merges.tolist() == [[1, 1], [3, 1], [5, 1]]
+    torch.testing.assert_close(found.weights, torch.full((3,), 1 / 3))
+    found = VisionZip(dominant=0.5).select(shown, 4)
+    # Dominant: 0, 2. The rest is 1, 3, 4, 5, its targets 1 and 4, both [1, 0]: of equal ones the first; 4 is its own.
+    assert found.keep.tolist() == [0, 1, 2, 4]
+    assert found.merges is not None and found.merges.tolist() == [[1, 1], [3, 1], [4, 4], [5, 1]]
+    later = ImageTokens(n=6, raster=torch.arange(6), grids=(Grid(1, 1, 6),), cut=1, vision=shown.vision)
+    assert VisionZip().select(later, 2).merges is None
+    with pytest.raises(tokenprune.ConfigError, match="dominant"):
+        VisionZip(dominant=0.0)
+
+
+@pytest.mark.parametrize("cls", [False, True])
+def test_what_visionzip_sees_of_the_tower(cls: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 5, 4, generator=generator), torch.randn(2, 5, 4, generator=generator)
+    attention = (query @ key.transpose(1, 2) * 0.5).softmax(-1).mean(0)
+    found = attended_and_keys(VisionAttention(query, key, 0.5, cls))
+    wanted = attention[0, 1:] if cls else attention.mean(0)
+    torch.testing.assert_close(found[:, 0], wanted)
+    torch.testing.assert_close(found[:, 1:], key[:, int(cls) :].mean(0))
+
+
+# -- PyramidDrop ------------------------------------------------------------------------------------------------------
+
+
+def test_pyramiddrop_is_where_it_was_published() -> None:
+    cuts, _ = PyramidDrop().default_cuts("llava", 32, 0.46875)  # (1 + 1/2 + 1/4 + 1/8) / 4
+    assert [cut.layer for cut in cuts] == [8, 16, 24]
+    assert [cut.keep for cut in cuts[:2]] == pytest.approx([0.5, 0.25]) and cuts[2].keep is None
+    with pytest.raises(tokenprune.BudgetError, match="cannot be reached"):
+        tokenprune.wrap(tiny.llava(layers=8), "pyramiddrop", keep=0.2)
+
+
+# -- SparseVLM --------------------------------------------------------------------------------------------------------
+
+
+def test_sparsevlm_by_hand() -> None:
+    """Two words behind the picture; only the second is like it, and rates."""
+    features = torch.tensor([[0.0, 2.0], [0.0, 1.0], [1.0, 3.0]])
+    words = torch.tensor([[9.0, 9.0], [1.0, 0.0], [0.0, 1.0]])
+    key = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]], [[0.0, 0.0]]])
+    query = torch.tensor([[[5.0, 5.0]], [[3.0, 0.0]], [[0.0, 2.0]]])
+    text = Text(torch.arange(3), query=query, words=words, behind=2, scale=1.0)
+    score = SparseVLM().score(image(3, key=key, features=features, prompt=text))
+    torch.testing.assert_close(score, torch.tensor([0.0, 2.0, 0.0]).softmax(0))
