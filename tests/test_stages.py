@@ -9,12 +9,15 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
+from typer.testing import CliRunner
 
 import judge
 import tiny
 import tokenprune
 from tokenprune.arguments import Arguments, Stage, read_stages
+from tokenprune.cli import app
 from tokenprune.methods import (
     Grid,
     ImageTokens,
@@ -168,6 +171,7 @@ def test_texts() -> None:
         Stage(10, "question", 0.1),
         Stage(20, "question"),
     )
+    assert read_stages(text.replace(",", ";")) == read_stages(text)
     asked = Arguments.from_text({"stages": text, "keep": "11%"})
     assert asked.stages == read_stages(text) and asked.keep == 0.11
     for wrong in ("vflowopt", "0:vflowopt:20%,x", "0", "0:vflowopt(even):2"):
@@ -261,3 +265,13 @@ def test_needs_are_united() -> None:
     needs = made.needs()
     assert needs.states == ("key",) and needs.prompt == ("query",) and needs.vision is not None
     assert needs.merges and needs.bias and needs.features and not needs.last_row
+
+
+def test_the_command_line_takes_stages(tmp_path: Path) -> None:
+    Image.new("RGB", (96, 96), "red").save(tmp_path / "red.png")
+    words = ["run", "small", str(tmp_path / "red.png"), "how many digits ?", "--keep", "25%", "--json"]
+    stages = "stages=0:vflowopt:40%;8:fastv:15%;12:fastv"
+    result = CliRunner().invoke(app, [*words, "--param", stages], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)["report"]
+    assert report["layers_cut"] == [0, 8, 12] and report["method"] == "stages"

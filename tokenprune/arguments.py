@@ -422,11 +422,13 @@ def read_cuts(text: str) -> tuple[Cut, ...]:
     return check_cuts(cuts)
 
 
-_STAGE = re.compile(r"\s*(\d+):([\w-]+)(?:\(([^)]*)\))?(?::([^,:()]+))?\s*(?:,|$)")
+_STAGE = re.compile(r"\s*(\d+):([\w-]+)(?:\(([^)]*)\))?(?::([^,:()]+))?\s*(?:[,;]|$)")
 
 
 def read_stages(text: str) -> tuple[Stage, ...]:
     """Stages written as `0:vflowopt(even=0.3 recycling=none):20%,10:question:10%,20:question`.
+
+    Semicolons do for commas where these part words, in lmms-eval's `model_args` for example.
 
     Raises:
         ConfigError: anything else.

@@ -117,7 +117,8 @@ def _prune_arguments(
         raise InputError("method 'none' keeps everything: leave --keep out, or choose another --method")
     asked = Arguments.from_text(texts)
     make_method(DEFAULT if asked.method == AUTO else asked.method, dict(asked.parameters))
-    if method != "none" and asked.keep is None and not (asked.cuts and asked.cuts[-1].keep):  # type: ignore[union-attr]
+    cuts: Any = asked.cuts or asked.stages
+    if method != "none" and asked.keep is None and not (cuts and cuts[-1].keep):
         raise InputError("say how much to keep, for example --keep 25% or --keep 144")
     return asked.given()
 
