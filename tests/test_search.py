@@ -28,6 +28,7 @@ from tokenprune import ConfigError
 from tokenprune.analysis.memory import Memory
 from tokenprune.budget import Cut, average_kept, plan_counts
 from tokenprune.methods import METHODS, EntropyPrune, VFlowOpt
+from tokenprune.methods.vflowopt import LATER
 from tokenprune.profiles.profile import Profile
 from tokenprune.space import OneOf, Real, Setting, Whole
 from tokenprune.tune import measure
@@ -70,9 +71,11 @@ def test_every_point_of_vflowopt_meets_the_budget(data: Any, layers: int, keep: 
     space = VFlowOpt.search_space(setting)
     assert space is not None
     point = {name: data.draw(st.floats(d.low, d.high)) for name, d in space.items() if isinstance(d, Real)}
-    point |= {"recycling": "cells", "size_term": True}
+    point |= {"recycling": "cells", "size_term": True, "later": data.draw(st.sampled_from(LATER))}
     assert set(point) == set(space)
-    cuts = [Cut(*cut) for cut in VFlowOpt.arguments_at(point, setting)["cuts"]]
+    found = VFlowOpt.arguments_at(point, setting)
+    given_cuts = found.get("cuts") or [(own[0], own[2]) for own in found["stages"]]
+    cuts = [Cut(*cut) for cut in given_cuts]
     counts = plan_counts(n, layers, cuts, keep)
     assert counts == sorted(counts, reverse=True) and counts[-1] >= 1
     assert average_kept(n, layers, cuts, counts) == pytest.approx(keep * n, abs=1.0)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 import judge
 import tiny
 import tokenprune
-from tokenprune.arguments import Arguments, Stage, read_stages
+from tokenprune.arguments import Arguments, Stage, check_stages, read_stages
 from tokenprune.cli import app
 from tokenprune.methods import (
     Grid,
@@ -30,6 +31,8 @@ from tokenprune.methods import (
     VFlowOpt,
 )
 from tokenprune.profiles.profile import Profile, ProfileStage
+from tokenprune.space import Setting
+from tokenprune.tune.making import make_profile
 
 STAGES: list[tuple[Any, ...]] = [(0, "vflowopt", 0.7), (2, "question", 0.5), (4, "fastv", None)]
 
@@ -275,3 +278,26 @@ def test_the_command_line_takes_stages(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)["report"]
     assert report["layers_cut"] == [0, 8, 12] and report["method"] == "stages"
+
+
+def test_searches_find_stages_and_keep_them_as_profiles(tmp_path: Path) -> None:
+    setting = Setting(12, 1, 0.25, grid_side=6, attention_peak=3.0)
+    space = VFlowOpt.search_space(setting)
+    assert space is not None and space["later"].default == "map"
+    point = {name: dimension.default for name, dimension in space.items()}
+    assert "stages" not in VFlowOpt.arguments_at(point, setting)
+    found = VFlowOpt.arguments_at({**point, "later": "fastv"}, setting)
+    stages = check_stages(found["stages"])
+    assert [(own.layer, own.method) for own in stages] == [(0, "vflowopt"), (4, "fastv"), (8, "fastv")]
+    assert found["method"] == "auto" and stages[0].parameters["even"] == 0.5 and stages[-1].keep is None
+    assert VFlowOpt.search_space(replace(setting, scored=False)).keys() == space.keys() - {"later"}  # type: ignore[union-attr]
+
+    model = tiny.llava(layers=12)
+    made = make_profile(
+        model, {"keep": 0.25, **found}, np.ones(4), metric="cosine", controls={}, made={"how": "test"}
+    )
+    path = made.save(tmp_path / "p.json")
+    assert Profile.load(path).stages[1].method == "fastv"
+    with tokenprune.pruned(model, profile=path), torch.no_grad():
+        model(**tiny.inputs(model, judge.ROWS))
+        assert tokenprune.report(model).layers_cut == (0, 4, 8)

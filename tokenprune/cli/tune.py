@@ -249,6 +249,7 @@ def _show_found(found: Found, paths: list[str], page: Path | None) -> None:
     for profile in found.profiles:
         assert profile.measured is not None
         own = ", ".join(f"{name}={value}" for name, value in profile.parameters.items())
+        own += ", ".join(f"{stage.layer}: {stage.method}" for stage in profile.stages)
         table.add_row(f"{profile.method} {own}", f"{profile.keep:.4g}", f"{profile.measured.drift:.4f}")
     for name, drift in found.controls.items():
         table.add_row(f"{name}, before the LLM", f"{found.profiles[0].keep:.4g}", f"{drift.mean():.4f}")

@@ -17,6 +17,8 @@ from tokenprune.space import Dimension, OneOf, Point, Real, Setting
 from tokenprune.tokens import Selection
 
 RECYCLING = Choice((*HOW.values, "none"))
+#: What a search may let the later cuts read: the map, or, by stages, what the decoder attends to.
+LATER = ("map", "fastv", "question")
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ class VFlowOpt(Method):
 
     @classmethod
     def search_space(cls, setting: Setting) -> Mapping[str, Dimension] | None:
-        """The paper's numbers (t, alpha, a; R1 and R2 as `arguments_at` reads them), recycling, the grid."""
+        """The paper's numbers (t, alpha, a; R1 and R2 as `arguments_at` reads them), recycling, the grid; and who reads
+        at the later cuts."""
         if setting.attention_peak is None:
             return None
         side = float(min(24, max(2, setting.grid_side)))
@@ -120,6 +123,8 @@ class VFlowOpt(Method):
         if setting.num_layers >= 3:
             widest = 2.0 if isinstance(setting.keep, int) else min(2.0, 1 / setting.keep)
             space |= {"first": Real(1.0, widest, min(1.2, widest)), "second": Real(0.0, 1.0, 0.5)}
+            if setting.scored:
+                space["later"] = OneOf(LATER)
         return space
 
     @classmethod
@@ -143,8 +148,13 @@ class VFlowOpt(Method):
         most = min(first, (left - 0.05 * keep * (layers - 2 * third)) / third)
         second = least + float(point["second"]) * (most - least)
         shares = [round(s) if isinstance(keep, int) else s for s in (first, second)]
-        own["cuts"] = [(0, shares[0]), (third, shares[1]), (2 * third, None)]
-        return own
+        cuts = [(0, shares[0]), (third, shares[1]), (2 * third, None)]
+        later = point.get("later", "map")
+        if later == "map":
+            return {**own, "cuts": cuts}
+        (at, keep_first), *rest = cuts
+        stages = [(at, cls.name, keep_first, own), *((layer, later, share) for layer, share in rest)]
+        return {"method": "auto", "stages": stages}
 
     def select(self, image: ImageTokens, k: int) -> Selection:
         return self.chooser.select(image, k)

@@ -13,8 +13,9 @@ import transformers
 from numpy.typing import NDArray
 
 from tokenprune.api import family_of
+from tokenprune.arguments import check_stages
 from tokenprune.fingerprint import fingerprint
-from tokenprune.profiles.profile import Made, Measured, Profile, ProfileCut
+from tokenprune.profiles.profile import STAGES, Made, Measured, Profile, ProfileCut, ProfileStage
 
 
 def make_profile(
@@ -41,11 +42,18 @@ def make_profile(
     """
     parameters = dict(arguments)
     method, keep = parameters.pop("method"), parameters.pop("keep")
+    stages = check_stages(parameters.pop("stages")) if "stages" in parameters else ()
     layer, cuts = parameters.pop("layer", None), parameters.pop("cuts", None)
     cuts = [(layer, None)] if cuts is None and layer is not None else cuts or []
     return Profile(
-        method=method,
+        method=STAGES if stages else method,
         parameters=parameters,
+        stages=tuple(
+            ProfileStage(
+                layer=own.layer, keep=own.keep, method=str(own.method), parameters=dict(own.parameters)
+            )
+            for own in stages
+        ),
         cuts=tuple(ProfileCut(layer=layer, keep=own) for layer, own in cuts),
         keep=keep,
         model=fingerprint(model),

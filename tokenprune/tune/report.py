@@ -147,6 +147,11 @@ def _setting(profile: Any) -> str:
     cuts = ", ".join(
         f"{c.layer}: {'rest' if c.keep is None else format(c.keep, '.4g')}" for c in profile.cuts
     )
+    if profile.stages:
+        return "; ".join(
+            f"{own.layer}: {own.method} {'rest' if own.keep is None else format(own.keep, '.4g')}"
+            for own in profile.stages
+        )
     own = {
         name: format(value, ".4g") if isinstance(value, float) else value
         for name, value in profile.parameters.items()
