@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 from typing import Any, ClassVar
 
 import pytest
@@ -271,3 +272,32 @@ def test_a_method_that_needs_projected_and_hidden_states() -> None:
             assert kept[r][i] == best.sort().values.tolist()
     with pytest.raises(tokenprune.ConfigError, match="layers 1 to"):
         tokenprune.wrap(model, Both(), layer=0, keep=0.5)
+
+
+class Registered(Uniform):
+    name: ClassVar[str] = "registered"
+
+
+def test_methods_of_installed_packages_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an entry point, which is loaded when the name is asked for; one that is no method is refused."""
+    found = {
+        "registered": EntryPoint("registered", f"{__name__}:Registered", "tokenprune.methods"),
+        "other": EntryPoint("other", f"{__name__}:Registered", "tokenprune.methods"),
+    }
+
+    def entry_points(group: str, name: str | None = None) -> list[EntryPoint]:
+        assert group == "tokenprune.methods"
+        return [own for own in found.values() if name in (None, own.name)]
+
+    monkeypatch.setattr(tokenprune.methods, "entry_points", entry_points)
+    monkeypatch.setattr(tokenprune.methods, "METHODS", dict(METHODS))
+    model = tiny.llava()
+    with tokenprune.pruned(model, "registered", keep=0.5), torch.no_grad():
+        model(**tiny.inputs(model, judge.ROWS))
+        assert tokenprune.report(model).method == "registered"
+    with pytest.raises(ConfigError, match="unknown method 'nosuch'"):
+        tokenprune.wrap(model, "nosuch", keep=0.5)
+    with pytest.raises(ConfigError, match="is no Method of the name 'other'"):
+        tokenprune.wrap(model, "other", keep=0.5)
+    del found["other"]
+    assert "registered" in tokenprune.methods.find_all()

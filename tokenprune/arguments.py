@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tokenprune.budget import BudgetMeaning, Cut, Keep, check_keep
 from tokenprune.errors import ConfigError
-from tokenprune.methods import METHODS, Method
+from tokenprune.methods import Method, find_method
 from tokenprune.models.base import Family
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ class Arguments:
             if name in NAMES:
                 read[name] = _READERS.get(name, str)(text)
             else:
-                defaults = _parameters(METHODS[method]) if method in METHODS else {}
+                defaults = _parameters(find_method(method))
                 read[name] = read_like(name, text, defaults.get(name, ""))
         return cls.of(read)
 
@@ -442,7 +442,7 @@ def read_stages(text: str) -> tuple[Stage, ...]:
             )
         layer, method, words, keep = found.groups()
         pairs = [word.partition("=") for word in (words or "").split()]
-        defaults = _parameters(METHODS[method]) if method in METHODS else {}
+        defaults = _parameters(find_method(method))
         own = {name: read_like(name, value, defaults.get(name, "")) for name, _, value in pairs}
         stages.append(Stage(int(layer), method, None if keep is None else read_keep(keep), own))
         at = found.end()
@@ -484,5 +484,5 @@ _READERS: dict[str, Callable[[str], Any]] = {
 }
 
 
-def _parameters(method: type[Method]) -> dict[str, Any]:
-    return {f.name: f.default for f in dataclasses.fields(method)}
+def _parameters(method: type[Method] | None) -> dict[str, Any]:
+    return {} if method is None else {f.name: f.default for f in dataclasses.fields(method)}

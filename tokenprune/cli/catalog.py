@@ -22,11 +22,12 @@ def methods(
     as_json: JsonOption = False,
 ) -> None:
     """The pruning methods, or one of them in full."""
-    from tokenprune.methods import METHODS
+    from tokenprune.methods import find_all
 
-    if name is not None and name not in METHODS:
-        raise InputError(f"unknown method {name!r}; choose one of {', '.join(sorted(METHODS))}")
-    chosen = METHODS if name is None else {name: METHODS[name]}
+    known = find_all()
+    if name is not None and name not in known:
+        raise InputError(f"unknown method {name!r}; choose one of {', '.join(sorted(known))}")
+    chosen = known if name is None else {name: known[name]}
     facts = [_method_facts(cls) for _, cls in sorted(chosen.items())]
     if as_json:
         print_json(facts if name is None else facts[0])

@@ -15,7 +15,7 @@ from tokenprune.analysis.memory import Memory
 from tokenprune.api import family_of, pruned, report
 from tokenprune.budget import Keep
 from tokenprune.errors import ConfigError, UnsupportedModelError
-from tokenprune.methods import METHODS
+from tokenprune.methods import METHODS, find_method
 from tokenprune.methods.base import Needs
 from tokenprune.methods.uniform import Uniform
 from tokenprune.models import stock_model
@@ -100,7 +100,7 @@ class Space:
         """
         if served:  # as if the decoder had one layer and took no biases
             setting = replace(setting, num_layers=1, default_layer=0, biases=False)
-        unknown = [name for name in methods or () if name not in METHODS]
+        unknown = [name for name in methods or () if find_method(name) is None]
         if unknown:
             raise ConfigError(f"unknown method {unknown[0]!r}; choose from {', '.join(sorted(METHODS))}")
         found = {
