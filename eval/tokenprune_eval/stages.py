@@ -19,6 +19,7 @@ COLUMNS = ["key", "model", "keep", "stages", *ROW]
 SCHEDULES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "0 1/3 2/3": ((0, 1 / 3, 2 / 3), (1.2, 1.08)),
     "0 1/3 2/3, steeper": ((0, 1 / 3, 2 / 3), (1.9, 0.85)),
+    "0 2/3": ((0, 2 / 3), (1.1,)),
 }
 READERS: dict[str, tuple[str, dict[str, Any]]] = {
     "map": ("vflowopt", {}),
@@ -37,12 +38,11 @@ def arms(layers: int, keep: float) -> dict[str, dict[str, Any]]:
     }
     for when, (places, shares) in SCHEDULES.items():
         for what, (method, parameters) in READERS.items():
-            first, second = (min(1.0, share * keep) for share in shares)
-            at = [round(place * layers) for place in places]
-            stages = [
-                (at[0], "vflowopt", first),
-                (at[1], method, second, parameters),
-                (at[2], method, None, parameters),
+            layer, *later = (round(place * layers) for place in places)
+            first, *second = (min(1.0, share * keep) for share in shares)
+            stages: list[tuple[Any, ...]] = [(layer, "vflowopt", first)]
+            stages += [
+                (at, method, share, parameters) for at, share in zip(later, (*second, None), strict=True)
             ]
             found[f"{what}, {when}"] = {"keep": keep, "stages": stages}
     return found
