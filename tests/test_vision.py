@@ -542,3 +542,20 @@ def test_pruning_by_vision_matches_the_oracle(family: str) -> None:
         assert (
             judge.prefill_difference(model, inputs, method=method, layer=layer, keep=0.5) <= judge.TOLERANCE
         )
+
+
+@pytest.mark.parametrize("how", ["forward", "generate"])
+def test_frames_that_are_pictures_to_the_tower(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GLM-4V: a call of videos alone, whose frames the tower is given one by one."""
+    model = tiny.build("glm4v")
+    inputs = tiny.inputs(model, [["text:2", "video", "text:3"], ["video", "text:4", "video", "text:2"]])
+    with tokenprune.pruned(model, Attention(cls=False), cuts=[(0, 0.6), (2, 0.3)]), torch.no_grad():
+        if how == "forward":
+            model(**inputs)
+        else:
+            model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        lists = tokenprune.report(model).keep_lists
+    stock = tiny.build("glm4v", attn_implementation="eager")
+    scores = expected_scores(stock, inputs, monkeypatch, -1)
+    for kept in lists:
+        assert kept == best(scores, kept)
