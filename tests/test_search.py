@@ -72,6 +72,7 @@ def test_every_point_of_vflowopt_meets_the_budget(data: Any, layers: int, keep: 
     assert space is not None
     point = {name: data.draw(st.floats(d.low, d.high)) for name, d in space.items() if isinstance(d, Real)}
     point |= {"recycling": "cells", "size_term": True, "later": data.draw(st.sampled_from(LATER))}
+    point["middle"] = data.draw(st.booleans())
     assert set(point) == set(space)
     found = VFlowOpt.arguments_at(point, setting)
     given_cuts = found.get("cuts") or [(own[0], own[2]) for own in found["stages"]]

@@ -290,7 +290,9 @@ def test_searches_find_stages_and_keep_them_as_profiles(tmp_path: Path) -> None:
     stages = check_stages(found["stages"])
     assert [(own.layer, own.method) for own in stages] == [(0, "vflowopt"), (4, "fastv"), (8, "fastv")]
     assert found["method"] == "auto" and stages[0].parameters["even"] == 0.5 and stages[-1].keep is None
-    assert VFlowOpt.search_space(replace(setting, scored=False)).keys() == space.keys() - {"later"}  # type: ignore[union-attr]
+    single = VFlowOpt.arguments_at({**point, "later": "fastv", "middle": False}, setting)
+    assert [(own[0], own[1]) for own in single["stages"]] == [(0, "vflowopt"), (8, "fastv")]
+    assert VFlowOpt.search_space(replace(setting, scored=False)).keys() == space.keys() - {"later", "middle"}  # type: ignore[union-attr]
 
     model = tiny.llava(layers=12)
     made = make_profile(

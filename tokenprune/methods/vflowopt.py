@@ -105,8 +105,8 @@ class VFlowOpt(Method):
 
     @classmethod
     def search_space(cls, setting: Setting) -> Mapping[str, Dimension] | None:
-        """The paper's numbers (t, alpha, a; R1 and R2 as `arguments_at` reads them), recycling, the grid; and who reads
-        at the later cuts."""
+        """The paper's numbers (t, alpha, a; R1 and R2 as `arguments_at` reads them), recycling, the grid; who reads
+        at the later cuts, and whether there is one a third through."""
         if setting.attention_peak is None:
             return None
         side = float(min(24, max(2, setting.grid_side)))
@@ -124,7 +124,7 @@ class VFlowOpt(Method):
             widest = 2.0 if isinstance(setting.keep, int) else min(2.0, 1 / setting.keep)
             space |= {"first": Real(1.0, widest, min(1.2, widest)), "second": Real(0.0, 1.0, 0.5)}
             if setting.scored:
-                space["later"] = OneOf(LATER)
+                space |= {"later": OneOf(LATER), "middle": OneOf((True, False))}
         return space
 
     @classmethod
@@ -143,18 +143,29 @@ class VFlowOpt(Method):
         keep, layers = setting.keep, setting.num_layers
         third = layers // 3
         first = min(float(point["first"]) * keep, 1.0 if isinstance(keep, float) else math.inf)
+        if not point.get("middle", True):  # one later cut, two thirds through, that still keeps something
+            most = (layers * keep - 0.05 * keep * (layers - 2 * third)) / (2 * third)
+            share = min(first, most)
+            return cls._staged(
+                point, own, [(0, round(share) if isinstance(keep, int) else share), (2 * third, None)]
+            )
         left = layers * keep - third * first  # for the second and third stage, in layers times shares
         least = left / (layers - third)
         most = min(first, (left - 0.05 * keep * (layers - 2 * third)) / third)
         second = least + float(point["second"]) * (most - least)
         shares = [round(s) if isinstance(keep, int) else s for s in (first, second)]
-        cuts = [(0, shares[0]), (third, shares[1]), (2 * third, None)]
+        return cls._staged(point, own, [(0, shares[0]), (third, shares[1]), (2 * third, None)])
+
+    @classmethod
+    def _staged(
+        cls, point: Point, own: dict[str, Any], cuts: list[tuple[int, Keep | None]]
+    ) -> dict[str, Any]:
+        """The cuts, as stages where another method reads at the later ones."""
         later = point.get("later", "map")
         if later == "map":
             return {**own, "cuts": cuts}
-        (at, keep_first), *rest = cuts
-        stages = [(at, cls.name, keep_first, own), *((layer, later, share) for layer, share in rest)]
-        return {"method": "auto", "stages": stages}
+        (at, share), *rest = cuts
+        return {"method": "auto", "stages": [(at, cls.name, share, own), *((i, later, k) for i, k in rest)]}
 
     def select(self, image: ImageTokens, k: int) -> Selection:
         return self.chooser.select(image, k)
