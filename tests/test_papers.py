@@ -12,6 +12,7 @@ import judge
 import tiny
 import tokenprune
 from tokenprune.methods import (
+    DART,
     DivPrune,
     Grid,
     ImageTokens,
@@ -26,6 +27,7 @@ from tokenprune.methods.visionzip import attended_and_keys
 
 METHODS: dict[str, dict[str, Any]] = {
     "divprune": {"keep": 0.4},
+    "dart": {"layer": 2, "keep": 0.6},
     "visionzip": {"keep": 0.4},
     "visionzip, later": {"method": "visionzip", "layer": 2, "keep": 0.6},
     "pyramiddrop": {"keep": 0.5},
@@ -50,12 +52,12 @@ def test_against_the_oracle(name: str, build: Any, attention: str) -> None:
     assert judge.generate_difference(model, inputs, options, **arguments)[0] <= judge.TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["divprune", "visionzip", "sparsevlm"])
+@pytest.mark.parametrize("name", ["divprune", "visionzip", "sparsevlm", "dart"])
 @pytest.mark.parametrize("keep", [7, 0.3])
 def test_budgets(name: str, keep: Any) -> None:
     model = tiny.llava(side=6)
     inputs = tiny.inputs(model, judge.ROWS)
-    layer = 2 if name == "sparsevlm" else 0
+    layer = 2 if name in ("sparsevlm", "dart") else 0
     with tokenprune.pruned(model, name, keep=keep, layer=layer, budget="after_cut"), torch.no_grad():
         model(**inputs)
         report = tokenprune.report(model)
@@ -147,3 +149,61 @@ def test_sparsevlm_by_hand() -> None:
     text = Text(torch.arange(3), query=query, words=words, behind=2, scale=1.0)
     score = SparseVLM().score(image(3, key=key, features=features, prompt=text))
     torch.testing.assert_close(score, torch.tensor([0.0, 2.0, 0.0]).softmax(0))
+
+
+# -- DART -------------------------------------------------------------------------------------------------------------
+
+
+def least_alike(image: ImageTokens, k: int, images: int, texts: int) -> list[int]:
+    """Pivots and their turns, word by word."""
+    text = image.prompt
+    assert image.key is not None and image.hidden is not None and text is not None
+    assert text.key is not None and text.hidden is not None
+    size = image.key.abs().sum((1, 2)).tolist()
+    asked = text.key.abs().sum((1, 2)).tolist()
+    own = sorted(range(image.n), key=lambda i: (-size[i], i))[: min(images, k)]
+    asking = sorted(range(len(asked) - text.behind, len(asked)), key=lambda i: (-asked[i], i))[:texts]
+    chosen, states = list(own), [*(image.hidden[i] for i in own), *(text.hidden[i] for i in asking)]
+    for turn, pivot in enumerate(states):
+        cosine = torch.cosine_similarity(pivot[None], image.hidden).tolist()
+        share = (k - len(own)) // len(states) + (turn < (k - len(own)) % len(states))
+        rest = [i for i in range(image.n) if i not in chosen]
+        chosen += sorted(rest, key=lambda i: (cosine[i], i))[:share]
+    return sorted(chosen)
+
+
+@pytest.mark.parametrize("behind", [0, 2, 6])
+@pytest.mark.parametrize(("n", "k"), [(5, 1), (5, 4), (30, 11), (30, 29)])
+def test_dart_is_its_description(n: int, k: int, behind: int) -> None:
+    generator = torch.Generator().manual_seed(n + k)
+    text = Text(
+        torch.arange(6),
+        key=torch.randn(6, 2, 4, generator=generator),
+        hidden=torch.randn(6, 8, generator=generator),
+        behind=behind,
+    )
+    shown = image(
+        n,
+        key=torch.randn(n, 2, 4, generator=generator),
+        hidden=torch.randn(n, 8, generator=generator),
+        prompt=text,
+    )
+    found = DART().select(shown, k).keep.tolist()
+    assert len(found) == k and found == least_alike(shown, k, 4, 4)
+
+
+def test_dart_by_hand() -> None:
+    """One pivot of each kind: the image's, 2, takes what points away from it, the text's what points away from that."""
+    hidden = torch.tensor([[0.0, 1.0], [-3.0, 0.0], [1.0, 0.0], [2.0, 0.1], [0.0, -1.0]])
+    key = torch.tensor([1.0, 1, -9, 1, 1])[:, None, None]
+    text = Text(
+        torch.arange(2),
+        key=torch.tensor([9.0, 1.0])[:, None, None],
+        hidden=torch.tensor([[0.0, -1], [0, 1]]),
+        behind=1,
+    )
+    shown = image(5, key=key, hidden=hidden, prompt=text)
+    assert DART(image_pivots=1, text_pivots=1).select(shown, 3).keep.tolist() == [1, 2, 4]
+    assert DART(image_pivots=1, text_pivots=0).select(shown, 3).keep.tolist() == [0, 1, 2]
+    with pytest.raises(tokenprune.ConfigError, match="image_pivots"):
+        DART(image_pivots=0)

@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenprune.errors import ConfigError
 from tokenprune.methods.base import DecoderShape, ImageTokens, Method, Needs, ScoreMethod, Text
+from tokenprune.methods.dart import DART
 from tokenprune.methods.divprune import DivPrune
 from tokenprune.methods.entropyprune import EntropyPrune
 from tokenprune.methods.fastv import FastV
@@ -28,7 +29,18 @@ from tokenprune.tokens import Grid, Selection, VisionAttention
 METHODS: dict[str, type[Method]] = {
     m.name: m
     for m in (
-        *(DivPrune, EntropyPrune, FastV, ImportanceMap, NoPruning, PyramidDrop, Question, Random, SparseVLM),
+        *(
+            DART,
+            DivPrune,
+            EntropyPrune,
+            FastV,
+            ImportanceMap,
+            NoPruning,
+            PyramidDrop,
+            Question,
+            Random,
+            SparseVLM,
+        ),
         *(Uniform, VFlowOpt, VisionZip),
     )
 }
@@ -88,6 +100,7 @@ def make_method(method: str | Method, parameters: dict[str, Any]) -> Method:
 
 
 __all__ = [
+    "DART",
     "METHODS",
     "DecoderShape",
     "DivPrune",
