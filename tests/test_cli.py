@@ -364,7 +364,7 @@ def test_bad_keep(image: Path, keep: str) -> None:
     ("options", "advice"),
     [
         ([], "--keep 25%"),
-        (["--keep", "50%", "--method", "nosuch"], "choose one of dart, divprune"),
+        (["--keep", "50%", "--method", "nosuch"], "choose one of cdpruner, dart"),
         (["--keep", "50%", "--param", "nosuch=1"], "it has t, alpha, voters"),
         (["--keep", "50%", "--param", "source"], "name=value"),
         (["--keep", "50%", "--param", "voters=nose"], "must be one of attended, cls"),
@@ -568,7 +568,7 @@ def test_other_commands_refuse_on_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "name another" in refused("demo", "--out", tmp_path / "file" / "folder")
     assert "demo --help" in refused("demo", "--scenes", 0)
-    assert "choose one of dart, divprune" in refused("methods", "nosuch")
+    assert "choose one of cdpruner, dart" in refused("methods", "nosuch")
     assert "Did you mean 'methods'" in refused("method")
     assert "'tokenprune --help'" in refused("--nosuch")
 

@@ -106,7 +106,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[ConfigError], str]] = [
     (
         {"method": "guess", "keep": 0.5},
         ConfigError,
-        "unknown method 'guess'; choose one of dart, divprune",
+        "unknown method 'guess'; choose one of cdpruner, dart",
     ),
     ({"method": None, "keep": 0.5}, ConfigError, "unknown method None; choose one of"),
     ({"method": EntropyPrune, "keep": 0.5}, ConfigError, "unknown method .*, or pass a Method"),

@@ -13,6 +13,7 @@ import tiny
 import tokenprune
 from tokenprune.methods import (
     DART,
+    CDPruner,
     DivPrune,
     Grid,
     ImageTokens,
@@ -22,11 +23,13 @@ from tokenprune.methods import (
     VisionAttention,
     VisionZip,
 )
+from tokenprune.methods.cdpruner import greedy_map
 from tokenprune.methods.divprune import max_min
 from tokenprune.methods.visionzip import attended_and_keys
 
 METHODS: dict[str, dict[str, Any]] = {
     "divprune": {"keep": 0.4},
+    "cdpruner": {"keep": 0.4},
     "dart": {"layer": 2, "keep": 0.6},
     "visionzip": {"keep": 0.4},
     "visionzip, later": {"method": "visionzip", "layer": 2, "keep": 0.6},
@@ -52,7 +55,7 @@ def test_against_the_oracle(name: str, build: Any, attention: str) -> None:
     assert judge.generate_difference(model, inputs, options, **arguments)[0] <= judge.TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["divprune", "visionzip", "sparsevlm", "dart"])
+@pytest.mark.parametrize("name", ["divprune", "cdpruner", "visionzip", "sparsevlm", "dart"])
 @pytest.mark.parametrize("keep", [7, 0.3])
 def test_budgets(name: str, keep: Any) -> None:
     model = tiny.llava(side=6)
@@ -90,6 +93,33 @@ def test_divprune_by_hand() -> None:
     """Three directions, two tokens each: one of each is kept, and of equal ones the lower index."""
     features = torch.tensor([[1.0, 0, 0], [2, 0, 0], [0, 1, 0], [0, 3, 0], [0, 0, 1], [0, 0, 1]])
     assert DivPrune().select(image(6, features=features), 3).keep.tolist() == [0, 2, 4]
+
+
+# -- CDPruner ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("n", "k"), [(2, 1), (9, 4), (30, 13)])
+def test_greedy_map_raises_the_determinant_most(n: int, k: int, seed: int) -> None:
+    rows = torch.randn(n, 40, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    kernel, chosen = rows @ rows.T, list[int]()
+    for _ in range(k):
+        rest = [i for i in range(n) if i not in chosen]
+        chosen.append(max(rest, key=lambda i: float(kernel[[*chosen, i]][:, [*chosen, i]].logdet())))
+    assert greedy_map(rows.float(), k).tolist() == chosen
+
+
+def test_greedy_map_beyond_the_rank_takes_each_once() -> None:
+    """Of two directions no third token adds anything: the lower indices follow, none twice, nothing is nan."""
+    rows = torch.tensor([[1.0, 0], [2, 0], [0, 1], [0, 1], [1, 1]])
+    assert greedy_map(rows, 5).tolist() == [1, 2, 0, 3, 4]
+
+
+def test_cdpruner_by_hand() -> None:
+    """The word is (1, 0) and what stands before the picture is not read: what points away from it has relevance 0."""
+    features = torch.tensor([[-1.0, 0], [1, 0], [1, 0.1], [0, 1.0]])
+    text = Text(torch.arange(2), words=torch.tensor([[-1.0, 0], [1, 0]]), behind=1)
+    assert CDPruner().select(image(4, features=features, prompt=text), 2).keep.tolist() == [1, 3]
 
 
 # -- VisionZip --------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenprune.errors import ConfigError
 from tokenprune.methods.base import DecoderShape, ImageTokens, Method, Needs, ScoreMethod, Text
+from tokenprune.methods.cdpruner import CDPruner
 from tokenprune.methods.dart import DART
 from tokenprune.methods.divprune import DivPrune
 from tokenprune.methods.entropyprune import EntropyPrune
@@ -30,6 +31,7 @@ METHODS: dict[str, type[Method]] = {
     m.name: m
     for m in (
         *(
+            CDPruner,
             DART,
             DivPrune,
             EntropyPrune,
@@ -102,6 +104,7 @@ def make_method(method: str | Method, parameters: dict[str, Any]) -> Method:
 __all__ = [
     "DART",
     "METHODS",
+    "CDPruner",
     "DecoderShape",
     "DivPrune",
     "EntropyPrune",
