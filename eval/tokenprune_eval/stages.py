@@ -28,13 +28,15 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
     "question, median of heads": ("question", {"pooling": "median"}),
     "question, a third on the grid": ("question", {"even": 0.33}),
 }
+#: Methods whose one cut is before the LLM.
+BEFORE = ("visionzip", "divprune", "cdpruner")
 
 
 def arms(layers: int, keep: float) -> dict[str, dict[str, Any]]:
     """Arguments of `wrap` by name."""
     found: dict[str, dict[str, Any]] = {
         "auto": {"keep": keep},
-        "vflowopt": {"method": "vflowopt", "keep": keep},
+        **{name: {"method": name, "keep": keep} for name in ("vflowopt", *BEFORE)},
     }
     for when, (places, shares) in SCHEDULES.items():
         for what, (method, parameters) in READERS.items():
@@ -45,6 +47,12 @@ def arms(layers: int, keep: float) -> dict[str, dict[str, Any]]:
                 (at, method, share, parameters) for at, share in zip(later, (*second, None), strict=True)
             ]
             found[f"{what}, {when}"] = {"keep": keep, "stages": stages}
+    two_thirds = round(2 / 3 * layers)
+    for name in BEFORE:
+        found[f"{name}, last token, 0 2/3"] = {
+            "keep": keep,
+            "stages": [(0, name, 1.1 * keep), (two_thirds, "fastv", None)],
+        }
     return found
 
 
