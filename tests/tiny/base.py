@@ -134,6 +134,12 @@ def in_turn(row: torch.Tensor, token: int, lengths: Iterator[int]) -> list[torch
     return images
 
 
+def by_row(ids: torch.Tensor, lengths: dict[int, Iterator[int]]) -> list[list[torch.Tensor]]:
+    """Per row, the images of all kinds, from left to right; what stands within a video does not part it."""
+    rows = [[one for token, own in lengths.items() for one in in_turn(row, token, own)] for row in ids]
+    return [sorted(images, key=lambda image: int(image[0])) for images in rows]
+
+
 def make_inputs(
     family: Family, model: PreTrainedModel, rows: Sequence[Sequence[str]], pad: str, seed: int
 ) -> dict[str, torch.Tensor]:

@@ -34,7 +34,7 @@ from .base import (
     Family,
     Piece,
     build_model,
-    in_turn,
+    by_row,
     text_kwargs,
     vision_kwargs,
 )
@@ -247,11 +247,7 @@ class Gemma4(Family):
             frames = iter(videos)
             videos = [sum(next(frames) for _ in range(int(n))) for n in inputs["num_frames_per_video"]]
         sizes = {IMAGE: iter(counts("image_position_ids")), VIDEO: iter(videos)}
-        result = []
-        for row in inputs["input_ids"]:
-            images = [image for token, of_kind in sizes.items() for image in in_turn(row, token, of_kind)]
-            result.append(sorted(images, key=lambda image: int(image[0])))
-        return result
+        return by_row(inputs["input_ids"], sizes)
 
 
 def _shape(detail: str) -> tuple[int, ...]:

@@ -14,8 +14,8 @@ from transformers import (
     Glm46VForConditionalGeneration,
 )
 
-from .base import IMAGE, VIDEO, VISION_END, VISION_START, Draw, Piece, build_model, in_turn, text_kwargs
-from .qwen import TIMESTAMP, Qwen
+from .base import IMAGE, VIDEO, VISION_END, VISION_START, Draw, Piece, build_model, in_turn
+from .qwen import TIMESTAMP, Qwen, mrope_text
 
 VIDEO_START, VIDEO_END = 7, 8
 _KINDS = {
@@ -38,16 +38,10 @@ def glm(
     seed: int = 0,
 ) -> Any:
     """Of the mixture (GLM-4.5V) only the first layer is dense, and half of each head has no rotary embedding."""
-    text = text_kwargs(layers, d, heads, kv_heads)
-    half = d // heads // 2
-    text["rope_parameters"] = {
-        "rope_type": "default",
-        "rope_theta": 10000.0,
-        "mrope_section": [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8],
-        "partial_rotary_factor": 1.0,
-    }
+    text = mrope_text(layers, d, heads, kv_heads)
+    text["rope_parameters"]["partial_rotary_factor"] = 1.0
     if kind == "glm4v_moe":
-        quarter = half // 2
+        quarter = d // heads // 4
         text["rope_parameters"] |= {"partial_rotary_factor": 0.5, "mrope_section": [quarter - 2, 1, 1]}
         text |= {
             **{

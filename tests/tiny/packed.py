@@ -17,8 +17,8 @@ from transformers import (
     PaddleOCRVLForConditionalGeneration,
 )
 
-from .base import IMAGE, VIDEO, VISION_END, VISION_START, Draw, Piece, build_model, in_turn, text_kwargs
-from .qwen import QWEN_GRIDS, TOKENS, VIDEO_GRIDS, Qwen
+from .base import IMAGE, VIDEO, VISION_END, VISION_START, Draw, Piece, build_model, by_row, text_kwargs
+from .qwen import QWEN_GRIDS, TOKENS, VIDEO_GRIDS, Qwen, mrope_text
 
 PATCH = 4
 
@@ -34,12 +34,7 @@ def paddleocr_vl(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> PaddleOCRVLForConditionalGeneration:
-    half = d // heads // 2
-    sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
-    text = text_kwargs(layers, d, heads, kv_heads) | {
-        "head_dim": d // heads,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections},
-    }
+    text = mrope_text(layers, d, heads, kv_heads) | {"head_dim": d // heads}
     vision = {
         **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": vision_layers},
         **{"num_attention_heads": 2, "image_size": 32, "patch_size": PATCH, "spatial_merge_size": 2},
@@ -96,11 +91,7 @@ class Paddle(Qwen):
             return (int(grid[1:].prod()) // 4 for grid in inputs.get(name, ()))
 
         sizes = {IMAGE: lengths("image_grid_thw"), VIDEO: lengths("video_grid_thw")}
-        result = []
-        for row in inputs["input_ids"]:
-            images = [image for token, of_kind in sizes.items() for image in in_turn(row, token, of_kind)]
-            result.append(sorted(images, key=lambda image: int(image[0])))
-        return result
+        return by_row(inputs["input_ids"], sizes)
 
 
 class Kimi(Paddle):

@@ -37,7 +37,7 @@ from .base import (
     Family,
     Piece,
     build_model,
-    in_turn,
+    by_row,
     text_kwargs,
     windows,
 )
@@ -62,7 +62,7 @@ def qwen2_vl(
     vision = _vision(vision_layers, mlp_ratio=2, embed_dim=32) | {"hidden_size": d}
     del vision["intermediate_size"]
     config = Qwen2VLConfig(
-        text_config=_text(layers, d, heads, kv_heads, sliding_window), vision_config=vision, **TOKENS
+        text_config=mrope_text(layers, d, heads, kv_heads, sliding_window), vision_config=vision, **TOKENS
     )
     return build_model(Qwen2VLForConditionalGeneration, config, attn_implementation, dtype, seed)
 
@@ -84,7 +84,7 @@ def qwen2_5_vl(
         vision_layers, window_size=16, out_hidden_size=d, fullatt_block_indexes=[vision_layers - 1]
     )
     config = Qwen2_5_VLConfig(
-        text_config=_text(layers, d, heads, kv_heads, sliding_window), vision_config=vision, **TOKENS
+        text_config=mrope_text(layers, d, heads, kv_heads, sliding_window), vision_config=vision, **TOKENS
     )
     return build_model(Qwen2_5_VLForConditionalGeneration, config, attn_implementation, dtype, seed)
 
@@ -103,7 +103,7 @@ def qwen3_vl(
     seed: int = 0,
 ) -> Qwen3VLForConditionalGeneration | Qwen3VLMoeForConditionalGeneration:
     """Its first `deepstack` decoder layers add features of the vision layers to the visual tokens."""
-    text = _text(layers, d, heads, kv_heads, None)
+    text = mrope_text(layers, d, heads, kv_heads, None)
     text["rope_parameters"] |= {"mrope_interleaved": True}
     text["head_dim"] = d // heads
     vision = _vision(
@@ -134,7 +134,7 @@ def qwen3_5(
     seed: int = 0,
 ) -> Qwen3_5ForConditionalGeneration | Qwen3_5MoeForConditionalGeneration:
     """Every so many layers attend, the others are Gated DeltaNet (released models: every fourth)."""
-    text = _text(layers, d, heads, kv_heads, None)
+    text = mrope_text(layers, d, heads, kv_heads, None)
     text["rope_parameters"] |= {"mrope_interleaved": True, "partial_rotary_factor": 1.0}
     text |= {
         "head_dim": d // heads,
@@ -180,7 +180,10 @@ def _vision(layers: int, **more: Any) -> dict[str, Any]:
     }
 
 
-def _text(layers: int, d: int, heads: int, kv_heads: int, sliding_window: int | None) -> dict[str, Any]:
+def mrope_text(
+    layers: int, d: int, heads: int, kv_heads: int, sliding_window: int | None = None
+) -> dict[str, Any]:
+    """Of a decoder whose positions have three axes."""
     half = d // heads // 2
     if half < 3:
         raise ValueError(f"head size {2 * half} is too small for three rotary sections")
@@ -224,12 +227,7 @@ class Qwen(Family):
             return (int(grid.prod()) // merge for grid in inputs.get(name, ()))
 
         sizes = {IMAGE: lengths("image_grid_thw"), VIDEO: lengths("video_grid_thw")}
-        result = []
-        for row in inputs["input_ids"]:
-            # a video's frames are one image, whatever stands between them
-            images = [image for token, of_kind in sizes.items() for image in in_turn(row, token, of_kind)]
-            result.append(sorted(images, key=lambda image: int(image[0])))
-        return result
+        return by_row(inputs["input_ids"], sizes)
 
 
 class Qwen3(Qwen):
