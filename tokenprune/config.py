@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from tokenprune.arguments import Arguments, check_stages
+from tokenprune.arguments import Arguments
 from tokenprune.auto import resolve
 from tokenprune.budget import BudgetMeaning, Cut, Keep
 from tokenprune.errors import BudgetError, ConfigError, UnsupportedModelError
@@ -73,12 +73,10 @@ def settle(model: nn.Module, family: Family, asked: Arguments) -> PruneConfig:
     """
     num_layers = len(family.layers(model))
     arguments, note = resolve(model, family, asked)
-    stages = None if arguments.stages is None else check_stages(arguments.stages)
-    if stages is None:
-        made = make_method(arguments.method, dict(arguments.parameters))
-    else:
-        made = Staged(tuple(make_method(own.method, dict(own.parameters)) for own in stages))
-    each = [made] if stages is None else [made.at(cut) for cut in range(len(stages))]
+    stages: Any = arguments.stages  # made Stages by Arguments
+    asked_for = [arguments] if stages is None else stages
+    each = [make_method(own.method, dict(own.parameters)) for own in asked_for]
+    made = each[0] if stages is None else Staged(tuple(each))
     made.check(decoder_shape(model, family))
     for own in each:
         _check_needs(model, family, own)
@@ -165,7 +163,8 @@ def _cuts(
 ) -> tuple[tuple[Cut, ...], str]:
     """The cuts, and where their layers came from."""
     if arguments.stages is not None:
-        return tuple(Cut(own.layer, own.keep) for own in check_stages(arguments.stages)), "given"
+        stages: Any = arguments.stages  # made Stages by Arguments
+        return tuple(Cut(own.layer, own.keep) for own in stages), "given"
     if arguments.cuts is not None:
         return tuple(arguments.cuts), "given"  # type: ignore[arg-type]  # made Cuts by Arguments
     if arguments.layer is None:

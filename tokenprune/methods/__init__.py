@@ -30,20 +30,20 @@ from tokenprune.tokens import Grid, Selection, VisionAttention
 METHODS: dict[str, type[Method]] = {
     m.name: m
     for m in (
-        *(
-            CDPruner,
-            DART,
-            DivPrune,
-            EntropyPrune,
-            FastV,
-            ImportanceMap,
-            NoPruning,
-            PyramidDrop,
-            Question,
-            Random,
-            SparseVLM,
-        ),
-        *(Uniform, VFlowOpt, VisionZip),
+        CDPruner,
+        DART,
+        DivPrune,
+        EntropyPrune,
+        FastV,
+        ImportanceMap,
+        NoPruning,
+        PyramidDrop,
+        Question,
+        Random,
+        SparseVLM,
+        Uniform,
+        VFlowOpt,
+        VisionZip,
     )
 }
 

@@ -145,22 +145,16 @@ class VFlowOpt(Method):
         first = min(float(point["first"]) * keep, 1.0 if isinstance(keep, float) else math.inf)
         if not point.get("middle", True):  # one later cut, two thirds through, that still keeps something
             most = (layers * keep - 0.05 * keep * (layers - 2 * third)) / (2 * third)
-            share = min(first, most)
-            return cls._staged(
-                point, own, [(0, round(share) if isinstance(keep, int) else share), (2 * third, None)]
-            )
-        left = layers * keep - third * first  # for the second and third stage, in layers times shares
-        least = left / (layers - third)
-        most = min(first, (left - 0.05 * keep * (layers - 2 * third)) / third)
-        second = least + float(point["second"]) * (most - least)
-        shares = [round(s) if isinstance(keep, int) else s for s in (first, second)]
-        return cls._staged(point, own, [(0, shares[0]), (third, shares[1]), (2 * third, None)])
-
-    @classmethod
-    def _staged(
-        cls, point: Point, own: dict[str, Any], cuts: list[tuple[int, Keep | None]]
-    ) -> dict[str, Any]:
-        """The cuts, as stages where another method reads at the later ones."""
+            shares = [(0, min(first, most))]
+        else:
+            left = layers * keep - third * first  # for the second and third stage, in layers times shares
+            least = left / (layers - third)
+            most = min(first, (left - 0.05 * keep * (layers - 2 * third)) / third)
+            shares = [(0, first), (third, least + float(point["second"]) * (most - least))]
+        cuts: list[tuple[int, Keep | None]] = [
+            (layer, round(share) if isinstance(keep, int) else share) for layer, share in shares
+        ]
+        cuts.append((2 * third, None))
         later = point.get("later", "map")
         if later == "map":
             return {**own, "cuts": cuts}

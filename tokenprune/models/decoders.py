@@ -164,15 +164,13 @@ _PLAIN = Decoder()
 DECODERS: dict[str, Decoder] = {
     name: decoder
     for decoder in (
-        *(
-            _PLAIN,
-            InterleavedDecoder(),
-            GptOssDecoder(),
-            NormedDecoder(),
-            Gemma3Decoder(),
-            Gemma4Decoder(),
-            Llama4Decoder(),
-        ),
+        _PLAIN,
+        InterleavedDecoder(),
+        GptOssDecoder(),
+        NormedDecoder(),
+        Gemma3Decoder(),
+        Gemma4Decoder(),
+        Llama4Decoder(),
     )
     for name in decoder.model_types
 }

@@ -77,9 +77,8 @@ class _Eager:
     """
 
     def __init__(self) -> None:
-        self._lock = (
-            threading.RLock()
-        )  # a garbage collection, which ends prompts too, may come while it is held
+        # A garbage collection, which ends prompts too, may come while it is held.
+        self._lock = threading.RLock()
         self._prompts: set[object] = set()
         self._stance: Any = None
 
