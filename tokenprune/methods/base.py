@@ -202,6 +202,7 @@ class Method(ABC):
         min_layer: the smallest layer the method can cut at (0 is before the LLM).
         reads_text: whether a text token after the image can change what is kept.
         published_layers: the cut's layer published for the method, by family.
+        before_llm: whether its cut was published before the LLM, for all of them.
     """
 
     name: ClassVar[str]
@@ -209,6 +210,7 @@ class Method(ABC):
     min_layer: ClassVar[int] = 0
     reads_text: ClassVar[bool] = False
     published_layers: ClassVar[Mapping[str, int]] = ENTROPYPRUNE_LAYERS
+    before_llm: ClassVar[bool] = False
 
     @abstractmethod
     def needs(self) -> Needs:
@@ -239,8 +241,10 @@ class Method(ABC):
             num_layers: decoder layers L.
             keep: the budget; None where forced lists say what is kept.
 
-        Default: one cut, at the layer published for the method and family, else at L / 16.
+        Default: one cut, before the LLM or at the layer published for the method and family, else at L / 16.
         """
+        if self.before_llm:
+            return (Cut(0),), "before the LLM, as published"
         published = self.published_layers.get(family)
         if published is not None and published < num_layers:
             return (Cut(published),), f"published for {family}"

@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.budget import Cut, Keep
 from tokenprune.methods.base import ImageTokens, Method, Needs
 from tokenprune.tokens import Selection
 
@@ -33,12 +32,8 @@ class CDPruner(Method):
 
     name: ClassVar[str] = "cdpruner"
     paper: ClassVar[str] = "arXiv 2506.10967"
+    before_llm: ClassVar[bool] = True
     reads_text: ClassVar[bool] = True
-
-    def default_cuts(
-        self, family: str, num_layers: int, keep: Keep | None = None
-    ) -> tuple[tuple[Cut, ...], str]:
-        return (Cut(0),), "before the LLM, as published"
 
     def needs(self) -> Needs:
         return Needs(features=True, words=True)

@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.budget import Cut, Keep
 from tokenprune.methods.base import ImageTokens, Method, Needs
 from tokenprune.tokens import Selection
 
@@ -28,11 +27,7 @@ class DivPrune(Method):
 
     name: ClassVar[str] = "divprune"
     paper: ClassVar[str] = "arXiv 2503.02175"
-
-    def default_cuts(
-        self, family: str, num_layers: int, keep: Keep | None = None
-    ) -> tuple[tuple[Cut, ...], str]:
-        return (Cut(0),), "before the LLM, as published"
+    before_llm: ClassVar[bool] = True
 
     def needs(self) -> Needs:
         return Needs(features=True)

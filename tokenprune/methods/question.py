@@ -58,11 +58,7 @@ class Question(ScoreMethod):
 
     def score(self, image: ImageTokens) -> Tensor:
         assert image.key is not None and image.prompt is not None and image.prompt.query is not None
-        query = self.asking(image).float()
-        key = image.key.float()
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        logits = torch.einsum("ihd,jhd->hij", query, key) * image.prompt.scale
-        heads = logits.softmax(-1).mean(1)  # (heads, n)
+        heads = attention_of(self.asking(image), image.key, image.prompt.scale).mean(1)  # (heads, n)
         if self.pooling == "median":
             return heads.median(0).values
         return heads.amax(0) if self.pooling == "max" else heads.mean(0)
@@ -79,3 +75,9 @@ class Question(ScoreMethod):
             return prompt.query[-1:]
         rows = prompt.query[-behind:]
         return rows[: max(1, behind - self.skip_last)]
+
+
+def attention_of(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """(heads, m, n) attention of queries (m, heads, head_dim) over the keys (n, key-value heads, head_dim) alone."""
+    key = key.float().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    return (torch.einsum("ihd,jhd->hij", query.float(), key) * scale).softmax(-1)

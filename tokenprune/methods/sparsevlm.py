@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from tokenprune.methods.base import ImageTokens, Needs, ScoreMethod
+from tokenprune.methods.question import attention_of
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,8 @@ class SparseVLM(ScoreMethod):
         assert image.key is not None and image.features is not None
         assert text is not None and text.query is not None and text.words is not None
         behind = text.behind or 1
-        words, query = text.words[-behind:].float(), text.query[-behind:].float()
+        words = text.words[-behind:].float()
         relevance = (image.features.float() @ words.T).softmax(1).mean(0)
         rates = relevance >= relevance.mean()
-        key = image.key.float().repeat_interleave(query.shape[1] // image.key.shape[1], dim=1)
-        attention = (torch.einsum("ihd,jhd->hij", query, key) * text.scale).softmax(-1).mean(0)
+        attention = attention_of(text.query[-behind:], image.key, text.scale).mean(0)
         return (attention * rates[:, None]).sum(0) / rates.sum()

@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.budget import Cut, Keep
 from tokenprune.errors import ConfigError
 from tokenprune.methods.base import ImageTokens, Method, Needs
 from tokenprune.tokens import Selection, VisionAttention
@@ -33,6 +32,7 @@ class VisionZip(Method):
 
     name: ClassVar[str] = "visionzip"
     paper: ClassVar[str] = "arXiv 2412.04467"
+    before_llm: ClassVar[bool] = True
 
     dominant: float = 0.84
 
@@ -43,11 +43,6 @@ class VisionZip(Method):
             or not 0 < self.dominant <= 1
         ):
             raise ConfigError(f"dominant must be a number above 0, at most 1, not {self.dominant!r}")
-
-    def default_cuts(
-        self, family: str, num_layers: int, keep: Keep | None = None
-    ) -> tuple[tuple[Cut, ...], str]:
-        return (Cut(0),), "before the LLM, as published"
 
     def needs(self) -> Needs:
         return Needs(vision=attended_and_keys, merges=True)
