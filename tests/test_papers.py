@@ -13,18 +13,26 @@ import tiny
 import tokenprune
 from tokenprune.methods import (
     DART,
+    EVS,
     CDPruner,
     DivPrune,
     Grid,
     ImageTokens,
+    PruMerge,
     PyramidDrop,
+    Question,
+    Relevance,
+    Restore,
     SparseVLM,
     Text,
+    ToMe,
     VisionAttention,
     VisionZip,
 )
 from tokenprune.methods.cdpruner import greedy_map
 from tokenprune.methods.divprune import max_min
+from tokenprune.methods.prumerge import outliers
+from tokenprune.methods.tome import match
 from tokenprune.methods.visionzip import attended_and_keys
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -32,10 +40,28 @@ METHODS: dict[str, dict[str, Any]] = {
     "cdpruner": {"keep": 0.4},
     "dart": {"layer": 2, "keep": 0.6},
     "visionzip": {"keep": 0.4},
-    "visionzip, later": {"method": "visionzip", "layer": 2, "keep": 0.6},
+    "visionzip, later": {"layer": 2, "keep": 0.6},
     "pyramiddrop": {"keep": 0.5},
     "sparsevlm": {"layer": 2, "keep": 0.6},
     "question": {"layer": 2, "keep": 0.6, "even": 0.3},
+    "question, all": {
+        "layer": 2,
+        "keep": 0.6,
+        "skip_last": 2,
+        "baseline": 0.5,
+        "sinks": 1.01,
+        "pooling": "median",
+    },
+    "prumerge": {"keep": 0.4, "neighbours": 3},
+    "prumerge, adaptive": {"adaptive": True, "keep": 0.4, "layer": 0, "budget": "after_cut"},
+    "tome": {"keep": 0.4},
+    "tome, twice": {"cuts": [(0, 0.6), (2, 0.3)]},
+    "evs": {"keep": 0.4},
+    "relevance": {"keep": 0.4},
+    "relevance, later": {"layer": 2, "keep": 0.6, "pooling": "mean", "centred": False},
+    "restore": {"keep": 0.4},
+    "restore, merging": {"of": "vflowopt", "keep": 0.4},
+    "restore, later": {"cuts": [(0, 0.6), (2, 0.3)], "strength": 0.5},
 }
 
 
@@ -49,13 +75,19 @@ def image(n: int, **states: Any) -> ImageTokens:
 def test_against_the_oracle(name: str, build: Any, attention: str) -> None:
     model = build(attn_implementation=attention)
     inputs = tiny.inputs(model, judge.ROWS)
-    arguments = {"method": name, **METHODS[name]}
+    arguments = {"method": name.split(",")[0], **METHODS[name]}
     assert judge.prefill_difference(model, inputs, **arguments) <= judge.TOLERANCE
     options = {"do_sample": False, "max_new_tokens": 3}
     assert judge.generate_difference(model, inputs, options, **arguments)[0] <= judge.TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["divprune", "cdpruner", "visionzip", "sparsevlm", "dart"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("divprune", "cdpruner", "visionzip", "sparsevlm", "dart"),
+        *("prumerge", "tome", "evs", "relevance", "restore"),
+    ],
+)
 @pytest.mark.parametrize("keep", [7, 0.3])
 def test_budgets(name: str, keep: Any) -> None:
     model = tiny.llava(side=6)
@@ -237,3 +269,159 @@ def test_dart_by_hand() -> None:
     assert DART(image_pivots=1, text_pivots=0).select(shown, 3).keep.tolist() == [0, 1, 2]
     with pytest.raises(tokenprune.ConfigError, match="image_pivots"):
         DART(image_pivots=0)
+
+
+# -- PruMerge ---------------------------------------------------------------------------------------------------------
+
+
+def test_prumerge_by_hand() -> None:
+    """One outlier; an even grid of four fills up; each takes up the dropped token whose key is most like its own."""
+    score = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.9, 0.1, 0.1, 0.1])
+    assert outliers(score).nonzero().flatten().tolist() == [4]
+    angle = torch.tensor([0.0, 0.1, 1.0, 1.1, 2.0, 2.1, 3.0, 3.1])
+    key = torch.stack([angle.cos(), angle.sin()], dim=1)
+    shown = image(8, vision=torch.cat([score[:, None], key], dim=1))
+    found = PruMerge(neighbours=1).select(shown, 3)
+    assert found.merges is not None and found.weights is not None
+    kept = found.keep.tolist()
+    assert 4 in kept and len(kept) == 3
+    pairs = dict(zip(map(tuple, found.merges.tolist()), found.weights.tolist(), strict=True))
+    for slot in kept:
+        gone = [i for i in range(8) if i not in kept]
+        nearest = max(gone, key=lambda i: float((key[i] * key[slot]).sum()))
+        assert pairs.pop((slot, slot)) == 1.0
+        assert pairs.pop((nearest, slot)) == pytest.approx(0.1)
+    assert not pairs
+    later = ImageTokens(n=8, raster=torch.arange(8), grids=(Grid(1, 1, 8),), cut=1, vision=shown.vision)
+    assert PruMerge().select(later, 3).merges is None
+    assert PruMerge(adaptive=True).count(shown, (3, 2)).tolist() == [1, 1]
+    with pytest.raises(tokenprune.ConfigError, match="neighbours"):
+        PruMerge(neighbours=-1)
+
+
+@pytest.mark.parametrize("n", [4, 7, 100])
+def test_outliers_are_those_of_a_box_plot(n: int) -> None:
+    score = torch.rand(n, generator=torch.Generator().manual_seed(n)) ** 8
+    low, high = (float(score.double().quantile(q)) for q in (0.25, 0.75))
+    wanted = [i for i in range(n) if float(score[i]) > high + 1.5 * (high - low)]
+    assert outliers(score).nonzero().flatten().tolist() == wanted
+
+
+# -- ToMe -------------------------------------------------------------------------------------------------------------
+
+
+def merged_in_rounds(features: Tensor, k: int) -> list[int]:
+    """Bipartite matching, word by word: where each token goes."""
+    groups = {i: [i] for i in range(len(features))}
+    while len(groups) > k:
+        mean = {i: features[own].mean(0) for i, own in groups.items()}
+        a, b = sorted(groups)[::2], sorted(groups)[1::2]
+        edges = []
+        for i in a:
+            cosine = {j: float(torch.cosine_similarity(mean[i], mean[j], dim=0)) for j in b}
+            j = max(b, key=lambda j: (cosine[j], -j))
+            edges.append((-cosine[j], i, j))
+        for _, i, j in sorted(edges)[: min(len(a) + len(b) - k, len(groups) // 2)]:
+            groups[j] += groups.pop(i)
+    place = {i: slot for slot, own in groups.items() for i in own}
+    return [place[i] for i in range(len(features))]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("n", "k"), [(2, 1), (3, 1), (9, 8), (9, 4), (25, 3), (40, 1)])
+def test_tome_is_bipartite_matching_in_rounds(n: int, k: int, seed: int) -> None:
+    features = torch.randn(n, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    place = match(features, torch.ones(n, dtype=torch.float64), k).tolist()
+    assert len(set(place)) == k and place == merged_in_rounds(features, k)
+
+
+def test_tome_by_hand() -> None:
+    """A: 0, 2. B: 1, 3. The best match is 2 with 3; what is merged is their mean, of size 2."""
+    features = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [0.0, 2.0]])
+    found = ToMe().select(image(4, features=features), 3)
+    assert found.keep.tolist() == [0, 1, 3]
+    torch.testing.assert_close(found.bias, torch.tensor([1.0, 1, 2]).log())
+    torch.testing.assert_close(found.merged(features)[found.keep][2], torch.tensor([0.0, 1.5]))
+    sized = image(4, features=features, merged_sizes=torch.tensor([1.0, 1, 3, 1]))
+    torch.testing.assert_close(ToMe().select(sized, 3).merged(features)[3], torch.tensor([0.0, 1.25]))
+
+
+# -- EVS --------------------------------------------------------------------------------------------------------------
+
+
+def test_evs_by_hand() -> None:
+    """Two tokens a frame: the first frame, then what changed most. Less than the first frame lies on a grid."""
+    up, right = [0.0, 1.0], [1.0, 0.0]
+    features = torch.tensor([up, right, up, up, up, [0.5, 1.0]])
+    shown = ImageTokens(n=6, raster=torch.arange(6), grids=(Grid(3, 1, 2),), features=features)
+    assert EVS().select(shown, 3).keep.tolist() == [0, 1, 3]
+    assert EVS().select(shown, 4).keep.tolist() == [0, 1, 3, 5]
+    still = ImageTokens(
+        n=9, raster=torch.arange(9), grids=(Grid(1, 3, 3),), features=torch.randn(9, 2).abs() + 0.1
+    )
+    assert EVS().select(still, 4).keep.tolist() == tokenprune.methods.Uniform().select(still, 4).keep.tolist()
+    # What stands behind a place that is empty now is new.
+    left = torch.tensor([0, 1, 3, 4, 5])
+    later = ImageTokens(n=5, raster=left, grids=(Grid(3, 1, 2),), features=features[left])
+    assert EVS().select(later, 4).keep.tolist() == [0, 1, 2, 3]
+
+
+def test_evs_of_a_video() -> None:
+    model = tiny.qwen2_5_vl()
+    inputs = tiny.inputs(model, [["text:3", "video", "text:4"], ["text:2", "image", "text:3"]])
+    assert judge.prefill_difference(model, inputs, method="evs", keep=0.5) <= judge.TOLERANCE
+
+
+# -- Relevance --------------------------------------------------------------------------------------------------------
+
+
+def test_relevance_by_hand() -> None:
+    features = torch.tensor([[1.0, 5.0], [-1.0, 5.0], [0.0, 6.0], [0.0, 4.0]])  # mean (0, 5)
+    words = torch.tensor([[9.0, 9.0], [1.0, 0.0], [1.0, 2.0], [7.0, -7.0]])  # of those that ask: (1, 1)
+    text = Text(torch.arange(4), words=words, behind=3)
+    shown = image(4, features=features, prompt=text)
+    found = Relevance(even=0.0, skip_last=1).score(shown)
+    torch.testing.assert_close(found, torch.tensor([0.0, 0, 1, 1]))  # words point up and down
+    found = Relevance(even=0.0, skip_last=1, pooling="mean", centred=False).score(shown)
+    unit = [torch.nn.functional.normalize(x, dim=1) for x in (features, words[1:3])]
+    torch.testing.assert_close(found, (unit[0] @ unit[1].T).mean(1))
+    with pytest.raises(tokenprune.ConfigError, match="skip_last"):
+        Relevance(skip_last=-1)
+
+
+# -- Restore ----------------------------------------------------------------------------------------------------------
+
+
+def test_restore_by_hand() -> None:
+    """With logits that are all alike, the image gets what it would have got whole."""
+    shown = image(6, features=torch.randn(6, 4))
+    found = Restore("uniform").select(shown, 2)
+    torch.testing.assert_close(found.bias, torch.tensor([3.0, 3.0]).log())
+    text = torch.zeros(5)
+    whole = torch.cat([text, torch.zeros(6)]).softmax(0)[5:].sum()
+    left = torch.cat([text, found.bias]).softmax(0)[5:].sum()
+    torch.testing.assert_close(left, whole)
+    torch.testing.assert_close(Restore("uniform", strength=0.0).select(shown, 2).bias, torch.zeros(2))
+    # What merging already counts is not given twice.
+    torch.testing.assert_close(Restore("tome").select(shown, 2).bias, ToMe().select(shown, 2).bias)
+    for wrong in ({"of": "restore"}, {"strength": -1.0}):
+        with pytest.raises(tokenprune.ConfigError):
+            Restore(**wrong)
+
+
+# -- Question ---------------------------------------------------------------------------------------------------------
+
+
+def test_question_takes_off_what_the_template_attends_to() -> None:
+    """Two tokens ask, one is the template's; of the image's keys the last is a sink."""
+    key = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]])[:, None]
+    query = torch.tensor([[9.0, 9.0], [1.0, 0.0], [0.0, 1.0], [3.0, 0.0]])[:, None]
+    text = Text(torch.arange(4), query=query, behind=3, scale=1.0)
+    shown = image(3, key=key, hidden=torch.tensor([[1.0], [1.0], [50.0]]), prompt=text)
+    asks = [torch.tensor(row).softmax(0) for row in ([1.0, 0, 2], [0.0, 1, 2])]
+    template = torch.tensor([3.0, 0, 6]).softmax(0)
+    found = Question(skip_last=1, baseline=0.5, sinks=10.0).score(shown)
+    torch.testing.assert_close(found[:2], ((asks[0] + asks[1]) / 2 - 0.5 * template)[:2])
+    assert found[2] == -torch.inf
+    with pytest.raises(tokenprune.ConfigError, match="skip_last"):
+        Question(baseline=0.5)

@@ -12,16 +12,21 @@ from tokenprune.methods.cdpruner import CDPruner
 from tokenprune.methods.dart import DART
 from tokenprune.methods.divprune import DivPrune
 from tokenprune.methods.entropyprune import EntropyPrune
+from tokenprune.methods.evs import EVS
 from tokenprune.methods.fastv import FastV
 from tokenprune.methods.importance import ImportanceMap
 from tokenprune.methods.none import NoPruning
+from tokenprune.methods.prumerge import PruMerge
 from tokenprune.methods.pyramiddrop import PyramidDrop
 from tokenprune.methods.question import Question
 from tokenprune.methods.random import Random
 from tokenprune.methods.recycle import Recycle
+from tokenprune.methods.relevance import Relevance
+from tokenprune.methods.restore import Restore
 from tokenprune.methods.sparsevlm import SparseVLM
 from tokenprune.methods.spread import Spread
 from tokenprune.methods.staged import Staged
+from tokenprune.methods.tome import ToMe
 from tokenprune.methods.uniform import Uniform
 from tokenprune.methods.vflowopt import VFlowOpt
 from tokenprune.methods.visionzip import VisionZip
@@ -34,13 +39,18 @@ METHODS: dict[str, type[Method]] = {
         DART,
         DivPrune,
         EntropyPrune,
+        EVS,
         FastV,
         ImportanceMap,
         NoPruning,
+        PruMerge,
         PyramidDrop,
         Question,
         Random,
+        Relevance,
+        Restore,
         SparseVLM,
+        ToMe,
         Uniform,
         VFlowOpt,
         VisionZip,
@@ -103,6 +113,7 @@ def make_method(method: str | Method, parameters: dict[str, Any]) -> Method:
 
 __all__ = [
     "DART",
+    "EVS",
     "METHODS",
     "CDPruner",
     "DecoderShape",
@@ -115,16 +126,20 @@ __all__ = [
     "Method",
     "Needs",
     "NoPruning",
+    "PruMerge",
     "PyramidDrop",
     "Question",
     "Random",
     "Recycle",
+    "Relevance",
+    "Restore",
     "ScoreMethod",
     "Selection",
     "SparseVLM",
     "Spread",
     "Staged",
     "Text",
+    "ToMe",
     "Uniform",
     "VFlowOpt",
     "VisionAttention",

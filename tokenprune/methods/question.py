@@ -32,6 +32,8 @@ class Question(ScoreMethod):
     Args:
         pooling: of heads: "mean", "median", or "max".
         skip_last: text tokens at the end that are the template's and do not ask.
+        baseline: how much of what these attend to is taken off the score: what is attended to whatever is asked.
+        sinks: tokens whose state is longer than this many times the image's median come last; 0 lets them be.
         even: share of the tokens kept that lie on an even grid, see `Spread`.
     """
 
@@ -41,11 +43,21 @@ class Question(ScoreMethod):
 
     pooling: str = "mean"
     skip_last: int = 0
+    baseline: float = 0.0
+    sinks: float = 0.0
     even: float = 0.0
 
     def __post_init__(self) -> None:
         POOLING.check("pooling", self.pooling)
         check_share(self.even)
+        for name in ("baseline", "sinks"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e6:
+                raise ConfigError(f"{name} must be a number, 0 or more, not {value!r}")
+        if self.baseline and not self.skip_last:
+            raise ConfigError(
+                "baseline takes off what the template attends to: say skip_last, its length, too"
+            )
         if isinstance(self.skip_last, bool) or not isinstance(self.skip_last, int) or self.skip_last < 0:
             raise ConfigError(f"skip_last must be a number of tokens, 0 or more, not {self.skip_last!r}")
 
@@ -54,27 +66,33 @@ class Question(ScoreMethod):
         return {"layer": cut_layers(setting), "pooling": OneOf(POOLING.values), "even": Real(0.0, 1.0, 0.0)}
 
     def needs(self) -> Needs:
-        return Needs(states=("key",), prompt=("query",))
+        return Needs(states=("key", "hidden") if self.sinks else ("key",), prompt=("query",))
 
     def score(self, image: ImageTokens) -> Tensor:
-        assert image.key is not None and image.prompt is not None and image.prompt.query is not None
-        heads = attention_of(self.asking(image), image.key, image.prompt.scale).mean(1)  # (heads, n)
+        assert image.key is not None and image.prompt is not None
+        asking, template = self.asking(image)
+        heads = attention_of(asking, image.key, image.prompt.scale).mean(1)  # (heads, n)
+        if self.baseline and len(template):
+            heads = heads - self.baseline * attention_of(template, image.key, image.prompt.scale).mean(1)
+        pooled = heads.amax(0) if self.pooling == "max" else heads.mean(0)
         if self.pooling == "median":
-            return heads.median(0).values
-        return heads.amax(0) if self.pooling == "max" else heads.mean(0)
+            pooled = heads.median(0).values
+        if self.sinks:
+            assert image.hidden is not None
+            length = image.hidden.float().norm(dim=1)
+            pooled = pooled.masked_fill((length > self.sinks * length.median()).to(pooled.device), -torch.inf)
+        return pooled
 
     def ranked(self, image: ImageTokens, score: Tensor, k: int) -> Tensor:
         return score if self.even == 0 else on_grid_first(image, score, round(self.even * k))
 
-    def asking(self, image: ImageTokens) -> Tensor:
-        """(m, heads, head_dim) queries of the tokens behind the last image; of the last one where none is left."""
-        prompt = image.prompt
-        assert prompt is not None and prompt.query is not None
-        behind = prompt.behind
-        if not behind:
-            return prompt.query[-1:]
-        rows = prompt.query[-behind:]
-        return rows[: max(1, behind - self.skip_last)]
+    def asking(self, image: ImageTokens) -> tuple[Tensor, Tensor]:
+        """(m, heads, head_dim) queries of the tokens behind the last image, or of the last one where none is; and
+        those of the template among them."""
+        assert image.prompt is not None and image.prompt.query is not None
+        rows = image.prompt.query[-(image.prompt.behind or 1) :]
+        asked = max(1, len(rows) - self.skip_last)
+        return rows[:asked], rows[asked:]
 
 
 def attention_of(query: Tensor, key: Tensor, scale: float) -> Tensor:

@@ -1,0 +1,74 @@
+"""Attention mass that went with dropped tokens, given back to those that stay."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from tokenprune.budget import Cut, Keep
+from tokenprune.errors import ConfigError
+from tokenprune.methods.base import DecoderShape, ImageTokens, Method, Needs
+from tokenprune.tokens import Selection
+
+
+@dataclass(frozen=True)
+class Restore(Method):
+    """Another method, and a bias on what it keeps: an image is attended to as much as if it were whole.
+
+    With N tokens of an image and k of them kept, strength log(N / k) is added to the attention logits of the kept ones:
+    if those that went would have got as much attention as those that stay, softmax gives the image the same mass as
+    before. Where the method merges and says biases of its own (log of sizes), the rest of the mass is shared out:
+    strength log(N / sum of sizes) on top of them.
+
+    Source: ours, after ERA (arXiv 2606.31982) and RESTORE (arXiv 2606.01711), which estimate the lost mass from
+    attention; this takes it as even, and so needs to look at nothing.
+
+    Args:
+        of: what chooses: a name, with its defaults, or an instance.
+        strength: 0 gives nothing back, 1 everything.
+    """
+
+    name: ClassVar[str] = "restore"
+    paper: ClassVar[str] = "after arXiv 2606.31982"
+
+    of: str | Method = "divprune"
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.chooser.name == self.name:
+            raise ConfigError("restore goes around another method")
+        strength = self.strength
+        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 10:
+            raise ConfigError(f"strength must be a number from 0 to 10, not {strength!r}")
+
+    @property
+    def chooser(self) -> Method:
+        """The method that chooses."""
+        from tokenprune.methods import make_method  # which names this one
+
+        return make_method(self.of, {})
+
+    def needs(self) -> Needs:
+        return replace(self.chooser.needs(), bias=True)
+
+    def check(self, shape: DecoderShape) -> None:
+        self.chooser.check(shape)
+
+    def default_cuts(
+        self, family: str, num_layers: int, keep: Keep | None = None
+    ) -> tuple[tuple[Cut, ...], str]:
+        return self.chooser.default_cuts(family, num_layers, keep)
+
+    def select(self, image: ImageTokens, k: int) -> Selection:
+        method = self.chooser
+        found = method.select(image, k)
+        bias = found.bias
+        if bias is None:
+            sizes = image.sizes if method.needs().bias else torch.ones_like(image.sizes)
+            bias = sizes.to(found.keep.device)[found.keep].log()
+        whole = sum(grid.tokens for grid in image.grids)
+        lost = math.log(whole) - bias.float().logsumexp(0)
+        return replace(found, bias=bias + self.strength * lost)
