@@ -56,6 +56,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "prumerge, adaptive": {"adaptive": True, "keep": 0.4, "layer": 0, "budget": "after_cut"},
     "tome": {"keep": 0.4},
     "tome, twice": {"cuts": [(0, 0.6), (2, 0.3)]},
+    "vflowopt, merging at every cut": {"keep": 0.4, "recycle_every": True},
     "evs": {"keep": 0.4},
     "relevance": {"keep": 0.4},
     "relevance, later": {"layer": 2, "keep": 0.6, "pooling": "mean", "centred": False},

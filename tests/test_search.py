@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -28,10 +29,10 @@ from tokenprune import ConfigError
 from tokenprune.analysis.memory import Memory
 from tokenprune.budget import Cut, average_kept, plan_counts
 from tokenprune.methods import METHODS, EntropyPrune, VFlowOpt
-from tokenprune.methods.vflowopt import LATER
 from tokenprune.profiles.profile import Profile
-from tokenprune.space import OneOf, Real, Setting, Whole
-from tokenprune.tune import measure
+from tokenprune.space import OneOf, Real, Setting, Whole, spend, spent_ratios
+from tokenprune.tune import measure, stages
+from tokenprune.tune.schedule import schedule
 from tokenprune.tune.search import Found, search
 from tokenprune.tune.space import setting_of
 from tokenprune.tune.studies import cached_storage, open_storage
@@ -64,22 +65,114 @@ def run(model: Any, calls: list[Any], memory: Memory, **more: Any) -> Found:
 # -- the space ---------------------------------------------------------------------------------------------------------
 
 
-@given(st.data(), st.integers(3, 40), st.floats(0.05, 1.0), st.integers(64, 3000))
-def test_every_point_of_vflowopt_meets_the_budget(data: Any, layers: int, keep: float, n: int) -> None:
-    assume(keep * n >= 25)  # else 0.05 of the budget, what the third cut keeps at least, is less than a token
+@given(
+    st.data(),
+    st.integers(3, 40),
+    st.floats(0.05, 1.0),
+    st.integers(64, 3000),
+    st.sampled_from(["vflowopt", "stages"]),
+)
+def test_every_point_meets_the_budget(data: Any, layers: int, keep: float, n: int, name: str) -> None:
+    assume(keep * n >= 25)  # else 0.05 of the budget, what the last cut keeps at least, is less than a token
     setting = Setting(layers, 1, keep, grid_side=24, attention_peak=30.0)
-    space = VFlowOpt.search_space(setting)
+    of = VFlowOpt if name == "vflowopt" else stages
+    space = of.search_space(setting)
     assert space is not None
-    point = {name: data.draw(st.floats(d.low, d.high)) for name, d in space.items() if isinstance(d, Real)}
-    point |= {"recycling": "cells", "size_term": True, "later": data.draw(st.sampled_from(LATER))}
-    point["middle"] = data.draw(st.booleans())
-    assert set(point) == set(space)
-    found = VFlowOpt.arguments_at(point, setting)
+    point: dict[str, Any] = {}
+    for what, d in space.items():
+        if isinstance(d, Real):
+            point[what] = data.draw(st.floats(d.low, d.high))
+        else:
+            drawn = st.sampled_from(d.values) if isinstance(d, OneOf) else st.integers(d.low, d.high)
+            point[what] = data.draw(drawn)
+    found = of.arguments_at(point, setting)
     given_cuts = found.get("cuts") or [(own[0], own[2]) for own in found["stages"]]
     cuts = [Cut(*cut) for cut in given_cuts]
     counts = plan_counts(n, layers, cuts, keep)
     assert counts == sorted(counts, reverse=True) and counts[-1] >= 1
     assert average_kept(n, layers, cuts, counts) == pytest.approx(keep * n, abs=1.0)
+
+
+@given(st.integers(4, 40), st.floats(0.05, 0.9), st.floats(0, 1), st.floats(0, 1))
+def test_ratios_are_what_spends_so(layers: int, keep: float, first: float, second: float) -> None:
+    setting = Setting(layers, 1, keep, grid_side=24)
+    at = (0, layers // 3, layers // 2 + 1)
+    shares = [share / keep for _, share in spend(at, (first, second), setting) if share is not None]
+    assert spend(at, spent_ratios(at, shares, setting), setting)[1][1] == pytest.approx(keep * shares[1])
+
+
+def test_the_default_of_stages_spends_as_vflowopt_does() -> None:
+    setting = Setting(30, 1, 0.2, grid_side=24, attention_peak=3.0)
+    space = stages.search_space(setting)
+    assert space is not None
+    found = stages.arguments_at({name: own.default for name, own in space.items()}, setting)
+    wanted = VFlowOpt().default_cuts("llava", 30, 0.2)[0]
+    assert found["method"] == "vflowopt" and [cut[0] for cut in found["cuts"]] == [
+        cut.layer for cut in wanted
+    ]
+    assert found["cuts"][0][1] == pytest.approx(wanted[0].keep)
+    without = replace(setting, attention_peak=None, scored=False)
+    space = stages.search_space(without)
+    assert space is not None and "t" not in space and "reads1" not in space
+    found = stages.arguments_at({name: own.default for name, own in space.items()}, without)
+    assert {own[1] for own in found["stages"]} == {"cdpruner"}
+    assert stages.search_space(replace(setting, num_layers=2)) is None
+
+
+# -- schedules ---------------------------------------------------------------------------------------------------------
+
+
+def brute_force(drifts: dict[tuple[int, float], float], layers: int, keep: float, most: int) -> float:
+    """The least sum of what cuts add, over all schedules."""
+    at = sorted({layer for layer, _ in drifts})
+    shares = sorted({share for _, share in drifts} | {1.0}, reverse=True)
+    best = np.inf
+    for path in itertools.product(shares, repeat=len(at)):
+        widths = np.diff([*at, layers])
+        made = sum(a != b for a, b in zip((1.0, *path), path, strict=False))
+        if list(path) != sorted(path, reverse=True) or path[0] == 1.0 or made > most:
+            continue
+        if sum(w * share for w, share in zip(widths, path, strict=True)) > keep * layers + 1e-9:
+            continue
+        cost = 0.0
+        for layer, before, after in zip(at, (1.0, *path), path, strict=False):
+            level = {
+                share: max(drifts.get((layer, s), 0.0) for s in shares if s >= share) for share in shares
+            }
+            cost += level[after] - level[before]
+        best = min(best, cost)
+    return best
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_a_schedule_is_the_best_of_all(seed: int, most: int) -> None:
+    rng = np.random.default_rng(seed)
+    shares = (0.6, 0.3, 0.1)
+    drifts = {(layer, share): float(rng.random() / share) for layer in (0, 2, 5, 6) for share in shares}
+    found = schedule(drifts, 8, 0.4, most)
+    assert found[0][0] == 0 and len(found) <= most
+    cost, before = 0.0, 1.0
+    for layer, share in found:
+        level = [max([drifts[layer, s] for s in shares if s >= own], default=0.0) for own in (share, before)]
+        cost, before = cost + level[0] - level[1], share
+    assert cost == pytest.approx(brute_force(drifts, 8, 0.4, most))
+
+
+def test_schedules_begin_a_search(model: Any, calls: list[Any], memory: Memory) -> None:
+    found = run(model, calls, memory, methods=["stages"], trials=1)
+    begun = found.study.user_attrs["begun"]
+    assert begun["passes"] > 0 and len(begun["points"]) > 4
+    assert found.passes == 6 + begun["passes"] + 6
+    assert found.tried[0].arguments["method"] == "vflowopt"
+    plain = run(model, calls, memory, methods=["stages"], trials=1, schedule=False)
+    assert len(plain.study.user_attrs["begun"]["points"]) == 1 and plain.passes == 12
+    # A small budget of few tokens, which some cells cannot meet, and a count have none, or fewer.
+    counted = run(model, calls, memory, methods=["stages"], trials=1, keep=9)
+    assert counted.study.user_attrs["begun"]["passes"] == 0
+    for point in begun["points"]:
+        own = {name.removeprefix("stages."): value for name, value in point.items()}
+        assert stages.arguments_at(own, Setting(6, 2, 0.4, 5, 3.0))
 
 
 @pytest.mark.parametrize("layers", [6, 16, 28, 32])
@@ -156,9 +249,10 @@ def test_defaults_come_first_and_are_never_beaten_by_worse(
     model: Any, calls: list[Any], memory: Memory
 ) -> None:
     found = run(model, calls, memory, methods=None, trials=8)
-    first = [one.arguments["method"] for one in found.tried[:5]]
-    assert sorted(first) == ["entropyprune", "fastv", "question", "uniform", "vflowopt"]
-    assert found.front[0].value <= min(one.value for one in found.tried[:5])
+    first = [one.arguments["method"] for one in found.tried[:7]]
+    named = ["entropyprune", "fastv", "question", "relevance", "uniform", "vflowopt", "vflowopt"]
+    assert sorted(first) == named  # the default of stages is VFlowOpt's
+    assert found.front[0].value <= min(one.value for one in found.tried[:7])
 
 
 def test_what_is_worse_is_stopped_and_never_called_the_best(
@@ -284,7 +378,7 @@ def test_a_study_is_gone_on_with(
     ]
     with pytest.raises(ConfigError, match="there is a study 'shared' already"):
         run(model, calls, memory, **more)
-    for wrong, message in (({"metric": "kl"}, "another metric"), ({"keep": 0.5}, "another keep;")):
+    for wrong, message in (({"metric": "kl"}, "another metric"), ({"keep": 0.5}, "another keep, methods;")):
         with pytest.raises(ConfigError, match=message):
             run(model, calls, memory, resume=True, **wrong, **more)
     with pytest.raises(ConfigError, match="another data"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,6 +33,7 @@ from tokenprune.methods import (
 from tokenprune.profiles.profile import Profile, ProfileStage
 from tokenprune.space import Setting
 from tokenprune.tune.making import make_profile
+from tokenprune.tune.stages import arguments_at, search_space
 
 STAGES: list[tuple[Any, ...]] = [(0, "vflowopt", 0.7), (2, "question", 0.5), (4, "fastv", None)]
 
@@ -282,17 +283,18 @@ def test_the_command_line_takes_stages(tmp_path: Path) -> None:
 
 def test_searches_find_stages_and_keep_them_as_profiles(tmp_path: Path) -> None:
     setting = Setting(12, 1, 0.25, grid_side=6, attention_peak=3.0)
-    space = VFlowOpt.search_space(setting)
-    assert space is not None and space["later"].default == "map"
+    space = search_space(setting)
+    assert space is not None
     point = {name: dimension.default for name, dimension in space.items()}
-    assert "stages" not in VFlowOpt.arguments_at(point, setting)
-    found = VFlowOpt.arguments_at({**point, "later": "fastv"}, setting)
+    assert "stages" not in arguments_at(point, setting)
+    found = arguments_at({**point, "reads1": "fastv", "reads2": "question"}, setting)
     stages = check_stages(found["stages"])
-    assert [(own.layer, own.method) for own in stages] == [(0, "vflowopt"), (4, "fastv"), (8, "fastv")]
+    assert [(own.layer, own.method) for own in stages] == [(0, "vflowopt"), (4, "fastv"), (8, "question")]
     assert found["method"] == "auto" and stages[0].parameters["even"] == 0.5 and stages[-1].keep is None
-    single = VFlowOpt.arguments_at({**point, "later": "fastv", "middle": False}, setting)
-    assert [(own[0], own[1]) for own in single["stages"]] == [(0, "vflowopt"), (8, "fastv")]
-    assert VFlowOpt.search_space(replace(setting, scored=False)).keys() == space.keys() - {"later", "middle"}  # type: ignore[union-attr]
+    single = arguments_at({**point, "cuts": 2, "reads1": "fastv"}, setting)
+    assert [(own[0], own[1]) for own in single["stages"]] == [(0, "vflowopt"), (4, "fastv")]
+    again = arguments_at({**point, "first": "cdpruner"}, setting)
+    assert [own[1] for own in again["stages"]] == ["cdpruner"] * 3
 
     model = tiny.llava(layers=12)
     made = make_profile(

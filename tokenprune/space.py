@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from tokenprune.budget import Keep
 
@@ -62,3 +65,49 @@ class Setting:
     attention_peak: float | None = None
     biases: bool = True
     scored: bool = True
+
+    @property
+    def widest(self) -> float:
+        """Multiples of the budget that a cut can keep."""
+        return math.inf if isinstance(self.keep, int) else 1 / self.keep
+
+
+#: What the layers behind the last cut keep at least, in multiples of the budget.
+_LEAST = 0.05
+
+
+def spend(layers: Sequence[int], ratios: Sequence[float], setting: Setting) -> list[tuple[int, Keep | None]]:
+    """Cuts that meet the budget, whatever the ratios: what each but the last keeps; the last is solved.
+
+    Args:
+        layers: of the cuts, ascending, the first 0.
+        ratios: of all cuts but the last: 0: the least with which later cuts, which keep no more, can meet the average;
+            1: the most that leaves something to them.
+        setting: the budget and the number of layers.
+    """
+    left, most, cuts = float(setting.num_layers), setting.widest, list[tuple[int, Keep | None]]()
+    for (layer, after), ratio in zip(pairwise(layers), ratios, strict=False):
+        least, most = _bounds(layer, after, left, most, setting)
+        most = least + ratio * (most - least)
+        left -= most * (after - layer)
+        share = most * setting.keep
+        cuts.append((layer, max(1, round(share)) if isinstance(setting.keep, int) else min(1.0, share)))
+    return [*cuts, (layers[-1], None)]
+
+
+def spent_ratios(layers: Sequence[int], shares: Sequence[float], setting: Setting) -> list[float]:
+    """Ratios with which `spend` keeps these multiples of the budget, as far as it can."""
+    left, most, ratios = float(setting.num_layers), setting.widest, []
+    for (layer, after), share in zip(pairwise(layers), shares, strict=False):
+        least, most = _bounds(layer, after, left, most, setting)
+        ratios.append(min(1.0, max(0.0, (share - least) / (most - least))) if most > least else 0.0)
+        most = least + ratios[-1] * (most - least)
+        left -= most * (after - layer)
+    return ratios
+
+
+def _bounds(layer: int, after: int, left: float, most: float, setting: Setting) -> tuple[float, float]:
+    """Least and most that a cut keeps, in multiples of the budget; `left`: layers times those still to be spent."""
+    layers = setting.num_layers
+    least = left / (layers - layer)
+    return least, max(least, min(most, (left - _LEAST * (layers - after)) / (after - layer)))

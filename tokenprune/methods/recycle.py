@@ -38,7 +38,8 @@ class Recycle(Method):
     the stored patterns, and p = softmax(beta cos) over the most similar two says how much of it each takes up; a kept
     token becomes the mean of itself and what it took up. Similarity is that of the projector's features.
 
-    At later cuts the other method chooses alone.
+    At later cuts the other method chooses alone, or, with `every`, "hopfield" merges there, too: tokens then count by
+    how many they stand for.
 
     Args:
         method: a method that scores tokens.
@@ -47,6 +48,7 @@ class Recycle(Method):
         size_term: whether log(number of tokens merged) is added to the attention logits of merged ones, as in ToMe.
         how: "cells" or "hopfield".
         beta: inverse temperature of "hopfield".
+        every: whether later cuts merge, too; "hopfield" only.
     """
 
     name: ClassVar[str] = "recycle"
@@ -57,6 +59,7 @@ class Recycle(Method):
     size_term: bool = False
     how: str = "cells"
     beta: float = 100.0
+    every: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, ScoreMethod):
@@ -67,8 +70,12 @@ class Recycle(Method):
             if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= _MOST:
                 of = "the side of recycling cells" if what == "side" else what
                 raise ConfigError(f"{of} must be a number from {least:g} to {_MOST:g}, not {value!r}")
-        for what in ("protect", "size_term"):
+        for what in ("protect", "size_term", "every"):
             check_flag(what, getattr(self, what))
+        if self.every and self.how != "hopfield":
+            raise ConfigError(
+                f"recycling at every cut needs how='hopfield', not {self.how!r}: cells are the first cut's"
+            )
 
     def needs(self) -> Needs:
         needs = self.method.needs()
@@ -80,9 +87,9 @@ class Recycle(Method):
 
     def select(self, image: ImageTokens, k: int) -> Selection:
         score = self.method.checked_score(image)
-        if image.cut or self.method.needs().row:
-            if self.protect and image.merged_sizes is not None:
-                score = torch.where(image.merged_sizes > 1, torch.inf, score.float())
+        if image.cut and self.protect and image.merged_sizes is not None:
+            score = torch.where(image.merged_sizes > 1, torch.inf, score.float())
+        if (image.cut and not self.every) or self.method.needs().row:
             return self.method.best(image, score, k)
         if self.how == "hopfield":
             best = self.method.best(image, score, k)
@@ -99,11 +106,12 @@ def retrieve(image: ImageTokens, best: Selection, beta: float, size_term: bool =
     drop = gone.sort(descending=True, stable=True).indices[: n - k]
     unit = torch.nn.functional.normalize(image.features.float().to(keep.device), dim=1)
     near, pattern = (unit[drop] @ unit[keep].T).topk(min(_PATTERNS, k), dim=1)
-    taken = (beta * near).softmax(1)  # (n - k, patterns)
-    mass = torch.ones(k, device=keep.device).index_add_(0, pattern.flatten(), taken.flatten())
+    sizes = image.sizes.to(keep.device)
+    taken = (beta * near).softmax(1) * sizes[drop, None]  # (n - k, patterns)
+    mass = sizes[keep].index_add(0, pattern.flatten(), taken.flatten())
     source = torch.cat([keep, drop[:, None].expand_as(pattern).flatten()])
     slot = torch.cat([torch.arange(k, device=keep.device), pattern.flatten()])
-    weights = torch.cat([torch.ones(k, device=keep.device), taken.flatten()]) / mass[slot]
+    weights = torch.cat([sizes[keep], taken.flatten()]) / mass[slot]
     merges = torch.stack([source, keep[slot]], dim=1)
     return Selection(keep, merges, weights, mass.log() if size_term else None, best.notes)
 

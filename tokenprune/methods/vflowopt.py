@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,12 +12,10 @@ from tokenprune.methods.base import Choice, ImageTokens, Method, Needs, ScoreMet
 from tokenprune.methods.importance import ImportanceMap
 from tokenprune.methods.recycle import HOW, Recycle
 from tokenprune.methods.spread import Spread
-from tokenprune.space import Dimension, OneOf, Point, Real, Setting
+from tokenprune.space import Dimension, OneOf, Point, Real, Setting, spend, spent_ratios
 from tokenprune.tokens import Selection
 
 RECYCLING = Choice((*HOW.values, "none"))
-#: What a search may let the later cuts read: the map, or, by stages, what the decoder attends to.
-LATER = ("map", "fastv", "question")
 
 
 @dataclass(frozen=True)
@@ -43,6 +40,7 @@ class VFlowOpt(Method):
         r1: share kept by the first cut; None: 1.2 times the budget.
         r2: share of those kept by the second; None: 0.9.
         protect_recycled: whether merged tokens stay at later cuts.
+        recycle_every: whether later cuts merge what they drop, too; with "hopfield".
         size_term: whether the log of their sizes is added to attention logits; flash attention cannot.
     """
 
@@ -59,11 +57,12 @@ class VFlowOpt(Method):
     r1: float | None = None
     r2: float | None = None
     protect_recycled: bool = False
+    recycle_every: bool = False
     size_term: bool = True
 
     def __post_init__(self) -> None:
         RECYCLING.check("recycling", self.recycling)
-        for name in ("protect_recycled", "size_term"):
+        for name in ("protect_recycled", "recycle_every", "size_term"):
             check_flag(name, getattr(self, name))
         _ = self.chooser  # checks what is its own
         for name in ("r1", "r2"):
@@ -81,7 +80,15 @@ class VFlowOpt(Method):
             chooser = Spread(chooser, self.even)
         if self.recycling == "none":
             return chooser
-        return Recycle(chooser, self.a, self.protect_recycled, self.size_term, self.recycling, self.beta)
+        return Recycle(
+            chooser,
+            self.a,
+            self.protect_recycled,
+            self.size_term,
+            self.recycling,
+            self.beta,
+            self.recycle_every,
+        )
 
     def needs(self) -> Needs:
         return self.chooser.needs()
@@ -105,8 +112,16 @@ class VFlowOpt(Method):
 
     @classmethod
     def search_space(cls, setting: Setting) -> Mapping[str, Dimension] | None:
-        """The paper's numbers (t, alpha, a; R1 and R2 as `arguments_at` reads them), recycling, the grid; who reads
-        at the later cuts, and whether there is one a third through."""
+        """The paper's numbers (t, alpha, a; R1 and R2 as `spend` reads them), recycling, the grid."""
+        space = cls.first_space(setting)
+        if space is None or setting.num_layers < 3:
+            return space
+        first = spent_ratios((0, setting.num_layers // 3), (1.2,), setting)[0]
+        return {**space, "first": Real(0.0, 1.0, first), "second": Real(0.0, 1.0, 0.5)}
+
+    @classmethod
+    def first_space(cls, setting: Setting) -> dict[str, Dimension] | None:
+        """What a search may vary of the first cut; None where the tower cannot be looked into."""
         if setting.attention_peak is None:
             return None
         side = float(min(24, max(2, setting.grid_side)))
@@ -120,46 +135,25 @@ class VFlowOpt(Method):
         }
         if setting.biases:
             space["size_term"] = OneOf((True, False))
-        if setting.num_layers >= 3:
-            widest = 2.0 if isinstance(setting.keep, int) else min(2.0, 1 / setting.keep)
-            space |= {"first": Real(1.0, widest, min(1.2, widest)), "second": Real(0.0, 1.0, 0.5)}
-            if setting.scored:
-                space |= {"later": OneOf(LATER), "middle": OneOf((True, False))}
         return space
 
     @classmethod
-    def arguments_at(cls, point: Point, setting: Setting) -> dict[str, Any]:
-        """Every point is feasible: R3 lies in [0.05 of the budget, 1].
-
-        "first" is R1 in multiples of the budget. "second" is where R1 R2 lies between the least that lets the third cut
-        meet the budget (0: the second and third keep the same) and the most that leaves something to the third (1).
-        """
+    def first_at(cls, point: Point) -> dict[str, Any]:
+        """A point of `first_space` as parameters."""
         own: dict[str, Any] = {name: point[name] for name in ("t", "alpha", "recycling", "even")}
         own["size_term"] = point.get("size_term", False)
         if own["recycling"] == "cells":
             own["a"] = point["a"]
+        return own
+
+    @classmethod
+    def arguments_at(cls, point: Point, setting: Setting) -> dict[str, Any]:
+        own = cls.first_at(point)
         if "first" not in point:
             return own
-        keep, layers = setting.keep, setting.num_layers
-        third = layers // 3
-        first = min(float(point["first"]) * keep, 1.0 if isinstance(keep, float) else math.inf)
-        if not point.get("middle", True):  # one later cut, two thirds through, that still keeps something
-            most = (layers * keep - 0.05 * keep * (layers - 2 * third)) / (2 * third)
-            shares = [(0, min(first, most))]
-        else:
-            left = layers * keep - third * first  # for the second and third stage, in layers times shares
-            least = left / (layers - third)
-            most = min(first, (left - 0.05 * keep * (layers - 2 * third)) / third)
-            shares = [(0, first), (third, least + float(point["second"]) * (most - least))]
-        cuts: list[tuple[int, Keep | None]] = [
-            (layer, round(share) if isinstance(keep, int) else share) for layer, share in shares
-        ]
-        cuts.append((2 * third, None))
-        later = point.get("later", "map")
-        if later == "map":
-            return {**own, "cuts": cuts}
-        (at, share), *rest = cuts
-        return {"method": "auto", "stages": [(at, cls.name, share, own), *((i, later, k) for i, k in rest)]}
+        third = setting.num_layers // 3
+        ratios = [float(point["first"]), float(point["second"])]
+        return {**own, "cuts": spend((0, third, 2 * third), ratios, setting)}
 
     def select(self, image: ImageTokens, k: int) -> Selection:
         return self.chooser.select(image, k)

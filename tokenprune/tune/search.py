@@ -28,10 +28,12 @@ from tokenprune.tune.drift import BatchDrift, check_metric, drifts, measure
 from tokenprune.tune.making import make_profile
 from tokenprune.tune.samplers import check_sampler, make_sampler
 from tokenprune.tune.space import Range, Space, setting_of
+from tokenprune.tune.starts import scheduled
 from tokenprune.tune.studies import cached_storage, open_storage, open_study, storage_errors
 
 Cost = Literal["flops", "latency"]
 _TRIED = "tried"  # a trial's attribute: what was measured
+_BEGUN = "begun"  # a study's attribute: the points it begins with, and what finding them cost
 _FINALISTS = 5
 _IN_VAIN = 50  # trials in a row that were known or impossible end a search
 
@@ -116,6 +118,7 @@ class SearchOptions:
         metric: of drift, see `METRICS`.
         cost: a second objective: "flops" (share of the unpruned prefill's) or "latency" (seconds of a prompt's).
         sampler: a name of `SAMPLERS`.
+        schedule: whether the search begins with the schedules of `starts.scheduled`, where stages are searched.
         trials: finished ones that the study shall have in all.
         passes: prefills of a prompt after which no further trial begins, as `Found.passes` counts them; None: no limit.
         seed: the sampler's follows from it, the trials in the storage, and `worker`.
@@ -136,6 +139,7 @@ class SearchOptions:
     metric: str = "cosine"
     cost: Cost | None = None
     sampler: str = "tpe"
+    schedule: bool = True
     trials: int = 100
     passes: int | None = None
     seed: int = 0
@@ -174,7 +178,8 @@ def search(
 
     References and the vision tower are computed once per sample; a trial is stopped as soon as it is worse than the
     best one on the samples seen so far (Wilcoxon signed-rank test, p < 0.1). Every point of the space meets the
-    budget. The methods' defaults are tried first.
+    budget. The methods' defaults are tried first, and, where stages are searched, what a dynamic programme makes of
+    single cuts.
 
     Source: VFlowOpt, arXiv 2508.05211, section 3.4, whose release recomputes everything at every trial.
 
@@ -211,10 +216,10 @@ def search(
     }
     url = _url(asked_for, asked)
     with _quietly(), storage_errors(url):
-        study = _opened(asked, asked_for, space, url)
         batches = list(batched(calls, asked_for.batch_size))
         objective = _Objective(model, batches, space, asked_for, memory)
-        spent_anyway = len(calls) + (1 + _FINALISTS) * len(fresh)
+        study = _opened(asked, asked_for, objective, url)
+        spent_anyway = len(calls) + study.user_attrs[_BEGUN]["passes"] + (1 + _FINALISTS) * len(fresh)
         _run(study, objective, spent_anyway, told)
         return _found(study, objective, list(batched(fresh, asked_for.batch_size)), asked)
 
@@ -236,14 +241,20 @@ def _url(options: SearchOptions, asked: Mapping[str, Any]) -> str | None:
     return cached_storage(_name(options, asked)) if options.storage == "cache" else options.storage
 
 
-def _opened(asked: Mapping[str, Any], options: SearchOptions, space: Space, url: str | None) -> Any:
-    """The study, with its sampler and pruner."""
+def _opened(asked: Mapping[str, Any], options: SearchOptions, objective: _Objective, url: str | None) -> Any:
+    """The study, with its sampler and pruner; who opens it first says where it begins."""
     storage = open_storage(url, options.heartbeat)
     study = open_study(
         _name(options, asked), asked, ["minimize"] * options.objectives, storage, options.resume
     )
-    known = len(study.get_trials(deepcopy=False))
-    study.sampler = make_sampler(options.sampler, options.seed, known, options.worker, space.defaults())
+    if _BEGUN not in study.user_attrs:
+        points, passes = objective.space.defaults(), 0
+        if options.schedule:
+            more, passes = scheduled(objective.space, objective.batches, objective.measure)
+            points += [point for point in more if point not in points]
+        study.set_user_attr(_BEGUN, {"points": points, "passes": passes})
+    known, first = len(study.get_trials(deepcopy=False)), study.user_attrs[_BEGUN]["points"]
+    study.sampler = make_sampler(options.sampler, options.seed, known, options.worker, first)
     study.pruner = optuna.pruners.WilcoxonPruner(p_threshold=0.1, n_startup_steps=2)
     return study
 
@@ -373,7 +384,7 @@ def _found(
     finished = _finished(study)
     tried = [Tried.of(trial) for trial in finished]
     whole = sorted((t for t in tried if len(t.drift) == asked["samples"]), key=lambda one: one.value)
-    passes = asked["samples"] + _passes_of(finished)
+    passes = asked["samples"] + study.user_attrs[_BEGUN]["passes"] + _passes_of(finished)
     checked: dict[int, NDArray[np.float64]] = {}
     if options.cost is not None:
         on_it = {trial.number for trial in study.best_trials}

@@ -22,6 +22,7 @@ from tokenprune.models import stock_model
 from tokenprune.models.decoders import offers_states, takes_biases
 from tokenprune.space import Dimension, OneOf, Point, Real, Setting, Whole
 from tokenprune.tokens import VisionAttention
+from tokenprune.tune import stages
 
 _PICTURES = 8  # calls that are looked at
 Range = tuple[float, float]
@@ -100,7 +101,7 @@ class Space:
         """
         if served:  # as if the decoder had one layer and took no biases
             setting = replace(setting, num_layers=1, default_layer=0, biases=False)
-        unknown = [name for name in methods or () if find_method(name) is None]
+        unknown = [name for name in methods or () if name != stages.NAME and find_method(name) is None]
         if unknown:
             raise ConfigError(f"unknown method {unknown[0]!r}; choose from {', '.join(sorted(METHODS))}")
         found = {
@@ -110,6 +111,9 @@ class Space:
             if setting.scored or not own().needs().projected
             if (space := own.search_space(setting)) is not None
         }
+        if methods is None or stages.NAME in methods:
+            of_stages = stages.search_space(setting)
+            found |= {stages.NAME: of_stages} if of_stages is not None else {}
         missing = [name for name in methods or () if name not in found]
         if missing:
             raise ConfigError(f"method {missing[0]!r} has nothing to search on this model; leave it out")
@@ -121,18 +125,21 @@ class Space:
         method = names[0] if len(names) == 1 else trial.suggest_categorical("method", names)
         point = {name: _suggest(trial, f"{method}.{name}", d) for name, d in self.methods[method].items()}
         keep = trial.suggest_float("keep", *self.keep) if isinstance(self.keep, tuple) else self.keep
-        own = METHODS[method].arguments_at(point, replace(self.setting, keep=keep))
+        at = stages.arguments_at if method == stages.NAME else METHODS[method].arguments_at
+        own = at(point, replace(self.setting, keep=keep))
         return {"method": method, "keep": keep, **own, **({"layer": 0} if self.served else {})}
 
     def defaults(self) -> list[Point]:
         """Each method's default, as a point of the study."""
-        points = []
-        for method, space in self.methods.items():
-            point: Point = {"method": method} if len(self.methods) > 1 else {}
-            points.append(
-                point | {f"{method}.{name}": dimension.default for name, dimension in space.items()}
-            )
-        return points
+        return [
+            self.point(method, {name: dimension.default for name, dimension in space.items()})
+            for method, space in self.methods.items()
+        ]
+
+    def point(self, method: str, own: Mapping[str, Any]) -> Point:
+        """A point of a method's space as one of the study."""
+        chosen: Point = {"method": method} if len(self.methods) > 1 else {}
+        return chosen | {f"{method}.{name}": value for name, value in own.items()}
 
     def describe(self) -> dict[str, Any]:
         """What a study is about, as plain types."""
