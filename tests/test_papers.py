@@ -18,6 +18,7 @@ from tokenprune.methods import (
     DivPrune,
     Grid,
     ImageTokens,
+    Merge,
     PruMerge,
     PyramidDrop,
     Question,
@@ -60,6 +61,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "evs": {"keep": 0.4},
     "relevance": {"keep": 0.4},
     "relevance, later": {"layer": 2, "keep": 0.6, "pooling": "mean", "centred": False},
+    "merge": {"keep": 0.4},
+    "merge, thrice": {"of": "divprune", "cuts": [(0, 0.6), (1, 0.4), (3, 0.3)]},
+    "merge, later": {"of": "fastv", "layer": 2, "keep": 0.6},
     "restore": {"keep": 0.4},
     "restore, merging": {"of": "vflowopt", "keep": 0.4},
     "restore, later": {"cuts": [(0, 0.6), (2, 0.3)], "strength": 0.5},
@@ -86,7 +90,7 @@ def test_against_the_oracle(name: str, build: Any, attention: str) -> None:
     "name",
     [
         *("divprune", "cdpruner", "visionzip", "sparsevlm", "dart"),
-        *("prumerge", "tome", "evs", "relevance", "restore"),
+        *("prumerge", "tome", "evs", "relevance", "restore", "merge"),
     ],
 )
 @pytest.mark.parametrize("keep", [7, 0.3])
@@ -388,6 +392,34 @@ def test_relevance_by_hand() -> None:
     torch.testing.assert_close(found, (unit[0] @ unit[1].T).mean(1))
     with pytest.raises(tokenprune.ConfigError, match="skip_last"):
         Relevance(skip_last=-1)
+
+
+# -- Merge ------------------------------------------------------------------------------------------------------------
+
+
+def test_merge_by_hand() -> None:
+    """At a later cut tokens count by how many they stand for, and go into the two most like them."""
+    features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 0.1]])
+    sizes = torch.tensor([2.0, 1.0, 3.0, 4.0])
+    shown = ImageTokens(
+        n=4, raster=torch.arange(4), grids=(Grid(1, 1, 4),), cut=1, features=features, merged_sizes=sizes
+    )
+    found = Merge("uniform", beta=2.0).select(shown, 2)
+    keep = found.keep.tolist()
+    gone = [i for i in range(4) if i not in keep]
+    unit = torch.nn.functional.normalize(features, dim=1)
+    states = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    mass, total = {i: float(sizes[i]) for i in keep}, {i: sizes[i] * states[i] for i in keep}
+    for i in gone:
+        taken = (2.0 * unit[i] @ unit[keep].T).softmax(0) * sizes[i]
+        for j, part in zip(keep, taken, strict=True):
+            mass[j], total[j] = mass[j] + float(part), total[j] + part * states[i]
+    wanted = torch.stack([total[i] / mass[i] for i in keep])
+    torch.testing.assert_close(found.merged(states)[keep], wanted)
+    torch.testing.assert_close(found.bias, torch.tensor([mass[i] for i in keep]).log())
+    for wrong in ({"of": "restore"}, {"of": "none such"}, {"beta": -1.0}, {"size_term": "no"}):
+        with pytest.raises(tokenprune.ConfigError):
+            Merge(**wrong)
 
 
 # -- Restore ----------------------------------------------------------------------------------------------------------

@@ -115,6 +115,9 @@ def test_the_default_of_stages_spends_as_vflowopt_does() -> None:
     space = stages.search_space(without)
     assert space is not None and "t" not in space and "reads1" not in space
     found = stages.arguments_at({name: own.default for name, own in space.items()}, without)
+    assert {own[1] for own in found["stages"]} == {"merge"}
+    unbiased = replace(without, biases=False)
+    found = stages.arguments_at({name: own.default for name, own in space.items()}, unbiased)
     assert {own[1] for own in found["stages"]} == {"cdpruner"}
     assert stages.search_space(replace(setting, num_layers=2)) is None
 

@@ -294,7 +294,7 @@ def test_searches_find_stages_and_keep_them_as_profiles(tmp_path: Path) -> None:
     single = arguments_at({**point, "cuts": 2, "reads1": "fastv"}, setting)
     assert [(own[0], own[1]) for own in single["stages"]] == [(0, "vflowopt"), (4, "fastv")]
     again = arguments_at({**point, "first": "cdpruner"}, setting)
-    assert [own[1] for own in again["stages"]] == ["cdpruner"] * 3
+    assert [(own[1], own[3]) for own in again["stages"]] == [("merge", {"of": "cdpruner"})] * 3
 
     model = tiny.llava(layers=12)
     made = make_profile(

@@ -15,6 +15,7 @@ from tokenprune.methods.entropyprune import EntropyPrune
 from tokenprune.methods.evs import EVS
 from tokenprune.methods.fastv import FastV
 from tokenprune.methods.importance import ImportanceMap
+from tokenprune.methods.merge import Merge
 from tokenprune.methods.none import NoPruning
 from tokenprune.methods.prumerge import PruMerge
 from tokenprune.methods.pyramiddrop import PyramidDrop
@@ -42,6 +43,7 @@ METHODS: dict[str, type[Method]] = {
         EVS,
         FastV,
         ImportanceMap,
+        Merge,
         NoPruning,
         PruMerge,
         PyramidDrop,
@@ -123,6 +125,7 @@ __all__ = [
     "Grid",
     "ImageTokens",
     "ImportanceMap",
+    "Merge",
     "Method",
     "Needs",
     "NoPruning",

@@ -1,4 +1,4 @@
-"""Merging what is dropped, around any method that scores: recycling."""
+"""Merging what is dropped, around another method: recycling."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Recycle(Method):
     how many they stand for.
 
     Args:
-        method: a method that scores tokens.
+        method: what chooses; for "cells" one that scores tokens.
         side: of a cell, in tokens, at least 1; it need not be whole.
         protect: whether merged tokens stay at later cuts.
         size_term: whether log(number of tokens merged) is added to the attention logits of merged ones, as in ToMe.
@@ -53,7 +53,7 @@ class Recycle(Method):
 
     name: ClassVar[str] = "recycle"
 
-    method: ScoreMethod
+    method: Method
     side: float = 4.0
     protect: bool = False
     size_term: bool = False
@@ -62,9 +62,15 @@ class Recycle(Method):
     every: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.method, ScoreMethod):
-            raise ConfigError(f"Recycle goes around a method that scores tokens, not {self.method!r}")
         HOW.check("how", self.how)
+        scores = isinstance(self.method, ScoreMethod)
+        if not isinstance(self.method, Method) or not (
+            scores or (self.how == "hopfield" and not self.protect)
+        ):
+            raise ConfigError(
+                f"Recycle goes around a method that scores tokens, not {self.method!r}; with how='hopfield' and "
+                f"protect=False around any"
+            )
         for what, least in (("side", 1.0), ("beta", 0.0)):
             value = getattr(self, what)
             if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= _MOST:
@@ -86,16 +92,22 @@ class Recycle(Method):
         self.method.check(shape)
 
     def select(self, image: ImageTokens, k: int) -> Selection:
-        score = self.method.checked_score(image)
-        if image.cut and self.protect and image.merged_sizes is not None:
-            score = torch.where(image.merged_sizes > 1, torch.inf, score.float())
-        if (image.cut and not self.every) or self.method.needs().row:
-            return self.method.best(image, score, k)
-        if self.how == "hopfield":
-            best = self.method.best(image, score, k)
-            return retrieve(image, best, self.beta, self.size_term)
-        kept = recycle(image, score, k, self.side, self.size_term, self.method.ranked(image, score, k))
-        return replace(kept, notes={**kept.notes, **self.method.notes(image)})
+        merges = (self.every or not image.cut) and not self.method.needs().row
+        if merges and self.how == "cells":
+            assert isinstance(self.method, ScoreMethod)
+            score = self.method.checked_score(image)
+            kept = recycle(image, score, k, self.side, self.size_term, self.method.ranked(image, score, k))
+            return replace(kept, notes={**kept.notes, **self.method.notes(image)})
+        best = self._best(image, k)
+        return retrieve(image, best, self.beta, self.size_term) if merges else best
+
+    def _best(self, image: ImageTokens, k: int) -> Selection:
+        """The other method's choice; with `protect`, merged tokens first."""
+        if not self.protect or image.merged_sizes is None or not image.cut:
+            return self.method.select(image, k)
+        assert isinstance(self.method, ScoreMethod)
+        score = self.method.checked_score(image).float()
+        return self.method.best(image, torch.where(image.merged_sizes > 1, torch.inf, score), k)
 
 
 def retrieve(image: ImageTokens, best: Selection, beta: float, size_term: bool = False) -> Selection:

@@ -8,14 +8,14 @@ from typing import ClassVar
 
 import torch
 
-from tokenprune.budget import Cut, Keep
 from tokenprune.errors import ConfigError
-from tokenprune.methods.base import DecoderShape, ImageTokens, Method, Needs
+from tokenprune.methods.around import Around
+from tokenprune.methods.base import ImageTokens, Needs
 from tokenprune.tokens import Selection
 
 
 @dataclass(frozen=True)
-class Restore(Method):
+class Restore(Around):
     """Another method, and a bias on what it keeps: an image is attended to as much as if it were whole.
 
     With N tokens of an image and k of them kept, strength log(N / k) is added to the attention logits of the kept ones:
@@ -34,33 +34,16 @@ class Restore(Method):
     name: ClassVar[str] = "restore"
     paper: ClassVar[str] = "after arXiv 2606.31982"
 
-    of: str | Method = "divprune"
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.chooser.name == self.name:
-            raise ConfigError("restore goes around another method")
+        super().__post_init__()
         strength = self.strength
         if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 10:
             raise ConfigError(f"strength must be a number from 0 to 10, not {strength!r}")
 
-    @property
-    def chooser(self) -> Method:
-        """The method that chooses."""
-        from tokenprune.methods import make_method  # which names this one
-
-        return make_method(self.of, {})
-
     def needs(self) -> Needs:
-        return replace(self.chooser.needs(), bias=True)
-
-    def check(self, shape: DecoderShape) -> None:
-        self.chooser.check(shape)
-
-    def default_cuts(
-        self, family: str, num_layers: int, keep: Keep | None = None
-    ) -> tuple[tuple[Cut, ...], str]:
-        return self.chooser.default_cuts(family, num_layers, keep)
+        return replace(super().needs(), bias=True)
 
     def select(self, image: ImageTokens, k: int) -> Selection:
         method = self.chooser

@@ -11,7 +11,7 @@ from tokenprune.space import Dimension, OneOf, Point, Real, Setting, Whole, spen
 NAME = "stages"
 #: Later cuts at most: what three did not bring, more did not on either testbed.
 LATER = 3
-#: Who may choose before the LLM.
+#: Who may choose before the LLM, by name: VFlowOpt, or another in a `Merge`.
 FIRST = (VFlowOpt.name, "cdpruner", "divprune")
 #: Who may read later: the one that chose first, or the last token, or all of the question.
 READERS = ("map", "fastv", "question")
@@ -42,20 +42,25 @@ def arguments_at(point: Point, setting: Setting) -> dict[str, Any]:
     layers = [0, *sorted({int(point[f"layer{i}"]) for i in range(1, int(point["cuts"]))})]
     ratios = [float(point[f"kept{i}"]) for i in range(1, len(layers))]
     cuts = spend(layers, ratios, setting)
-    first = str(point["first"])
-    own: dict[str, Any] = {}
-    if first == VFlowOpt.name:
-        own = VFlowOpt.first_at(point)
-        own["recycle_every"] = bool(point["recycle_every"]) and own["recycling"] == "hopfield"
+    first, own = chooser_at(point, setting)
     readers = [str(point.get(f"reads{i}", "map")) for i in range(1, len(layers))]
     if first == VFlowOpt.name and set(readers) <= {"map"}:
         return {"method": first, "cuts": cuts, **own}
-    maps: tuple[str, dict[str, Any]] = (first, own)
     stages = [(0, first, cuts[0][1], own)]
     for (layer, keep), reader in zip(cuts[1:], readers, strict=True):
-        name, parameters = maps if reader == "map" else (reader, {})
+        name, parameters = (first, own) if reader == "map" else (reader, {})
         stages.append((layer, name, keep, parameters))
     return {"method": "auto", "stages": stages}
+
+
+def chooser_at(point: Point, setting: Setting) -> tuple[str, dict[str, Any]]:
+    """Who chooses first, and its parameters."""
+    first = str(point["first"])
+    if first != VFlowOpt.name:
+        return ("merge", {"of": first}) if setting.biases else (first, {})
+    own = VFlowOpt.first_at(point)
+    own["recycle_every"] = bool(point["recycle_every"]) and own["recycling"] == "hopfield"
+    return first, own
 
 
 def point_of(cuts: Sequence[tuple[int, float]], setting: Setting, **chosen: Any) -> Point:

@@ -11,20 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenprune.errors import BudgetError, ConfigError, UnsupportedModelError
-from tokenprune.methods.vflowopt import VFlowOpt
-from tokenprune.space import Point
+from tokenprune.space import OneOf, Point
 from tokenprune.tune import stages
 from tokenprune.tune.schedule import cells, schedule
 from tokenprune.tune.space import Space
 
 #: Prompts that cells are measured on, at most.
 PROMPTS = 24
-#: Who chooses and reads along a schedule, the first alone measured with single cuts.
-READERS: tuple[Mapping[str, Any], ...] = (
-    {"recycle_every": True},
-    *({f"reads{i}": reader for i in range(1, 1 + stages.LATER)} for reader in ("fastv", "question")),
-    {"first": "cdpruner", **{f"reads{i}": "fastv" for i in range(1, 1 + stages.LATER)}},
-)
+#: Who reads along a schedule: the one that chose first, as with the single cuts, or what the decoder attends to.
+READERS = tuple({f"reads{i}": reader for i in range(1, 1 + stages.LATER)} for reader in stages.READERS)
 
 
 def scheduled(
@@ -34,8 +29,9 @@ def scheduled(
 ) -> tuple[list[Point], int]:
     """Points of a study to begin with, and prefills that finding them cost.
 
-    Every schedule of up to `stages.LATER` later cuts is tried with the first one's map, the last token and the question
-    as readers, and behind CDPruner. There are none where stages are not searched, or the budget is no fraction.
+    Who drifts least by one cut before the LLM is taken to choose; its single cuts at several layers and shares are
+    measured; the schedules of up to `stages.LATER` later cuts that follow are tried with every reader. There are none
+    where stages are not searched, or the budget is no fraction.
 
     Args:
         space: of the study.
@@ -46,30 +42,34 @@ def scheduled(
     if own is None or not isinstance(keep, float):
         return [], 0
     setting = replace(space.setting, keep=keep)
-    default = {name: dimension.default for name, dimension in own.items()}
-    chooser: dict[str, Any] = {"method": default["first"]}
-    if chooser["method"] == VFlowOpt.name:
-        chooser |= VFlowOpt.first_at(default)
-        chooser["recycle_every"] = chooser["recycling"] == "hopfield"
     few = batches[: max(1, PROMPTS // len(batches[0]["input_ids"]))]
-    found: dict[tuple[int, float], float] = {}
     passes = 0
-    for layer, share in cells(setting.num_layers, keep):
+
+    def drift(point: Point, layer: int, share: float) -> float:
+        nonlocal passes
+        method, parameters = stages.chooser_at(point, setting)
+        cut = {"method": method, **parameters, "layer": layer, "keep": share, "budget": "after_cut"}
         try:
-            drift = measure(few, {**chooser, "layer": layer, "keep": share, "budget": "after_cut"})
+            found = measure(few, cut)
         except (BudgetError, ConfigError, UnsupportedModelError):  # of pictures too small for so little
-            found[layer, share] = math.inf
-            continue
-        found[layer, share] = float(drift.mean())
-        passes += len(drift)
+            return math.inf
+        passes += len(found)
+        return float(found.mean())
+
+    default: Point = {name: dimension.default for name, dimension in own.items()} | {"recycle_every": True}
+    firsts = own["first"]
+    assert isinstance(firsts, OneOf)
+    first = min(firsts.values, key=lambda name: drift({**default, "first": name}, 0, keep))
+    default["first"] = first
+    found = {cell: drift(default, *cell) for cell in cells(setting.num_layers, keep)}
     schedules: list[list[tuple[int, float]]] = []
     for most in range(1, 2 + stages.LATER):
         cuts = schedule(found, setting.num_layers, keep, most)
         if cuts and cuts not in schedules:
             schedules.append(cuts)
     points = [
-        space.point(stages.NAME, stages.point_of(cuts, setting, **chosen))
+        space.point(stages.NAME, stages.point_of(cuts, setting, first=first, recycle_every=True, **readers))
         for cuts in schedules
-        for chosen in READERS
+        for readers in READERS
     ]
     return list({repr(point): point for point in points}.values()), passes
