@@ -6,7 +6,10 @@ before any test module, in every xdist worker too.
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
@@ -16,6 +19,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENPRUNE_DEBUG", "1")  # what methods return is checked by value, too
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
+    # What the user has tuned is not to be found; what takes a minute to put together is.
+    _home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    _own = Path(os.environ.get("TOKENPRUNE_CACHE") or _home / "tokenprune")
+    _cache = Path(tempfile.mkdtemp(prefix="tokenprune-tests-"))
+    (_own / "testbed").mkdir(parents=True, exist_ok=True)
+    (_cache / "testbed").symlink_to(_own / "testbed")
+    os.environ["TOKENPRUNE_CACHE"] = str(_cache)
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 
 import hypothesis
 import pytest

@@ -123,7 +123,8 @@ def test_max_min_is_the_greedy_algorithm(n: int, k: int, seed: int) -> None:
     points = torch.randn(n, 3, generator=torch.Generator().manual_seed(seed))
     unit = torch.nn.functional.normalize(points, dim=1)
     distance = 1 - unit @ unit.T
-    assert max_min(distance, k).tolist() == greedy(distance, k)
+    other = torch.rand(n, n, generator=torch.Generator().manual_seed(seed))
+    assert max_min(torch.stack([other, distance]), k)[1].tolist() == greedy(distance, k)
 
 
 def test_divprune_by_hand() -> None:
@@ -143,13 +144,15 @@ def test_greedy_map_raises_the_determinant_most(n: int, k: int, seed: int) -> No
     for _ in range(k):
         rest = [i for i in range(n) if i not in chosen]
         chosen.append(max(rest, key=lambda i: float(kernel[[*chosen, i]][:, [*chosen, i]].logdet())))
-    assert greedy_map(rows.float(), k).tolist() == chosen
+    both = torch.stack([rows.float(), rows.flip(0).float()])
+    first, second = greedy_map(both, k).tolist()
+    assert first == chosen and [n - 1 - i for i in second] == chosen
 
 
 def test_greedy_map_beyond_the_rank_takes_each_once() -> None:
     """Of two directions no third token adds anything: the lower indices follow, none twice, nothing is nan."""
     rows = torch.tensor([[1.0, 0], [2, 0], [0, 1], [0, 1], [1, 1]])
-    assert greedy_map(rows, 5).tolist() == [1, 2, 0, 3, 4]
+    assert greedy_map(rows[None], 5).tolist() == [[1, 2, 0, 3, 4]]
 
 
 def test_cdpruner_by_hand() -> None:

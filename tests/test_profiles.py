@@ -19,7 +19,7 @@ import tokenprune
 from tokenprune import ConfigError, Profile
 from tokenprune.budget import Cut, average_kept, plan_counts
 from tokenprune.fingerprint import fingerprint
-from tokenprune.profiles.profile import Made, Measured, ProfileCut
+from tokenprune.profiles.profile import Made, Measured, ProfileCut, ProfileStage
 
 ROWS = [["text:4", "image", "text:5"]]
 
@@ -225,12 +225,35 @@ def test_another_budget_scales_the_cuts() -> None:
     assert profile.arguments()["keep"] is None
     said = profile.arguments(0.2)
     assert said["keep"] == 0.2 and said["cuts"] == [(0, 0.25), (3, 0.2), (6, None)]
-    assert profile.arguments(0.8)["cuts"] == [(0, 1.0), (3, 0.8), (6, None)]
+    more = profile.arguments(0.8)["cuts"]  # a third of what was dropped is
+    assert [layer for layer, _ in more] == [0, 3, 6] and more[2][1] is None
+    assert [share for _, share in more[:2]] == pytest.approx([5 / 6, 0.8])
+    assert profile.arguments(1.0)["cuts"] == [(0, 1.0), (3, 1.0), (6, None)]
     assert profile.arguments(64)["cuts"] is None and profile.arguments(64)["keep"] == 64
     counts = Profile(method="random", cuts=(ProfileCut(layer=0, keep=100), ProfileCut(layer=3)), keep=80)
     assert counts.arguments(40)["cuts"] == [(0, 50), (3, None)]
     with pytest.raises(ValueError, match="only the last cut"):
         Profile(method="random", cuts=(ProfileCut(layer=0), ProfileCut(layer=3)), keep=80)
+
+
+@pytest.mark.parametrize("keep", [0.01, 0.2, 0.33, 0.6, 0.99, 1.0, 5])
+def test_stages_meet_every_budget(keep: Any) -> None:
+    """A profile of stages is what "auto" takes, whatever is asked."""
+    model = tiny.llava(layers=8, side=8)
+    steep = (0.6, 0.2, None)
+    profile = Profile(
+        method="stages",
+        stages=tuple(
+            ProfileStage(layer=layer, keep=share, method="merge", parameters={"of": "divprune"})
+            for layer, share in zip((0, 3, 5), steep, strict=True)
+        ),
+        keep=0.33,
+        model=fingerprint(model),
+    )
+    report = kept(model, profile=profile, keep=keep)
+    wanted = keep if isinstance(keep, int) else keep * 64
+    assert report.images[0].average == pytest.approx(wanted, abs=1.0)
+    assert report.layers_cut == ((0, 3, 5) if isinstance(keep, float) else (0,))
 
 
 class FakeHub:

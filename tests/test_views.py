@@ -209,29 +209,6 @@ def test_several_maps_per_patch_and_a_layer_of_the_tower(model: Any, inputs: Any
     for a, b in zip(one, two, strict=True):
         assert a is not None and b is not None
         torch.testing.assert_close(b, torch.stack([a, 2 * a], 1), atol=1e-6, rtol=0)
-    needs = [Needs(vision=VisionAttention.received, vision_layer=layer) for layer in (0, -1)]
-    if model.config.model_type == "qwen2_5_vl":
-        with pytest.raises(tokenprune.ConfigError, match="within windows"):
-            tokenprune.wrap(model, Probe(needs[0]), layer=1, keep=0.5)
-        return
-    first, last = ([i.vision for *_, i in shown(model, inputs, probe=Probe(n))] for n in needs)
-    assert not torch.allclose(first[0], last[0])  # type: ignore[arg-type]
-    with pytest.raises(tokenprune.ConfigError, match="vision_layer must be from"):
-        tokenprune.wrap(
-            model, Probe(Needs(vision=VisionAttention.received, vision_layer=99)), layer=1, keep=0.5
-        )
-
-
-def test_a_layer_of_the_tower_is_that_layer() -> None:
-    model = tiny.llava(attn_implementation="eager", vision_layers=3)
-    inputs = tiny.inputs(model, ONE)
-    with torch.no_grad():
-        attentions = model.model.vision_tower(inputs["pixel_values"], output_attentions=True).attentions
-    for layer in range(3):
-        probe = Probe(Needs(vision=VisionAttention.received, vision_layer=layer))
-        *_, image = next(shown(model, inputs, probe=probe, layer=1))
-        wanted = attentions[layer][0].mean(0)[1:, 1:].mean(0)  # without CLS
-        torch.testing.assert_close(image.vision, wanted, atol=1e-5, rtol=0)
 
 
 def merging(image: ImageTokens, k: int) -> Selection:
@@ -252,37 +229,6 @@ def test_earlier_merges_sizes_and_the_cuts_number(model: Any, inputs: Any) -> No
         k = third.n
         by_hand = [2.5 + second.sizes[k] + second.sizes[-1] / 2, 1.5 + second.sizes[-1] / 2]
         assert third.sizes.tolist() == [float(x) for x in by_hand] + [1] * (k - 2)
-
-
-def test_all_images_of_a_row_at_once(model: Any) -> None:
-    """With their boundaries; merges go across images."""
-    inputs = tiny.inputs(model, RAGGED, pad="left")
-    positions = tiny.visual_positions(model, inputs)
-
-    def across(image: ImageTokens, k: int) -> Selection:
-        last = image.n - 1
-        return Selection(torch.arange(k), torch.tensor([[0, 0], [last, 0]]), torch.tensor([0.5, 0.5]))
-
-    probe = Probe(Needs(row=True, states=("hidden",)), across)
-    hidden = stock(model, inputs, output_hidden_states=True).hidden_states[K]
-    with tokenprune.pruned(model, probe, layer=K, keep=0.5, budget="after_cut"), torch.no_grad():
-        logits = model(**inputs).logits
-        report = tokenprune.report(model)
-    assert report.pooled and [len(image.starts) for image in probe.seen] == [2, 1]
-    whole = [torch.cat(row) for row in positions if row]
-    assert probe.seen[0].starts == (0, len(positions[0][0]))
-    for image, columns, r in zip(probe.seen, whole, (0, 2), strict=True):
-        torch.testing.assert_close(image.hidden, hidden[r, columns], atol=1e-5, rtol=0)
-    # For the oracle a row's images are one.
-    rows = [[torch.cat(row)] if row else [] for row in positions]
-    kept = [
-        [list(range(sum(len(i) for i in report.keep_lists[0][r])))] if row else []
-        for r, row in enumerate(rows)
-    ]
-    merges = [[[report.merges[0][r, 0]] if row else [] for r, row in enumerate(rows)]]
-    wanted = oracle.masked_forward(model, inputs, [(K, kept)], rows, merges).logits
-    assert judge.difference_at(report.index, logits, wanted, inputs["attention_mask"]) <= judge.TOLERANCE  # type: ignore[arg-type]
-    assert sum(image.kept[-1] for image in report.images if image.row == 0) == len(whole[0]) // 2
 
 
 # -- what a method says ------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def settle(model: nn.Module, family: Family, asked: Arguments) -> PruneConfig:
         raise ConfigError(
             f"frame_floor needs a method that scores tokens; {made.name!r} does not: leave it out"
         )
-    if arguments.allocation == "pooled" and made.needs().merges and not made.needs().row:
+    if arguments.allocation == "pooled" and made.needs().merges:
         raise ConfigError(
             f"method {made.name!r} merges tokens, which allocation='pooled' does not offer; use allocation='image'"
         )
@@ -139,7 +139,7 @@ def _check_needs(model: nn.Module, family: Family, method: Method) -> None:
     if needs.projected:
         check_states(text)
     if needs.vision is not None:
-        family.vision_tap(model, needs.vision_layer)
+        family.vision_tap(model)
     if needs.pixels is not None:
         family.pixel_scale(model)
     if needs.bias and not takes_biases(text):

@@ -100,16 +100,18 @@ class Report:
 
     @property
     def merges(self) -> list[dict[tuple[int, int], tuple[Tensor, Tensor]]]:
-        """merges[cut][(row, image)] = ((m, 2) pairs (source, slot) of raster indices, (m,) weights).
-
-        Of a method that sees a whole row: under (row, 0), raster indices counted over all the row's images.
-        """
+        """merges[cut][(row, image)] = ((m, 2) pairs (source, slot) of raster indices, (m,) weights)."""
         return self._outcome.merged
 
     @property
     def biases(self) -> list[dict[tuple[int, int], tuple[Tensor, Tensor]]]:
         """biases[cut][(row, image)] = ((k,) raster indices, (k,) added to their attention logits from there on)."""
         return self._outcome.biased
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether text after an image could change what was kept of it."""
+        return self._outcome.config.method.reads()
 
     @property
     def pooled(self) -> bool:

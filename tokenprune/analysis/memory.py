@@ -67,17 +67,15 @@ class Memory:
 
         def remembered(*args: Any, **kwargs: Any) -> Any:
             key = f"features {weights} {torch.is_autocast_enabled()} {seen.digest([args, kwargs])}"
-            looks, looked = _looks_inside(inner), key
-            if looks is not None:
-                looked = f"{key} {looks[1]}"
+            looks, looked = _looks_inside(inner), f"{key} attention"
             output, caught = self._look_up(key, looked if looks else None)
             if output is None:
                 output = original(*args, **kwargs)
                 self._keep(key, output)
                 if looks is not None:
-                    self._keep(looked, looks[0].caught)
+                    self._keep(looked, looks.caught)
             elif looks is not None:
-                looks[0].replay(caught)
+                looks.replay(caught)
             return copy.copy(output)  # what is noted on an output is of its own call
 
         tower.forward = remembered
@@ -201,8 +199,8 @@ def last_state(model: Any, inputs: Mapping[str, Any]) -> LastState:
     return LastState(seen[-1].float().cpu(), logits.float().cpu())
 
 
-def _looks_inside(model: Any) -> tuple[TowerTap, int | None] | None:
-    """Where the tower's attention is caught, and the layer, if the method of the call under way, or to come, asks."""
+def _looks_inside(model: Any) -> TowerTap | None:
+    """Where the tower's attention is caught, if the method of the call under way, or to come, asks."""
     runtime = runtime_of(model)
     if runtime is None:
         return None
@@ -210,7 +208,7 @@ def _looks_inside(model: Any) -> tuple[TowerTap, int | None] | None:
     config = runtime.settings if call is None else call.config
     if not config.scores or config.needs.vision is None:
         return None
-    return runtime.tower, config.needs.vision_layer
+    return runtime.tower
 
 
 class _LastSeen:

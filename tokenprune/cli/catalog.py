@@ -71,7 +71,7 @@ def _method_facts(cls: type[Method]) -> dict[str, Any]:
         "name": cls.name,
         "paper": cls.paper or None,
         "min_layer": cls.min_layer,
-        "reads_text": cls.reads_text,
+        "reads_text": cls().reads(),
         "sees": _sees(cls),
         "parameters": [_parameter_facts(cls, f) for f in dataclasses.fields(cls)],
         "summary": (inspect.getdoc(cls) or "").partition("\n")[0],
@@ -94,7 +94,6 @@ def _sees(cls: type[Method]) -> list[str]:
             (needs.vision is not None, "attention of the vision tower"),
             (needs.pixels is not None, "8-bit pixels"),
             (needs.digest, "a seed made from pixels and prompt"),
-            (needs.row, "all images of a prompt at once"),
             (needs.bias, "says: biases on attention"),
             (needs.counts, "says: how many tokens an image keeps"),
         )

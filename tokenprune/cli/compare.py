@@ -46,7 +46,9 @@ def compare(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            "--method", metavar="NAME[,PARAM=VALUE]", help=f"Repeatable. [default: {', '.join(METHODS)}]"
+            "--method",
+            metavar="NAME[,PARAM=VALUE]",
+            help=f"Repeatable; 'all': every one. [default: {', '.join(METHODS)}]",
         ),
     ] = None,
     budget: Annotated[

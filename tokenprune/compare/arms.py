@@ -9,7 +9,7 @@ from typing import Any
 from tokenprune.arguments import AUTO, Arguments
 from tokenprune.errors import ConfigError
 from tokenprune.fingerprint import fingerprint
-from tokenprune.methods import make_method
+from tokenprune.methods import find_all, make_method
 from tokenprune.profiles.known import known_profile
 
 NONE = "none"
@@ -17,6 +17,7 @@ RANDOM, UNIFORM, DEEP, DOWNSAMPLE = "random", "uniform", "random deep", "downsam
 # Before the LLM random tokens and an even grid lose least, on what was measured (README).
 CONTROLS = (UNIFORM, RANDOM, DEEP, DOWNSAMPLE)
 METHODS = (AUTO, "vflowopt", "entropyprune", "fastv")
+ALL = "all"  # that there are, but the controls
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ def make_arms(model: Any, methods: Sequence[str], budgets: Sequence[float], num_
 
     Args:
         model: stock.
-        methods: "NAME" or "NAME,parameter=value,...", as on the command line. "auto" is left out where no profile is
-            known for the model: it would be another method under that name.
+        methods: "NAME" or "NAME,parameter=value,...", as on the command line; "all" is all there are. "auto" is left
+            out where no profile is known for the model: it would be another method under that name.
         budgets: average retentions, fractions.
         num_layers: of the decoder.
 
@@ -74,8 +75,14 @@ def read_methods(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
     Raises:
         ConfigError: no such method or parameter, a control, or one given twice.
     """
-    _check_once("method", texts)
-    return {text: _read(text) for text in texts}
+    named = [own for text in texts for own in (_every() if text == ALL else [text])]
+    _check_once("method", named)
+    return {text: _read(text) for text in named}
+
+
+def _every() -> list[str]:
+    """Every method by its name, "auto" first."""
+    return [AUTO, *sorted(name for name in find_all() if name not in (*CONTROLS, NONE))]
 
 
 def check_budgets(budgets: Sequence[float]) -> None:

@@ -46,6 +46,7 @@ def _flat(row: Row, summary: Summary) -> dict[str, str]:
     }
     if row.refused:
         return flat
+    flat["reads_text"] = "yes" if row.setting.get("reads_text") else ""
     flat |= {name: f"{getattr(row, name):.6g}" for name in ("kept", "kv", "kv_share", "flops", "drift")}
     shares = {"accuracy": row.accuracy, "loyalty": row.loyalty, "group_a": row.group_a}
     for name, share in {**shares, **{f"accuracy {f}": s for f, s in row.families.items()}}.items():

@@ -146,6 +146,7 @@ def _setting(model: Any) -> dict[str, Any]:
         "method": last.method,
         "parameters": {name: str(value) for name, value in last.parameters.items()},
         "layers": list(last.layers_cut),
+        "reads_text": last.reads_text,
         "profile": last.profile,
     }
 

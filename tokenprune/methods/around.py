@@ -35,6 +35,9 @@ class Around(Method):
     def needs(self) -> Needs:
         return self.chooser.needs()
 
+    def reads(self) -> bool:
+        return self.chooser.reads()
+
     def check(self, shape: DecoderShape) -> None:
         self.chooser.check(shape)
 

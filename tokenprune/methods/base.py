@@ -48,12 +48,10 @@ class Needs:
         words: whether the text's word embeddings are wanted, in `ImageTokens.prompt`.
         vision: a function from `VisionAttention` to a float per patch, or several (patches, c), evaluated inside the
             vision tower's hook; `ImageTokens.vision` is its results, averaged as the model merges patches into tokens.
-        vision_layer: of which layer of the tower, counted as in Python; None: the one that yields the features.
         pixels: a function from 8-bit RGB patches (patches, 3, h, w) to a float per patch, or several (patches, c),
             evaluated there too.
         digest: whether a seed made from the image's pixels and the prompt is wanted.
-        row: whether the method sees all images of a row at once, as one `ImageTokens` with a budget they share.
-        merges: whether selections may merge tokens (refused with `allocation="pooled"`, unless `row`).
+        merges: whether selections may merge tokens (refused with `allocation="pooled"`).
         bias: whether selections may carry biases (refused with flash and flex attention).
         ahead: for a cut before the LLM: K, so that `states` are what layer K - 1 (K, for "hidden") would make of the
             image's tokens if they were alone in the prompt. It costs K layers on them.
@@ -69,10 +67,8 @@ class Needs:
     features: bool = False
     words: bool = False
     vision: Callable[[VisionAttention], Tensor] | None = None
-    vision_layer: int | None = None
     pixels: Callable[[Tensor], Tensor] | None = None
     digest: bool = False
-    row: bool = False
     merges: bool = False
     bias: bool = False
     ahead: int | None = None
@@ -91,7 +87,6 @@ class Needs:
         wanted = {
             "states of the decoder": bool(self.states) and self.ahead is None,
             "the prompt's text": bool(self.prompt or self.words or self.last_row),
-            "all images at once": self.row,
             "a say in the counts": self.counts,
         }
         return [what for what, wants in wanted.items() if wants]
@@ -133,7 +128,7 @@ class Text:
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """One image of one sample (or all images of a row, see `Needs.row`), as a method sees it.
+    """One image of one sample (or all images of a row, with `allocation="pooled"`), as a method sees it.
 
     Attributes:
         n: visual tokens that remain at this cut.
@@ -219,6 +214,10 @@ class Method(ABC):
     def at(self, cut: int) -> Method:
         """The method that is asked at a cut: itself, unless it is made of several."""
         return self
+
+    def reads(self) -> bool:
+        """Whether a text token after the image can change what is kept: `reads_text`, unless it is made of others."""
+        return self.reads_text
 
     def described(self) -> dict[str, Any]:
         """Its parameters, for reports."""
@@ -380,6 +379,40 @@ def _rank_in_frame(image: ImageTokens, order: Tensor) -> Tensor:
     start = sizes.cumsum(0) - sizes
     place = torch.arange(image.n, device=frame.device)
     return torch.empty_like(place).index_copy_(0, by_frame, place - start[frame[by_frame]])
+
+
+#: Numbers that one group of images may compare pairwise at a time.
+_PAIRS = 2**26
+
+
+def select_alike(
+    images: Sequence[ImageTokens],
+    counts: Sequence[int],
+    choose: Callable[[Sequence[ImageTokens], int], Tensor],
+) -> list[Selection]:
+    """Selections of many images, those of one size at a time: what waits for itself step by step waits once for all.
+
+    Args:
+        images, counts: as of `Method.select_all`.
+        choose: (b, k) indices of b images, which have the same n, in any order.
+    """
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, (image, k) in enumerate(zip(images, counts, strict=True)):
+        groups.setdefault((image.n, k), []).append(i)
+    found: dict[int, Selection] = {}
+    for (n, k), group in groups.items():
+        most = max(1, _PAIRS // n**2)
+        for part in (group[i : i + most] for i in range(0, len(group), most)):
+            kept = choose([images[i] for i in part], k).sort(dim=1).values
+            found |= {
+                i: Selection(own.to(images[i].raster.device)) for i, own in zip(part, kept, strict=True)
+            }
+    return [found[i] for i in range(len(images))]
+
+
+def stacked(images: Sequence[ImageTokens], name: str) -> Tensor:
+    """(b, n, ...) an attribute of images of one size."""
+    return torch.stack([getattr(image, name) for image in images])
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tokenprune.methods.base import ImageTokens, Method, Needs
+from tokenprune.methods.base import ImageTokens, Method, Needs, select_alike, stacked
 from tokenprune.tokens import Selection
 
 #: What is left of a token below this is rounding.
@@ -39,26 +40,42 @@ class CDPruner(Method):
         return Needs(features=True, words=True)
 
     def select(self, image: ImageTokens, k: int) -> Selection:
-        assert image.features is not None and image.prompt is not None and image.prompt.words is not None
-        unit = torch.nn.functional.normalize(image.features.float(), dim=1)
-        words = image.prompt.words[-(image.prompt.behind or len(image.prompt.words)) :]
-        relevance = (unit @ torch.nn.functional.normalize(words.float(), dim=1).T).mean(1)
-        least, most = relevance.aminmax()
-        relevance = (relevance - least + 1e-6) / (most - least + 1e-6)
-        return Selection(greedy_map(unit * relevance[:, None], k).sort().values.to(image.raster.device))
+        return self.select_all([image], [k])[0]
+
+    def select_all(self, images: Sequence[ImageTokens], counts: Sequence[int]) -> list[Selection]:
+        return select_alike(images, counts, _choose)
+
+
+def _choose(group: Sequence[ImageTokens], k: int) -> Tensor:
+    unit = torch.nn.functional.normalize(stacked(group, "features").float(), dim=2)
+    relevance = torch.stack(
+        [features @ _asked(image).to(unit.device) for features, image in zip(unit, group, strict=True)]
+    )
+    least, most = relevance.amin(1, keepdim=True), relevance.amax(1, keepdim=True)
+    relevance = (relevance - least + 1e-6) / (most - least + 1e-6)
+    return greedy_map(unit * relevance[:, :, None], k)
+
+
+def _asked(image: ImageTokens) -> Tensor:
+    """(d,) mean of the unit word embeddings behind the row's last image: a cosine with it is the mean of cosines."""
+    assert image.prompt is not None and image.prompt.words is not None
+    words = image.prompt.words[-(image.prompt.behind or len(image.prompt.words)) :]
+    return torch.nn.functional.normalize(words.float(), dim=1).mean(0)
 
 
 def greedy_map(rows: Tensor, k: int) -> Tensor:
-    """(k,) indices, in the order in which they are chosen, of rows (n, d) whose Gram determinant grows most."""
-    kernel = rows @ rows.T
-    left = kernel.diagonal().clone()  # squared length of what the chosen rows do not span
-    factor = kernel.new_zeros(k, len(rows))
+    """(b, k) indices, in the order in which they are chosen, of rows (b, n, d) whose Gram determinant grows most."""
+    kernel = rows @ rows.transpose(1, 2)
+    left = kernel.diagonal(dim1=1, dim2=2).clone()  # squared length of what the chosen rows do not span
+    batch = torch.arange(len(rows), device=rows.device)
+    factor = kernel.new_zeros(len(rows), k, rows.shape[1])
     chosen: list[Tensor] = []
     for step in range(k):
-        best = left.where((left > _NOTHING) | left.isneginf(), 0).argmax()[None]
-        chosen.append(best[0])
-        along = kernel.index_select(0, best)[0] - factor[:step].index_select(1, best).T[0] @ factor[:step]
-        length = left.index_select(0, best)
-        factor[step] = (along * length.clamp_min(_NOTHING).rsqrt()).where(length > _NOTHING, 0)
-        left = (left - factor[step].square()).index_fill(0, best, -torch.inf)
-    return torch.stack(chosen)
+        best = left.where((left > _NOTHING) | left.isneginf(), 0).argmax(1)
+        chosen.append(best)
+        made = factor[:, :step]
+        along = kernel[batch, best] - (made[batch, :, best][:, None] @ made)[:, 0]
+        length = left[batch, best][:, None]
+        factor[:, step] = (along * length.clamp_min(_NOTHING).rsqrt()).where(length > _NOTHING, 0)
+        left = (left - factor[:, step].square()).scatter_(1, best[:, None], -torch.inf)
+    return torch.stack(chosen, dim=1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tokenprune.methods.base import ImageTokens, Method, Needs
+from tokenprune.methods.base import ImageTokens, Method, Needs, select_alike, stacked
 from tokenprune.tokens import Selection
 
 
@@ -33,19 +34,25 @@ class DivPrune(Method):
         return Needs(features=True)
 
     def select(self, image: ImageTokens, k: int) -> Selection:
-        assert image.features is not None
-        unit = torch.nn.functional.normalize(image.features.float(), dim=1)
-        return Selection(max_min(1 - unit @ unit.T, k).sort().values.to(image.raster.device))
+        return self.select_all([image], [k])[0]
+
+    def select_all(self, images: Sequence[ImageTokens], counts: Sequence[int]) -> list[Selection]:
+        def choose(group: Sequence[ImageTokens], k: int) -> Tensor:
+            unit = torch.nn.functional.normalize(stacked(group, "features").float(), dim=2)
+            return max_min(1 - unit @ unit.transpose(1, 2), k)
+
+        return select_alike(images, counts, choose)
 
 
 def max_min(distance: Tensor, k: int) -> Tensor:
-    """(k,) indices, in the order in which they are chosen, of items with these distances (n, n)."""
-    apart = distance.clone().fill_diagonal_(torch.inf)
-    first = apart.amin(1).argmax()
-    chosen = [first]
-    nearest = distance.index_select(0, first[None])[0].index_fill(0, first[None], -torch.inf)
+    """(b, k) indices, in the order in which they are chosen, of items with these distances (b, n, n)."""
+    batch = torch.arange(len(distance), device=distance.device)
+    diagonal = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device)
+    best = distance.masked_fill(diagonal, torch.inf).amin(2).argmax(1)
+    distance = distance.masked_fill(diagonal, -torch.inf)  # what is chosen is as near as can be
+    chosen, nearest = [best], distance[batch, best]
     for _ in range(k - 1):
-        best = nearest.argmax()[None]
-        chosen.append(best[0])
-        nearest = torch.minimum(nearest, distance.index_select(0, best)[0]).index_fill_(0, best, -torch.inf)
-    return torch.stack(chosen)
+        best = nearest.argmax(1)
+        chosen.append(best)
+        nearest = torch.minimum(nearest, distance[batch, best])
+    return torch.stack(chosen, dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,3 +48,6 @@ class Merge(Around):
 
     def select(self, image: ImageTokens, k: int) -> Selection:
         return self.recycle.select(image, k)
+
+    def select_all(self, images: Sequence[ImageTokens], counts: Sequence[int]) -> list[Selection]:
+        return self.recycle.select_all(images, counts)

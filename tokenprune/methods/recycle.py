@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
@@ -92,14 +93,24 @@ class Recycle(Method):
         self.method.check(shape)
 
     def select(self, image: ImageTokens, k: int) -> Selection:
-        merges = (self.every or not image.cut) and not self.method.needs().row
-        if merges and self.how == "cells":
-            assert isinstance(self.method, ScoreMethod)
-            score = self.method.checked_score(image)
-            kept = recycle(image, score, k, self.side, self.size_term, self.method.ranked(image, score, k))
-            return replace(kept, notes={**kept.notes, **self.method.notes(image)})
-        best = self._best(image, k)
-        return retrieve(image, best, self.beta, self.size_term) if merges else best
+        if image.cut and not self.every:
+            return self._best(image, k) if self.protect else self.method.select(image, k)
+        if self.how == "hopfield":
+            return retrieve(image, self._best(image, k), self.beta, self.size_term)
+        assert isinstance(self.method, ScoreMethod)
+        score = self.method.checked_score(image)
+        kept = recycle(image, score, k, self.side, self.size_term, self.method.ranked(image, score, k))
+        return replace(kept, notes={**kept.notes, **self.method.notes(image)})
+
+    def select_all(self, images: Sequence[ImageTokens], counts: Sequence[int]) -> list[Selection]:
+        if self.protect or self.how == "cells":
+            return super().select_all(images, counts)
+        best = self.method.select_all(images, counts)
+        if images[0].cut and not self.every:
+            return best
+        return [
+            retrieve(image, own, self.beta, self.size_term) for image, own in zip(images, best, strict=True)
+        ]
 
     def _best(self, image: ImageTokens, k: int) -> Selection:
         """The other method's choice; with `protect`, merged tokens first."""

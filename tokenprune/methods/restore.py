@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -46,11 +47,17 @@ class Restore(Around):
         return replace(super().needs(), bias=True)
 
     def select(self, image: ImageTokens, k: int) -> Selection:
+        return self.select_all([image], [k])[0]
+
+    def select_all(self, images: Sequence[ImageTokens], counts: Sequence[int]) -> list[Selection]:
         method = self.chooser
-        found = method.select(image, k)
+        sized, found = method.needs().bias, method.select_all(images, counts)
+        return [self._restored(image, own, sized) for image, own in zip(images, found, strict=True)]
+
+    def _restored(self, image: ImageTokens, found: Selection, sized: bool) -> Selection:
         bias = found.bias
         if bias is None:
-            sizes = image.sizes if method.needs().bias else torch.ones_like(image.sizes)
+            sizes = image.sizes if sized else torch.ones_like(image.sizes)
             bias = sizes.to(found.keep.device)[found.keep].log()
         whole = sum(grid.tokens for grid in image.grids)
         lost = math.log(whole) - bias.float().logsumexp(0)

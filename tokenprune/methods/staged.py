@@ -12,7 +12,7 @@ from tokenprune.methods.base import DecoderShape, ImageTokens, Method, Needs
 from tokenprune.tokens import Selection
 
 #: What there is one of in a call, whatever the number of cuts.
-_SHARED = ("vision", "vision_layer", "pixels", "row")
+_SHARED = ("vision", "pixels")
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Staged(Method):
         methods: by cut.
 
     Raises:
-        ConfigError: two of them look into the vision tower in different ways, one sees all images of a row and another
-            does not, or a later one has a say in counts, or looks ahead.
+        ConfigError: two of them look into the vision tower in different ways, or a later one has a say in counts, or
+            looks ahead.
     """
 
     name: ClassVar[str] = "stages"
@@ -34,7 +34,7 @@ class Staged(Method):
     def __post_init__(self) -> None:
         needs = [method.needs() for method in self.methods]
         for what in _SHARED:
-            told = [getattr(own, what) for own in needs if what == "row" or own.sees_tower]
+            told = [getattr(own, what) for own in needs if own.sees_tower]
             if any(not _same(told[0], other) for other in told[1:]):
                 raise ConfigError(
                     f"stages {', '.join(method.name for method in self.methods)}: {what!r} is wanted in two ways, and "
@@ -57,6 +57,9 @@ class Staged(Method):
 
     def select(self, image: ImageTokens, k: int) -> Selection:
         return self.methods[image.cut].select(image, k)
+
+    def reads(self) -> bool:
+        return any(method.reads() for method in self.methods)
 
     def described(self) -> dict[str, Any]:
         return {"stages": [{"method": own.name, **own.described()} for own in self.methods]}

@@ -150,12 +150,8 @@ class Family(ABC):
         text: Any = self.text_model(model).config
         return [i for i in range(len(self.layers(model))) if attends(text, i)]
 
-    def vision_tap(self, model: nn.Module, layer: int | None = None) -> VisionTap:
-        """Queries and keys of a layer of the vision tower.
-
-        Args:
-            model: of the family.
-            layer: counted as in Python; None: the one that yields the features.
+    def vision_tap(self, model: nn.Module) -> VisionTap:
+        """Queries and keys of the layer of the vision tower that yields the features.
 
         Raises:
             UnsupportedModelError: the family does not offer them.

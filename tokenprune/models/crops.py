@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.errors import ConfigError, UnsupportedModelError
+from tokenprune.errors import UnsupportedModelError
 from tokenprune.hashing import digest
 from tokenprune.models.base import Family, Layout, VisionCall, VisionTap
 from tokenprune.tokens import Grid, IntArray, VisionAttention
@@ -46,20 +46,17 @@ class Crops(Family):
     def digests(self, pixels: Tensor, sizes: Tensor) -> Tensor:
         return digest(pixels)
 
-    def vision_tap(self, model: nn.Module, layer: int | None = None) -> VisionTap:
+    def vision_tap(self, model: nn.Module) -> VisionTap:
         tower = self.vision_tower(model)
         feature = feature_layer(model.config)
         try:
             attentions = self.vision_attentions(tower)
-            if layer is None:
-                # hidden_states[i] is the output of layer i - 1; entry 0 is the embedding.
-                index = (feature if feature >= 0 else len(attentions) + 1 + feature) - 1
-                if index < 0:
-                    raise UnsupportedModelError(
-                        "vision_feature_layer=0 reads the embeddings: there is no attention to use"
-                    )
-            else:
-                index = checked_layer(layer, len(attentions))
+            # hidden_states[i] is the output of layer i - 1; entry 0 is the embedding.
+            index = (feature if feature >= 0 else len(attentions) + 1 + feature) - 1
+            if index < 0:
+                raise UnsupportedModelError(
+                    "vision_feature_layer=0 reads the embeddings: there is no attention to use"
+                )
             sources = self.vision_sources(attentions[index])
         except AttributeError as error:
             raise UnsupportedModelError(
@@ -114,17 +111,6 @@ SCALES = {
     "smolvlm_vision": _HALF,
     "llama4_vision_model": _HALF,
 }
-
-
-def checked_layer(layer: int, layers: int) -> int:
-    """A layer of the tower counted as in Python.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if not -layers <= layer < layers:
-        raise ConfigError(f"vision_layer must be from {-layers} to {layers - 1} in this model, not {layer}")
-    return layer % layers
 
 
 def crop_sizes(pixels: Tensor) -> Tensor:

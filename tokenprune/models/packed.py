@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokenprune.models.base import Family, VisionCall, VisionTap, turn
-from tokenprune.models.crops import checked_layer
 from tokenprune.models.qwen2_vl import Qwen2VL
 from tokenprune.tokens import Image, IntArray, VisionAttention
 
@@ -33,9 +32,8 @@ class Packed(Qwen2VL):
         pixels = args[0] if args else kwargs["pixel_values"]
         return pixels.flatten(0, -4), kwargs["grid_thw"] if len(args) < 2 else args[1]
 
-    def vision_tap(self, model: nn.Module, layer: int | None = None) -> VisionTap:
-        attentions = self.vision_attentions(self.vision_tower(model))
-        attention = attentions[-1 if layer is None else checked_layer(layer, len(attentions))]
+    def vision_tap(self, model: nn.Module) -> VisionTap:
+        attention: Any = self.vision_attentions(self.vision_tower(model))[-1]
 
         def read(call: VisionCall) -> list[list[VisionAttention]]:
             assert call.sizes is not None

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenprune.errors import ConfigError, UnsupportedModelError
+from tokenprune.errors import UnsupportedModelError
 from tokenprune.models.base import VisionCall
-from tokenprune.models.crops import checked_layer
 from tokenprune.models.qwen2_vl import Qwen2VL
 from tokenprune.tokens import IntArray, VisionAttention
 
@@ -23,8 +22,8 @@ class Qwen25VL(Qwen2VL):
     model_types = ("qwen2_5_vl",)
     examples = ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct")
 
-    def vision_layer(self, tower: Any, layer: int | None) -> int:
-        """The one asked for, or the last one that attends to whole frames (the last of all in released models).
+    def vision_layer(self, tower: Any) -> int:
+        """The last one that attends to whole frames (the last of all in released models).
 
         Within windows a patch is compared with its neighbours only, and each window hands out equal amounts.
         """
@@ -32,15 +31,7 @@ class Qwen25VL(Qwen2VL):
             raise UnsupportedModelError(
                 f"the vision attention of this {self.name} model is not available: all its layers attend within windows"
             )
-        if layer is None:
-            return int(max(tower.fullatt_block_indexes))
-        index = checked_layer(layer, len(tower.blocks))
-        if index not in tower.fullatt_block_indexes:
-            whole = ", ".join(map(str, tower.fullatt_block_indexes))
-            raise ConfigError(
-                f"vision layer {layer} attends within windows; layers {whole} attend to whole frames"
-            )
-        return index
+        return int(max(tower.fullatt_block_indexes))
 
     def attend(self, tower: Any, attention: Any, call: VisionCall) -> list[list[VisionAttention]]:
         assert call.sizes is not None

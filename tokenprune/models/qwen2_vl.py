@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tokenprune.errors import ConfigError
 from tokenprune.hashing import digest, mix
 from tokenprune.models.base import Family, Layout, VisionCall, VisionTap, turn
-from tokenprune.models.crops import SCALES, checked_layer
+from tokenprune.models.crops import SCALES
 from tokenprune.tokens import Grid, Image, IntArray, VisionAttention
 
 _INPUTS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
@@ -59,14 +59,14 @@ class Qwen2VL(Family):
         hashes = mix(digest(pixels) + place - starts[image])
         return torch.zeros_like(ends).index_add_(0, image, hashes)
 
-    def vision_tap(self, model: nn.Module, layer: int | None = None) -> VisionTap:
+    def vision_tap(self, model: nn.Module) -> VisionTap:
         tower: Any = self.vision_tower(model)
-        attention = tower.blocks[self.vision_layer(tower, layer)].attn
+        attention = tower.blocks[self.vision_layer(tower)].attn
         return VisionTap(attention, (attention.qkv,), partial(self.attend, tower, attention), packed=True)
 
-    def vision_layer(self, tower: Any, layer: int | None) -> int:
-        """The one asked for, or the last: its output becomes the features."""
-        return -1 if layer is None else checked_layer(layer, len(tower.blocks))
+    def vision_layer(self, tower: Any) -> int:
+        """The last: its output becomes the features."""
+        return -1
 
     def pixel_scale(self, model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return SCALES["clip_vision_model"]

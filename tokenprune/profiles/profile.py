@@ -132,8 +132,9 @@ class Profile(Document):
         """As keyword arguments of `wrap`.
 
         Args:
-            keep: another budget; the shares of its cuts are scaled to it and the last is solved anew. Between a
-                fraction and a count nothing can be scaled, and the method's default cuts are taken.
+            keep: another budget; the shares of its cuts are scaled to it and the last is solved anew: for a smaller one
+                what is kept, for a larger one what is dropped, so that every budget can be met. Between a fraction and
+                a count nothing can be scaled: the method's default cuts are taken, of stages the first alone.
         """
         own: Sequence[ProfileCut] = self.stages or self.cuts
         cuts = [(cut.layer, cut.keep) for cut in own] or None
@@ -141,15 +142,11 @@ class Profile(Document):
             cuts = _scaled(own, keep, self.keep)
         solved = cuts is None or cuts[-1][1] is None
         if self.stages:
-            if cuts is None:
-                raise ConfigError(
-                    f"this profile's stages were made for keep={self.keep}; between a fraction and a number of tokens "
-                    f"nothing can be scaled: ask for keep={self.keep}, or tune another"
-                )
+            cuts = cuts or [(self.stages[0].layer, None)]
             return {
                 "stages": [
                     (layer, stage.method, share, dict(stage.parameters))
-                    for (layer, share), stage in zip(cuts, self.stages, strict=True)
+                    for (layer, share), stage in zip(cuts, self.stages, strict=False)
                 ],
                 "keep": (self.keep if keep is None else keep) if solved else None,
                 "budget": self.budget,
@@ -222,11 +219,17 @@ def _scaled(
     """The shares of cuts made for one budget, at another, the last left open; None between fractions and counts."""
     if type(keep) is not type(made_for):
         return None
-    times = keep / made_for
-    cuts: list[tuple[int, float | int | None]] = []
-    for cut in own[:-1]:
-        share = cut.keep
-        assert share is not None  # only the last has none
-        scaled = max(1, round(share * times)) if isinstance(share, int) else min(1.0, share * times)
-        cuts.append((cut.layer, scaled))
-    return [*cuts, (own[-1].layer, None)]
+    shares = [cut.keep for cut in own[:-1]]
+    if isinstance(keep, float) and keep > made_for:
+        dropped = (1 - keep) / (1 - made_for)
+        scaled: list[float | int | None] = [
+            1 - (1 - share) * dropped for share in shares if share is not None
+        ]
+    else:
+        times = keep / made_for
+        scaled = [
+            max(1, round(share * times)) if isinstance(share, int) else share * times
+            for share in shares
+            if share is not None  # only the last has none
+        ]
+    return [*((cut.layer, share) for cut, share in zip(own, scaled, strict=False)), (own[-1].layer, None)]

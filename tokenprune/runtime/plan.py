@@ -139,7 +139,7 @@ def make_plan(
 def _pools(config: PruneConfig) -> bool:
     # Forced lists say themselves what each image keeps.
     asked = config.arguments
-    return asked.keep_lists is None and (asked.allocation == "pooled" or config.needs.row)
+    return asked.keep_lists is None and asked.allocation == "pooled"
 
 
 def _keyed(rows: list[list[Image]]) -> dict[Key, Image]:

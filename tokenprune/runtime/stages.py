@@ -97,7 +97,7 @@ class Stages:
 
     def store(self, cut: int, key: Key, selection: Selection) -> None:
         """Keep what a method chose, on the plan's device: with several devices the scored layer's may be another."""
-        if selection.merges is not None and self.images[key].parts and not self.plan.config.needs.row:
+        if selection.merges is not None and self.images[key].parts:
             raise TokenPruneError(
                 f"method {self.plan.config.method.name!r} merges tokens, which allocation='pooled' does not offer; use "
                 f"allocation='image'"

@@ -46,13 +46,13 @@ class Taps:
             self._arm(_wanted(config), config.needs)
 
     def _arm(self, wanted: Sequence[tuple[int, str]], needs: Needs) -> None:
-        known, before = len(self.runtime.hooks), (dict(self._armed), dict(self.tower.taps))
+        known, before = len(self.runtime.hooks), (dict(self._armed), self.tower.tap)
         try:
             self._arm_states([key for key in wanted if key not in self._armed])
             self.tower.arm(needs)
         except BaseException:
             self.runtime.take_off(known)
-            self._armed, self.tower.taps = before
+            self._armed, self.tower.tap = before
             raise
 
     def _arm_states(self, missing: Sequence[tuple[int, str]]) -> None:

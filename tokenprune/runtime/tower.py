@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -45,8 +44,10 @@ class _TowerCall:
         """The method's; nothing where nobody scores."""
         return self.config.needs if self.config.scores else Needs()
 
-    def looks_at(self, layer: int | None) -> bool:
-        return self.needs.vision is not None and self.needs.vision_layer == layer
+    @property
+    def looks(self) -> bool:
+        """Whether anybody wants the tower's attention."""
+        return self.needs.vision is not None
 
 
 class TowerTap:
@@ -54,12 +55,12 @@ class TowerTap:
     runtime: whose hooks they are.
 
     Attributes:
-        taps: armed so far, by layer of the tower, None being the one that yields the features.
+        tap: queries and keys of the layer that yields the features, once somebody wants them.
     """
 
     def __init__(self, runtime: Wrapped) -> None:
         self.runtime = runtime
-        self.taps: dict[int | None, VisionTap] = {}
+        self.tap: VisionTap | None = None
 
     def install(self) -> None:
         # The features' grid is noted even when nobody scores: generate() encodes images ahead of the forward.
@@ -69,69 +70,65 @@ class TowerTap:
 
     def arm(self, needs: Needs) -> None:
         """Register what a method needs and nobody needed before."""
-        layer = needs.vision_layer
-        if needs.vision is None or layer in self.taps:
+        if needs.vision is None or self.tap is not None:
             return
-        tap = self.runtime.family.vision_tap(self.runtime.model, layer)
+        tap = self.runtime.family.vision_tap(self.runtime.model)
         if any(split_over(source) is not None for source in tap.sources):
             raise UnsupportedModelError(
                 "the vision tower is split over several processes, and each would keep other tokens; give it no "
                 "part in tp_plan, or use a method that does not look into it"
             )
         compiled.forget()
-        self.runtime.before(tap.attention, partial(self._enter_vision, layer))
+        self.runtime.before(tap.attention, self._enter_vision)
         for source in tap.sources:
-            self.runtime.after(source, partial(self._catch_vision, layer))
-        self.taps[layer] = tap
+            self.runtime.after(source, self._catch_vision)
+        self.tap = tap
 
     def disarm(self) -> None:
         """The hooks are gone."""
-        self.taps.clear()
+        self.tap = None
 
     def is_replaced(self, needs: Needs) -> bool:
         """Whether modules that are listened to are no longer those of the tower."""
         if needs.vision is None:
             return False
-        now = self.runtime.family.vision_tap(self.runtime.model, needs.vision_layer).sources
-        return any(a is not b for a, b in zip(now, self.taps[needs.vision_layer].sources, strict=True))
+        assert self.tap is not None
+        now = self.runtime.family.vision_tap(self.runtime.model).sources
+        return any(a is not b for a, b in zip(now, self.tap.sources, strict=True))
 
     def _enter_tower(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         # Not `runtime.call`: an interrupt may have left one behind that this is no part of.
         call = self.runtime.calls.running()
         tower = _TowerCall(call, self.runtime.settings if call is None else call.config)
         self.runtime.calls.enter_tower(tower)
-        needs = tower.needs
-        if needs.vision is None or needs.vision_layer not in self.taps:
+        if not tower.looks or self.tap is None:
             return
         sizes = None
-        if self.taps[needs.vision_layer].packed:  # once per call, before its layers
+        if self.tap.packed:  # once per call, before its layers
             _, given = self.runtime.family.tower_input(args, kwargs)
             sizes = sizes_on_host(given, [] if call is None else call.sizes)
         tower.seen = VisionCall(kwargs, {}, (), sizes)
 
-    def _enter_vision(self, layer: int | None, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _enter_vision(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         tower = self._current
-        if tower is not None and tower.seen is not None and tower.looks_at(layer):
+        if tower is not None and tower.seen is not None and tower.looks:
             tower.seen = replace(tower.seen, attention=kwargs)
 
-    def _catch_vision(
-        self, layer: int | None, module: nn.Module, args: Any, kwargs: Any, output: Tensor
-    ) -> None:
+    def _catch_vision(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         """Reduce each picture's attention to the floats the method wants, as soon as queries and keys are there."""
         tower = self._current
-        if tower is None or tower.seen is None or not tower.looks_at(layer):
+        if tower is None or tower.seen is None or self.tap is None or not tower.looks:
             return
-        tap = self.taps[layer]
         tower.outputs[module] = output
-        if len(tower.outputs) == len(tap.sources):
-            outputs = [tower.outputs[source] for source in tap.sources]
+        if len(tower.outputs) == len(self.tap.sources):
+            outputs = [tower.outputs[source] for source in self.tap.sources]
             self._reduce(tower, replace(tower.seen, outputs=outputs))
 
     def _reduce(self, tower: _TowerCall, caught: VisionCall) -> None:
         reduce = tower.needs.vision
-        assert reduce is not None
+        assert reduce is not None and self.tap is not None
         with as_written(caught.outputs[0].device):
-            for parts in self.taps[tower.needs.vision_layer].read(caught):
+            for parts in self.tap.read(caught):
                 tower.vision.append(torch.cat([reduce(own) for own in parts]))
         tower.seen, tower.outputs, tower.caught = None, {}, caught
 

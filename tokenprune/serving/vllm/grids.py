@@ -77,7 +77,7 @@ class PrunedGrids(PrunedModel):
                 f"method {self.settings.method.name!r} looks at the vision tower, of which each rank sees other images "
                 f"with --mm-encoder-tp-mode data; leave that out, or serve uniform"
             )
-        index = self.pictures.family.vision_layer(self.visual, None)
+        index = self.pictures.family.vision_layer(self.visual)
         self._attention = self.visual.blocks[index].attn
         self._seen: dict[str, Any] = {}
 
