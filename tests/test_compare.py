@@ -17,8 +17,10 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+import tokenprune
 from tokenprune import ConfigError, UnsupportedModelError
 from tokenprune.analysis.batches import batched
+from tokenprune.analysis.calibration import make_prompt
 from tokenprune.analysis.memory import Memory
 from tokenprune.cli import app
 from tokenprune.compare.arms import CONTROLS, NONE, Arm, make_arms
@@ -30,6 +32,7 @@ from tokenprune.compare.run import Comparison, compare
 from tokenprune.compare.statistics import mean_interval
 from tokenprune.compare.store import ASKED, LINES
 from tokenprune.files import csv_text
+from tokenprune.methods import METHODS
 from tokenprune.models import find_family, stock_model
 from tokenprune.testbed import evaluate, evaluation_set, load
 from tokenprune.tune import measure
@@ -72,6 +75,25 @@ def test_controls_stand_beside_every_budget(bed: Any) -> None:
     assert [arm.keep for arm in arms[1:6]] == [0.5] * 5
     deep = {arm.keep: arm.arguments["layer"] for arm in arms if arm.name == "random deep"}
     assert deep == {0.5: 4, 0.2: 1}  # half of the budget is spent before the cut
+
+
+def test_all_methods_and_other_seeds(bed: Any) -> None:
+    arms = make_arms(bed[0], ["all", "random,layer=0,seed=1"], [0.5], 16)
+    names = [arm.name for arm in arms]
+    assert names[0] == NONE and names[1] == "auto" and set(METHODS) - {"none"} <= set(names)
+    assert names.count("random") == names.count("random,layer=0,seed=1") == 1
+    with pytest.raises(ConfigError, match="given twice"):
+        make_arms(bed[0], ["all", "fastv"], [0.5], 16)
+
+
+def test_what_reads_the_question_is_said(found: Any, bed: Any, questions: Any) -> None:
+    rows = [row for row in found[0].summary.rows if row.keep and not row.refused and row.setting]
+    assert rows and not any(row.setting["reads_text"] for row in rows if row.name != "auto")
+    for method, reads in (("fastv", True), ("merge", True), ("restore", False), ("vflowopt", False)):
+        parameters = {"of": "divprune"} if method == "restore" else {}
+        with tokenprune.pruned(bed[0], method, keep=0.5, **parameters):
+            bed[0](**make_prompt(bed[1], questions[0].images, questions[0].text))
+            assert tokenprune.report(bed[0]).reads_text is reads
 
 
 def test_auto_is_left_out_where_nothing_is_known(bed: Any) -> None:

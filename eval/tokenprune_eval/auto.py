@@ -36,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     results.load()
     for model in () if options.summary else options.models:
         bench = Bench(model, options.questions)
-        cells = [(f"{model} none", "none", None, {"method": "none"})]
+        cells = [(f"{bench.name} none", "none", None, {"method": "none"})]
         cells += [
-            (f"{model} {keep} {arm}", arm, keep, {**own, "keep": keep})
+            (f"{bench.name} {keep} {arm}", arm, keep, {**own, "keep": keep})
             for keep in options.budgets
             for arm, own in ARMS.items()
         ]
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if key in results.rows or arm not in options.arms:
                 continue
             row = bench.row(arguments)
-            results.add({"key": key, "model": model, "keep": str(keep or ""), "arm": arm, **row})
+            results.add({"key": key, "model": bench.name, "keep": str(keep or ""), "arm": arm, **row})
             print(f"{key}: {float(row['accuracy']):.1%}, drift {row['held_out_drift']}", flush=True)
     print(table(results))
 

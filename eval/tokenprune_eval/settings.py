@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,13 @@ DRIFT_BATCH = 8
 
 class Bench:
     """Args:
-    name: of `tokenprune.testbed.load`.
+    name: of `tokenprune.testbed.load`; of a folder RUN/model, which `tokenprune.testbed.train` wrote, RUN is the name.
     questions: held-out ones, for accuracy.
     prompts: held-out ones, for drift: the first of those with one image.
     """
 
     def __init__(self, name: str, questions: int, prompts: int = 96) -> None:
-        self.name = name
+        self.name = Path(name).parent.name if Path(name).is_dir() else name
         self.model, self.templates = load(name)
         self.processor = CachedProcessor(self.templates)
         self.memory = Memory()

@@ -1,7 +1,7 @@
 """Is a tuned profile better on scenes it has not seen? ``python -m tokenprune_eval.tuned``.
 
-For every seed and budget: VFlowOpt untuned; the best of TPE; and what the same search finds with random sampling in as
-many prefills (its trials are stopped sooner, so that it has more of them).
+For every seed and budget: VFlowOpt untuned; the best schedule that the search begins with; the best of TPE behind it;
+and what random sampling of the same space finds in as many prefills, without schedules to begin with.
 Drift on the samples searched on and on held-out prompts, accuracy on held-out questions. Then settings that were
 tried, spread over their ranks, with drift and accuracy: whether one follows the other (Spearman).
 """
@@ -35,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--spread", type=int, default=12, help="settings for the rank correlation; 0: none")
     parser.add_argument("--csv", type=Path, help="(default: eval/results/tuned_MODEL.csv)")
     options = parser.parse_args(argv)
-    results = Results(options.csv or Path(f"eval/results/tuned_{options.model}.csv"), COLUMNS)
-    results.load()
     bench = Bench(options.model, options.questions)
+    results = Results(options.csv or Path(f"eval/results/tuned_{bench.name}.csv"), COLUMNS)
+    results.load()
     for keep in options.budgets:
         for seed in range(options.seeds):
             compare(bench, results, keep, seed, options.samples, options.trials, options.spread)
@@ -68,13 +68,19 @@ def compare(
             }
         )
 
-    given: dict[str, Any] = {"methods": ["vflowopt"], "seed": seed, "memory": bench.memory}
+    given: dict[str, Any] = {"methods": ["stages"], "seed": seed, "memory": bench.memory}
     if f"{place} tuned" not in results.rows:
         found = search(bench.model, calls, keep, fresh=fresh, trials=trials, **given)
         add("untuned", found.tried[0], 2 * samples)
+        begun = found.study.user_attrs["begun"]
+        scheduled = [
+            t for t in found.tried if 0 < t.number < len(begun["points"]) and len(t.drift) == samples
+        ]
+        if scheduled:
+            add("schedule", min(scheduled, key=lambda one: one.value), begun["passes"])
         if seed == 0 and spread:
             whole = sorted((t for t in found.tried if len(t.drift) == samples), key=lambda one: one.value)
-            given_to_random = {**given, "sampler": "random", "stop_early": False}
+            given_to_random = {**given, "sampler": "random", "schedule": False, "stop_early": False}
             more = search(bench.model, calls, keep, trials=spread, **given_to_random)
             picked = sorted([*whole[:: max(1, len(whole) // 8)], *more.tried], key=lambda one: one.value)
             for number, one in enumerate(picked):
@@ -82,7 +88,7 @@ def compare(
         add("tuned", found.front[0], found.passes)
     if f"{place} random search" not in results.rows:
         passes = int(results.rows[f"{place} tuned"]["passes"])
-        of_random = {**given, "sampler": "random", "trials": passes, "passes": passes}
+        of_random = {**given, "sampler": "random", "schedule": False, "trials": passes, "passes": passes}
         found = search(bench.model, calls, keep, fresh=fresh, **of_random)
         add("random search", found.front[0], found.passes)
 
@@ -93,8 +99,10 @@ def summarise(results: Results) -> None:
     for keep in sorted({row["keep"] for row in rows}, reverse=True):
         own = [row for row in rows if row["keep"] == keep]
         print(f"\naverage retention {float(keep):.0%}")
-        for arm in ("untuned", "random search", "tuned"):
+        for arm in ("untuned", "schedule", "random search", "tuned"):
             same = [row for row in own if row["arm"] == arm]
+            if not same:
+                continue
             for what in ("drift", "held_out_drift", "accuracy", "passes"):
                 values = [float(row[what]) for row in same]
                 print(

@@ -104,7 +104,7 @@ def _check_once(what: str, given: Sequence[Any]) -> None:
 
 def _read(text: str) -> dict[str, Any]:
     name, *pairs = text.split(",")
-    if name in CONTROLS or name == NONE:
+    if (name in CONTROLS and not pairs) or name in (DEEP, DOWNSAMPLE, NONE):  # another seed is another arm
         raise ConfigError(f"{name!r} is among the controls, which are always there; leave it out")
     texts = dict(pair.partition("=")[::2] for pair in pairs)
     if "keep" in texts:
