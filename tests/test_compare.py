@@ -23,12 +23,13 @@ from tokenprune.analysis.batches import batched
 from tokenprune.analysis.calibration import make_prompt
 from tokenprune.analysis.memory import Memory
 from tokenprune.cli import app
+from tokenprune.cli.compare import CONTROLS as controls_told
 from tokenprune.compare.arms import CONTROLS, NONE, Arm, make_arms
 from tokenprune.compare.downsample import interpolated, shrunk_prompt
 from tokenprune.compare.export import write_csv, write_json
 from tokenprune.compare.page import write_page
 from tokenprune.compare.questions import Question, is_right, load_questions, normal
-from tokenprune.compare.run import Comparison, compare
+from tokenprune.compare.run import CompareOptions, Comparison, compare
 from tokenprune.compare.statistics import mean_interval
 from tokenprune.compare.store import ASKED, LINES
 from tokenprune.files import csv_text
@@ -75,6 +76,17 @@ def test_controls_stand_beside_every_budget(bed: Any) -> None:
     assert [arm.keep for arm in arms[1:6]] == [0.5] * 5
     deep = {arm.keep: arm.arguments["layer"] for arm in arms if arm.name == "random deep"}
     assert deep == {0.5: 4, 0.2: 1}  # half of the budget is spent before the cut
+
+
+def test_controls_can_be_chosen(bed: Any) -> None:
+    assert [a.name for a in make_arms(bed[0], ["vflowopt"], [0.5], 16, ["uniform"])] == [
+        NONE,
+        "vflowopt",
+        "uniform",
+    ]
+    with pytest.raises(ConfigError, match="unknown control 'unifrom'"):
+        CompareOptions(controls=("unifrom",))
+    assert tuple(CONTROLS) == controls_told
 
 
 def test_all_methods_and_other_seeds(bed: Any) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 METHODS = ("auto", "vflowopt", "entropyprune", "fastv")
 BUDGETS = ("50%", "25%", "12.5%")
+CONTROLS = ("uniform", "random", "random deep", "downsample")
 
 
 class Match(str, Enum):
@@ -55,6 +56,10 @@ def compare(
         list[str] | None,
         typer.Option("--budget", metavar="25%|0.25", help=f"Repeatable. [default: {', '.join(BUDGETS)}]"),
     ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option("--control", metavar="NAME", help=f"Repeatable. [default: {', '.join(CONTROLS)}]"),
+    ] = None,
     questions: Annotated[int, typer.Option("--questions", min=1, help="How many.")] = 500,
     match: Annotated[Match, typer.Option("--match", help="When an answer is right.")] = Match.exact,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of an answer.")] = 32,
@@ -77,6 +82,7 @@ def compare(
     options: dict[str, Any] = {
         "methods": tuple(method or METHODS),
         "budgets": _budgets(budget or BUDGETS),
+        "controls": tuple(control or CONTROLS),
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
         "match": match.value,
@@ -151,7 +157,9 @@ def _command(
     model: str, data: str, out: Path, options: dict[str, Any], questions: int, seed: int, dtype: str
 ) -> str:
     words = ["tokenprune", "compare", model, "--data", data, "--out", out.name]
-    for name, values in (("--method", options["methods"]), ("--budget", options["budgets"])):
+    controls = () if options["controls"] == CONTROLS else options["controls"]
+    given = (("--method", options["methods"]), ("--budget", options["budgets"]), ("--control", controls))
+    for name, values in given:
         for value in values:
             words += [name, f"{value:g}" if isinstance(value, float) else value]
     for size in options["time_batches"] or (0,):

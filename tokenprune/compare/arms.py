@@ -45,7 +45,13 @@ class Arm:
         return self.name in CONTROLS or self.name == NONE
 
 
-def make_arms(model: Any, methods: Sequence[str], budgets: Sequence[float], num_layers: int) -> list[Arm]:
+def make_arms(
+    model: Any,
+    methods: Sequence[str],
+    budgets: Sequence[float],
+    num_layers: int,
+    controls: Sequence[str] = CONTROLS,
+) -> list[Arm]:
     """The unpruned model, then at each budget the methods and the controls.
 
     Args:
@@ -54,6 +60,7 @@ def make_arms(model: Any, methods: Sequence[str], budgets: Sequence[float], num_
             out where no profile is known for the model: it would be another method under that name.
         budgets: average retentions, fractions.
         num_layers: of the decoder.
+        controls: which of `CONTROLS`.
 
     Raises:
         ConfigError: see `read_methods` and `check_budgets`.
@@ -65,7 +72,7 @@ def make_arms(model: Any, methods: Sequence[str], budgets: Sequence[float], num_
         for name, arguments in read.items():
             if arguments["method"] != AUTO or known_profile(fingerprint(model), keep) is not None:
                 arms.append(Arm(name, keep, {**arguments, "keep": keep}))
-        arms += _controls(keep, num_layers)
+        arms += [arm for arm in _controls(keep, num_layers) if arm.name in controls]
     return arms
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from tokenprune.analysis.memory import content_digest
 from tokenprune.api import report
 from tokenprune.compare.answering import Asker
-from tokenprune.compare.arms import METHODS, Arm, check_budgets, make_arms, read_methods
+from tokenprune.compare.arms import CONTROLS, METHODS, Arm, check_budgets, make_arms, read_methods
 from tokenprune.compare.questions import MATCHES, Match, Question
 from tokenprune.compare.speed import WHATS, measure_times
 from tokenprune.compare.store import Store
@@ -27,6 +27,7 @@ class CompareOptions:
     Attributes:
         methods: "NAME" or "NAME,parameter=value,...".
         budgets: average retentions.
+        controls: which stand beside them, of `CONTROLS`.
         batch_size: prompts per batch while answers are taken.
         max_new_tokens: of an answer.
         match: when an answer is right: "exact", or "contains" a right one.
@@ -40,6 +41,7 @@ class CompareOptions:
 
     methods: Sequence[str] = METHODS
     budgets: Sequence[float] = (0.5, 0.25, 0.125)
+    controls: Sequence[str] = CONTROLS
     batch_size: int = 8
     max_new_tokens: int = 32
     match: Match = "exact"
@@ -50,6 +52,9 @@ class CompareOptions:
     def __post_init__(self) -> None:
         read_methods(self.methods)
         check_budgets(self.budgets)
+        for name in self.controls:
+            if name not in CONTROLS:
+                raise ConfigError(f"unknown control {name!r}; there are {', '.join(CONTROLS)}")
         if self.match not in MATCHES:
             raise ConfigError(f"match must be one of {', '.join(MATCHES)}, not {self.match!r}")
         for name in ("batch_size", "max_new_tokens", "rounds", "new_tokens"):
@@ -103,7 +108,8 @@ def compare(
     """
     asked = CompareOptions(**options)
     asker = Asker(model, processor, questions, asked.batch_size, asked.max_new_tokens)
-    arms = make_arms(model, asked.methods, asked.budgets, len(asker.family.layers(asker.inner)))
+    layers = len(asker.family.layers(asker.inner))
+    arms = make_arms(model, asked.methods, asked.budgets, layers, asked.controls)
     data = content_digest([(q.pictures, q.text, q.answers) for q in questions])
     identity = {
         "model": fingerprint(model),
