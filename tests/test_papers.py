@@ -30,6 +30,7 @@ from tokenprune.methods import (
     VisionAttention,
     VisionZip,
 )
+from tokenprune.methods import METHODS as ALL
 from tokenprune.methods.cdpruner import greedy_map
 from tokenprune.methods.divprune import max_min
 from tokenprune.methods.prumerge import outliers
@@ -461,3 +462,61 @@ def test_question_takes_off_what_the_template_attends_to() -> None:
     assert found[2] == -torch.inf
     with pytest.raises(tokenprune.ConfigError, match="skip_last"):
         Question(baseline=0.5)
+
+
+# -- every method, at the sizes of released models ---------------------------------------------------------------------
+
+GEOMETRIES = {
+    "LLaVA-1.5": (Grid(1, 24, 24),),
+    "Qwen2.5-VL": (Grid(1, 26, 37, 2),),
+    "video": (Grid(4, 9, 13, 2),),
+}
+
+
+@pytest.mark.parametrize("share", [0.02, 0.11, 0.5, 0.99])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("name", sorted(set(ALL) - {"none", "random"}))
+def test_what_is_kept_at_released_sizes(name: str, geometry: str, share: float) -> None:
+    """Exactly k, in order, each once; merges go to what is kept; nothing is nan."""
+    generator = torch.Generator().manual_seed(0)
+    grids = GEOMETRIES[geometry]
+    n = sum(grid.tokens for grid in grids)
+    k = max(1, round(share * n))
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    method = ALL[name]()
+    vision = method.needs().vision
+    patches = VisionAttention(drawn(2, n, 8), drawn(2, n, 8), 0.3, has_cls=False)
+    shown = ImageTokens(
+        n=n,
+        raster=torch.arange(n),
+        grids=grids,
+        num_heads=4,
+        query=drawn(n, 4, 8),
+        key=drawn(n, 2, 8),
+        value=drawn(n, 2, 8),
+        hidden=drawn(n, 32),
+        features=drawn(n, 32),
+        vision=None if vision is None else vision(patches),
+        pixels=drawn(n),
+        last_row=drawn(4, n).softmax(-1),
+        prompt=Text(
+            torch.arange(9),
+            query=drawn(9, 4, 8),
+            key=drawn(9, 2, 8),
+            value=drawn(9, 2, 8),
+            hidden=drawn(9, 32),
+            words=drawn(9, 32),
+            behind=6,
+            scale=0.3,
+        ),
+    )
+    found = method.select(shown, k)
+    assert found.keep.tolist() == sorted(set(found.keep.tolist())) and len(found.keep) == k
+    assert int(found.keep[0]) >= 0 and int(found.keep[-1]) < n
+    if found.merges is not None:
+        assert found.weights is not None and found.weights.isfinite().all()
+        assert set(found.merges[:, 1].tolist()) <= set(found.keep.tolist())
+    assert found.bias is None or (found.bias.isfinite().all() and len(found.bias) == k)

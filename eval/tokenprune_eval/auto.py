@@ -1,15 +1,22 @@
 """What `wrap(model, keep=...)` is worth on the testbeds: ``python -m tokenprune_eval.auto``.
 
-"auto" with the bundled profiles against the controls at the same average retention, on held-out questions.
+"auto" with the bundled profiles against the controls at the same average retention, on held-out questions; and its
+difference to them, paired question by question, where both rows have their outcomes (auto_correct.csv).
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tokenprune.analysis.memory import content_digest
+from tokenprune.compare.statistics import difference
+from tokenprune.testbed import evaluation_set
 from tokenprune_eval.results import Results
 from tokenprune_eval.settings import ROW, Bench
 
@@ -46,9 +53,38 @@ def main(argv: Sequence[str] | None = None) -> None:
             if key in results.rows or arm not in options.arms:
                 continue
             row = bench.row(arguments)
-            results.add({"key": key, "model": bench.name, "keep": str(keep or ""), "arm": arm, **row})
+            row |= {"key": key, "model": bench.name, "keep": str(keep or ""), "arm": arm}
+            results.add(row, bench.answers(arguments).correct)
             print(f"{key}: {float(row['accuracy']):.1%}, drift {row['held_out_drift']}", flush=True)
     print(table(results))
+    for line in differences(results):
+        print(line)
+
+
+def differences(results: Results) -> list[str]:
+    """How many points "auto" is above each other arm, with the 95 % bootstrap interval over pictures."""
+    lines = []
+    for key, row in results.rows.items():
+        if row["arm"] != "auto" or key not in results.bits:
+            continue
+        ours, pictures = results.correct(key), _pictures(int(row["questions"]))
+        for arm in ARMS:
+            other = f"{row['model']} {row['keep']} {arm}"
+            if (
+                arm != "auto"
+                and other in results.bits
+                and results.rows[other]["questions"] == row["questions"]
+            ):
+                found = difference(ours, results.correct(other), pictures)
+                lines.append(f"* {row['model']}, {float(row['keep']):.0%}: auto - {arm}: {found}")
+    return lines
+
+
+@cache
+def _pictures(questions: int) -> tuple[str, ...]:
+    """Of the held-out questions; those about one picture stand or fall together."""
+    samples = evaluation_set(questions, seed=0)
+    return tuple(content_digest(*(torch.from_numpy(i.copy()) for i in s.images)) for s in samples)
 
 
 def table(results: Results) -> str:
