@@ -1,0 +1,87 @@
+"""What each method leaves of a prefill's time: ``python -m tokenprune_eval.method_speed``.
+
+Every method at its default cuts, in turn with the unpruned model (A B C ... A B C ... in one process), medians of
+paired ratios; the tower is remembered, so that what stands here is the decoder's prefill and the method's own work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenprune import machine, pruned
+from tokenprune.bench.geometry import GEOMETRIES, random_subject
+from tokenprune.errors import BudgetError
+from tokenprune.methods import METHODS
+from tokenprune.timing import Arm, interleave, ratio
+
+COLUMNS = ["geometry", "batch", "keep", "method", "ratio", "p20", "p80", "rounds", *machine.FIELDS]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Time all methods, and write a CSV anew."""
+    parser = argparse.ArgumentParser(description="The time of a prefill under every method.")
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="cpu")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--keep", type=float, default=0.25)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--csv", type=Path, default=Path("eval/results/method_speed.csv"))
+    options = parser.parse_args(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    subject = random_subject(GEOMETRIES[options.geometry], device, looks=True)
+    inputs = subject.prompts(options.batch, False)
+    model = subject.model
+
+    def inside(arguments: dict[str, Any]) -> AbstractContextManager[Any]:
+        entered = ExitStack()
+        entered.enter_context(subject.inside())
+        entered.enter_context(pruned(model, **arguments))
+        return entered
+
+    def prefill(state: object = None) -> Any:
+        return model(**inputs, use_cache=True, logits_to_keep=1)
+
+    arms = {"none": Arm(prefill, context=partial(inside, {"method": "none"}))}
+    for name in sorted(set(METHODS) - {"none"}):
+        arguments = {"method": name, "keep": options.keep}
+        try:
+            with inside(arguments), torch.inference_mode():
+                prefill()
+        except BudgetError as error:
+            print(f"{name}: {error}")
+            continue
+        arms[name] = Arm(prefill, context=partial(inside, arguments))
+    seconds = interleave(arms, options.rounds, warmup=1, device=device)
+    with options.csv.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for name in arms:
+            found = ratio(seconds[name], seconds["none"])
+            print(f"{name:<14}{found}")
+            writer.writerow(
+                {
+                    "geometry": options.geometry,
+                    "batch": options.batch,
+                    "keep": options.keep,
+                    "method": name,
+                    "ratio": f"{found.median:.4f}",
+                    "p20": f"{found.p20:.4f}",
+                    "p80": f"{found.p80:.4f}",
+                    "rounds": options.rounds,
+                    **machine.describe(),
+                }
+            )
+
+
+if __name__ == "__main__":
+    main()
