@@ -1,7 +1,8 @@
 """README's accuracy section from committed comparisons: ``python -m tokenprune_eval.accuracy --readme README.md``.
 
 A comparison comes from `tokenprune compare`; its compare.csv is committed as eval/results/compare_MODEL.csv. With
-``--demo`` the same numbers are written for `tokenprune demo`, which asks too few questions to tell methods apart.
+``--demo`` the same numbers are written for `tokenprune demo`, which asks too few questions to tell methods apart. With
+``--results docs/results.md`` the tables of every method, from eval/results/methods_MODEL.csv, are put there.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tokenprune.testbed import compared
 RESULTS = Path("eval/results")
 MODELS = ("small", "smol")
 MARKS = ("<!-- accuracy: begin -->", "<!-- accuracy: end -->")
+METHOD_MARKS = ("<!-- methods: begin -->", "<!-- methods: end -->")
 Row = dict[str, str]
 
 
@@ -46,16 +48,13 @@ def _head(model: str, rows: Sequence[Row]) -> str:
 def _table(rows: Sequence[Row]) -> str:
     budgets = sorted({row["keep"] for row in rows if row["keep"]}, key=float, reverse=True)
     found = {(row["arm"], row["keep"]): row for row in rows}
-    names = list(dict.fromkeys(row["arm"] for row in rows if row["keep"]))
-    names.sort(key=lambda name: name in CONTROLS)
     lines = [
         "| | " + " | ".join(f"{float(budget):.0%}" for budget in budgets) + " |",
         "|---|" + "---:|" * len(budgets),
     ]
-    for name in names:
+    for name in _in_order(rows):
         cells = [_cell(found.get((name, budget))) for budget in budgets]
-        title = f"*{name}*" if name in CONTROLS else f"**{name}**" if name == "auto" else name
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+        lines.append(f"| {_title(name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -94,6 +93,69 @@ def _losses(name: str, comparisons: dict[str, list[Row]]) -> str:
     return "; ".join(said) if said else "nowhere"
 
 
+def every_method(comparisons: dict[str, list[Row]]) -> str:
+    """Markdown: per model all methods by budget, and what reads; the least budget by family of questions."""
+    parts = []
+    for model, rows in comparisons.items():
+        parts += [
+            _head(model, rows).replace(", in brackets its 95 % interval; A: on", "; A: on"),
+            _every(rows),
+            "",
+        ]
+        least = min((row["keep"] for row in rows if row["keep"]), key=float)
+        parts += [f"`{model}` at {float(least):.0%}, by family of questions:\n", _families(rows, least), ""]
+    return "\n".join(parts)
+
+
+def _every(rows: Sequence[Row]) -> str:
+    budgets = sorted({row["keep"] for row in rows if row["keep"]}, key=float, reverse=True)
+    lines = [
+        "| | reads the question | "
+        + " | ".join(f"{float(budget):.0%} | minus *uniform*" for budget in budgets)
+        + " |",
+        "|---|---|" + "---:|---:|" * len(budgets),
+    ]
+    for name in _in_order(rows):
+        own = {row["keep"]: row for row in rows if row["arm"] == name}
+        reads = any(row.get("reads_text") == "yes" for row in own.values())
+        cells = [part for budget in budgets for part in _with_difference(own.get(budget))]
+        lines.append(f"| {_title(name)} | {'yes' if reads else ''} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _with_difference(row: Row | None) -> tuple[str, str]:
+    if row is None:
+        return "", ""
+    if row["refused"]:
+        return "out of reach", ""
+    if not row.get("minus uniform"):
+        return f"{100 * float(row['accuracy']):.1f}", ""
+    points, low, high = (float(row[f"minus uniform{end}"]) for end in ("", " low", " high"))
+    return f"{100 * float(row['accuracy']):.1f}", f"{points:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def _families(rows: Sequence[Row], keep: str) -> str:
+    names = [n.removeprefix("accuracy ") for n in rows[0] if n.startswith("accuracy ") and n.count(" ") == 1]
+    names = [name for name in names if name not in ("low", "high", "questions")]
+    whole = next(row for row in rows if row["arm"] == NONE)
+    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    own = {row["arm"]: row for row in rows if row["keep"] == keep and not row["refused"]}
+    for title, row in [("none", whole), *((_title(n), own[n]) for n in _in_order(rows) if n in own)]:
+        lines.append(
+            f"| {title} | " + " | ".join(f"{100 * float(row[f'accuracy {n}']):.0f}" for n in names) + " |"
+        )
+    return "\n".join(lines)
+
+
+def _in_order(rows: Sequence[Row]) -> list[str]:
+    names = list(dict.fromkeys(row["arm"] for row in rows if row["keep"]))
+    return sorted(names, key=lambda name: name in CONTROLS)
+
+
+def _title(name: str) -> str:
+    return f"*{name}*" if name in CONTROLS else f"**{name}**" if name == "auto" else name
+
+
 def shown(comparisons: dict[str, list[Row]]) -> list[Row]:
     """What `tokenprune demo` shows of them: a row per model, method and budget."""
     return [
@@ -109,22 +171,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="The accuracy section of the README.")
     parser.add_argument("--readme", type=Path, help="put it between its marks in this file")
     parser.add_argument("--demo", action="store_true", help="write what `tokenprune demo` shows, too")
+    parser.add_argument(
+        "--results", type=Path, help="put the tables of every method between their marks there"
+    )
     options = parser.parse_args(argv)
-    comparisons = {}
-    for model in MODELS:
-        path = RESULTS / f"compare_{model}.csv"
-        if not path.exists():
-            continue
-        with path.open(newline="") as file:
-            comparisons[model] = list(csv.DictReader(file))
+    comparisons = _read("compare")
     if options.demo:
         compared.write(shown(comparisons))
-    text = section(comparisons)
     if options.readme is None:
-        print(text)
-        return
-    before, _, rest = options.readme.read_text().partition(MARKS[0])
-    options.readme.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
+        print(section(comparisons))
+    else:
+        _put(options.readme, MARKS, section(comparisons))
+    if options.results is not None:
+        _put(options.results, METHOD_MARKS, every_method(_read("methods")))
+
+
+def _read(what: str) -> dict[str, list[Row]]:
+    """Committed comparisons, by model."""
+    found = {}
+    for model in MODELS:
+        path = RESULTS / f"{what}_{model}.csv"
+        if path.exists():
+            with path.open(newline="") as file:
+                found[model] = list(csv.DictReader(file))
+    return found
+
+
+def _put(path: Path, marks: tuple[str, str], text: str) -> None:
+    before, _, rest = path.read_text().partition(marks[0])
+    path.write_text(f"{before}{marks[0]}\n{text}\n{marks[1]}{rest.partition(marks[1])[2]}")
 
 
 if __name__ == "__main__":

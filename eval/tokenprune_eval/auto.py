@@ -26,6 +26,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "uniform": {"method": "uniform", "layer": 0},
     "random": {"method": "random", "layer": 0},
     "vflowopt, untuned": {"method": "vflowopt"},
+    "merge, untuned": {"method": "merge"},
+    "merge of divprune, untuned": {"method": "merge", "of": "divprune"},
 }
 
 
