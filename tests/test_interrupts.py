@@ -135,7 +135,7 @@ def test_generate_interrupted_anywhere(run: str, monkeypatch: pytest.MonkeyPatch
         assert [ref() for ref in caches if ref() is not None] == []
         with tokenprune.override(model, **{"keep": 0.5, "budget": "after_cut", **then}):
             assert answer() == wanted
-    assert interrupted > 0.9 * points  # a few fall into callbacks that swallow it
+    assert interrupted > 0.75 * points  # a few fall into callbacks that swallow it, or behind a shorter call
     tokenprune.unwrap(model)
     assert not any("tokenprune" in type(callback).__module__ for callback in gc.callbacks)
 

@@ -18,7 +18,17 @@ import tiny
 import tokenprune
 from tokenprune.errors import ConfigError
 from tokenprune.estimators import ESTIMATORS
-from tokenprune.methods import METHODS, EntropyPrune, Grid, ImageTokens, Needs, Random, ScoreMethod, Uniform
+from tokenprune.methods import (
+    METHODS,
+    EntropyPrune,
+    Grid,
+    ImageTokens,
+    Needs,
+    Random,
+    ScoreMethod,
+    Uniform,
+    registry,
+)
 
 ROWS = (["text:5", "image", "text:3", "image", "text:4"], ["text:2", "image", "text:9"])
 
@@ -289,8 +299,8 @@ def test_methods_of_installed_packages_have_names(monkeypatch: pytest.MonkeyPatc
         assert group == "tokenprune.methods"
         return [own for own in found.values() if name in (None, own.name)]
 
-    monkeypatch.setattr(tokenprune.methods, "entry_points", entry_points)
-    monkeypatch.setattr(tokenprune.methods, "METHODS", dict(METHODS))
+    monkeypatch.setattr(registry, "entry_points", entry_points)
+    monkeypatch.setattr(registry, "METHODS", dict(METHODS))
     model = tiny.llava()
     with tokenprune.pruned(model, "registered", keep=0.5), torch.no_grad():
         model(**tiny.inputs(model, judge.ROWS))

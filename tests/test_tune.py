@@ -240,4 +240,4 @@ def test_bundled_profiles_are_the_testbeds() -> None:
     own = fingerprint(load("small")[0])
     for keep in (0.33, 0.22, 0.11):
         profile = known_profile(own, keep)
-        assert profile is not None and profile.keep == keep and profile.method == "vflowopt"
+        assert profile is not None and profile.keep == keep and profile.method == "stages"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tokenprune.budget import Cut, Keep
 from tokenprune.errors import ConfigError
 from tokenprune.methods.base import DecoderShape, Method, Needs
+from tokenprune.methods.registry import make_method
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,6 @@ class Around(Method):
     @property
     def chooser(self) -> Method:
         """The method that chooses."""
-        from tokenprune.methods import make_method  # which names those that go around
-
         return make_method(self.of, {})
 
     def needs(self) -> Needs:
