@@ -158,12 +158,26 @@ def _title(name: str) -> str:
 
 def shown(comparisons: dict[str, list[Row]]) -> list[Row]:
     """What `tokenprune demo` shows of them: a row per model, method and budget."""
-    return [
+    found = [
         {"model": model, "method": _form(row["arm"]), **{name: row[name] for name in compared.COPIED}}
         for model, rows in comparisons.items()
         for row in rows
         if _form(row["arm"]) in compared.METHODS and not row["refused"]
     ]
+    with (RESULTS / "auto.csv").open(newline="") as file:
+        told = [row for row in csv.DictReader(file) if row["arm"] == "auto" and row["model"] in MODELS]
+    known = {(row["model"], row["method"]) for row in found}
+    bounds = {"accuracy low": "low", "accuracy high": "high"}
+    found += [
+        {
+            "model": row["model"],
+            "method": "auto",
+            **{name: row[bounds.get(name, name)] for name in compared.COPIED},
+        }
+        for row in told
+        if (row["model"], "auto") not in known
+    ]
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
