@@ -447,9 +447,10 @@ def _show_compared(rows: list[dict[str, Any]]) -> None:
     if not rows:
         return
     found = {(row["method"], row["keep"]): row for row in rows}
-    one = rows[0]
+    one, asked = rows[0], sorted({int(row["questions"]) for row in rows})
+    many = " or ".join(f"{count:,}" for count in asked)
     table = _table(
-        f"accuracy in % of {one['questions']} held-out questions by tokenprune compare, committed ({one['cpu']}, "
+        f"accuracy in % of {many} held-out questions, committed in eval/results ({one['cpu']}, "
         f"{one['date']})",
         justify="right",
     )
