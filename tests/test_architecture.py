@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1] / "tokenprune"
 # type checkers count.
 FLOORS = (
     ("errors", "releases", "tensors", "hashing", "cache", "machine", "timing"),
-    ("files", "budget", "tokens", "estimators"),
+    ("files", "budget", "named", "tokens", "estimators"),
     ("space",),
     ("images", "draw"),
     ("models",),

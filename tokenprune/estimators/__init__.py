@@ -6,7 +6,6 @@ estimator itself, which takes batches as they are.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from tokenprune.estimators.effective_rank import EffectiveRank
 from tokenprune.estimators.nuclear_norm import NuclearNorm
 from tokenprune.estimators.renyi import Renyi
 from tokenprune.estimators.von_neumann import VonNeumann
+from tokenprune.named import build
 
 ESTIMATORS: dict[str, type[Estimator]] = {
     e.name: e
@@ -39,13 +39,7 @@ def make_estimator(estimator: str | Estimator, **parameters: Any) -> Estimator:
         return estimator
     if not isinstance(estimator, str) or estimator not in ESTIMATORS:
         raise ConfigError(f"unknown estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}")
-    cls = ESTIMATORS[estimator]
-    known = [f.name for f in dataclasses.fields(cls)]
-    unknown = [name for name in parameters if name not in known]
-    if unknown:
-        has = f"it has {', '.join(known)}" if known else "it has none"
-        raise ConfigError(f"estimator {estimator!r} has no parameter {', '.join(map(repr, unknown))}; {has}")
-    return cls(**parameters)
+    return build("estimator", estimator, ESTIMATORS[estimator], parameters)
 
 
 def estimate(tokens: Tensor, estimator: str | Estimator = "von_neumann", **parameters: Any) -> Tensor:

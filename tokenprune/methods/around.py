@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from tokenprune.budget import Cut, Keep
 from tokenprune.errors import ConfigError
@@ -26,7 +27,7 @@ class Around(Method):
                 f"{self.name} goes around a method that chooses, not around {self.chooser.name}"
             )
 
-    @property
+    @cached_property
     def chooser(self) -> Method:
         """The method that chooses."""
         return make_method(self.of, {})

@@ -125,6 +125,12 @@ class Text:
     behind: int = 0
     scale: float = 1.0
 
+    @property
+    def asking(self) -> Tensor:
+        """(m, hidden_size) word embeddings behind the row's last image; all of them where none is."""
+        assert self.words is not None
+        return self.words[-(self.behind or len(self.words)) :]
+
 
 @dataclass(frozen=True)
 class ImageTokens:
@@ -424,6 +430,12 @@ class Choice:
     def check(self, name: str, value: object) -> None:
         if value not in self.values:
             raise ConfigError(f"{name} must be one of {', '.join(self.values)}, not {value!r}")
+
+
+def check_count(name: str, value: object, least: int = 0) -> None:
+    """Raises ConfigError for what is no number of tokens, `least` or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} must be a number of tokens, {least} or more, not {value!r}")
 
 
 def check_flag(name: str, value: object) -> None:

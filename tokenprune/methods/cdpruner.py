@@ -58,9 +58,8 @@ def _choose(group: Sequence[ImageTokens], k: int) -> Tensor:
 
 def _asked(image: ImageTokens) -> Tensor:
     """(d,) mean of the unit word embeddings behind the row's last image: a cosine with it is the mean of cosines."""
-    assert image.prompt is not None and image.prompt.words is not None
-    words = image.prompt.words[-(image.prompt.behind or len(image.prompt.words)) :]
-    return torch.nn.functional.normalize(words.float(), dim=1).mean(0)
+    assert image.prompt is not None
+    return torch.nn.functional.normalize(image.prompt.asking.float(), dim=1).mean(0)
 
 
 def greedy_map(rows: Tensor, k: int) -> Tensor:

@@ -10,8 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.errors import ConfigError
-from tokenprune.methods.base import ImageTokens, Method, Needs
+from tokenprune.methods.base import ImageTokens, Method, Needs, check_count
 from tokenprune.tokens import Selection
 
 
@@ -44,10 +43,8 @@ class DART(Method):
     text_pivots: int = 4
 
     def __post_init__(self) -> None:
-        for name, least in (("image_pivots", 1), ("text_pivots", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} must be a number of tokens, {least} or more, not {value!r}")
+        check_count("image_pivots", self.image_pivots, 1)
+        check_count("text_pivots", self.text_pivots)
 
     def needs(self) -> Needs:
         return Needs(states=("key", "hidden"), prompt=("key", "hidden"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 from tokenprune.methods.around import Around
@@ -38,7 +39,7 @@ class Merge(Around):
         super().__post_init__()
         _ = self.recycle  # checks what is its own
 
-    @property
+    @cached_property
     def recycle(self) -> Recycle:
         """What merges."""
         return Recycle(self.chooser, 1.0, False, self.size_term, "hopfield", self.beta, every=True)

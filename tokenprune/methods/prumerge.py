@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.errors import ConfigError
-from tokenprune.methods.base import ImageTokens, Method, Needs, check_flag
+from tokenprune.methods.base import ImageTokens, Method, Needs, check_count, check_flag
 from tokenprune.methods.spread import on_grid_first
 from tokenprune.methods.visionzip import attended_and_keys
 from tokenprune.tokens import Selection
@@ -43,8 +42,7 @@ class PruMerge(Method):
 
     def __post_init__(self) -> None:
         check_flag("adaptive", self.adaptive)
-        if isinstance(self.neighbours, bool) or not isinstance(self.neighbours, int) or self.neighbours < 0:
-            raise ConfigError(f"neighbours must be a number of tokens, 0 or more, not {self.neighbours!r}")
+        check_count("neighbours", self.neighbours)
 
     def needs(self) -> Needs:
         return Needs(vision=attended_and_keys, merges=True, counts=self.adaptive)

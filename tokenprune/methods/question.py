@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import ConfigError
-from tokenprune.methods.base import Choice, ImageTokens, Needs, ScoreMethod, cut_layers
+from tokenprune.methods.base import Choice, ImageTokens, Needs, ScoreMethod, check_count, cut_layers
 from tokenprune.methods.spread import check_share, on_grid_first
 from tokenprune.space import Dimension, OneOf, Real, Setting
 
@@ -58,8 +58,7 @@ class Question(ScoreMethod):
             raise ConfigError(
                 "baseline takes off what the template attends to: say skip_last, its length, too"
             )
-        if isinstance(self.skip_last, bool) or not isinstance(self.skip_last, int) or self.skip_last < 0:
-            raise ConfigError(f"skip_last must be a number of tokens, 0 or more, not {self.skip_last!r}")
+        check_count("skip_last", self.skip_last)
 
     @classmethod
     def search_space(cls, setting: Setting) -> Mapping[str, Dimension]:

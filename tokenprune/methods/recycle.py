@@ -93,28 +93,31 @@ class Recycle(Method):
         self.method.check(shape)
 
     def select(self, image: ImageTokens, k: int) -> Selection:
-        if image.cut and not self.every:
-            return self._best(image, k) if self.protect else self.method.select(image, k)
-        if self.how == "hopfield":
-            return retrieve(image, self._best(image, k), self.beta, self.size_term)
-        assert isinstance(self.method, ScoreMethod)
-        score = self.method.checked_score(image)
-        kept = recycle(image, score, k, self.side, self.size_term, self.method.ranked(image, score, k))
-        return replace(kept, notes={**kept.notes, **self.method.notes(image)})
+        return self.select_all([image], [k])[0]
 
     def select_all(self, images: Sequence[ImageTokens], counts: Sequence[int]) -> list[Selection]:
-        if self.protect or self.how == "cells":
-            return super().select_all(images, counts)
-        best = self.method.select_all(images, counts)
-        if images[0].cut and not self.every:
+        merges = self.every or not images[0].cut
+        if merges and self.how == "cells":
+            return [self._cells(image, k) for image, k in zip(images, counts, strict=True)]
+        if self.protect:
+            best = [self._best(image, k) for image, k in zip(images, counts, strict=True)]
+        else:
+            best = self.method.select_all(images, counts)
+        if not merges:
             return best
         return [
             retrieve(image, own, self.beta, self.size_term) for image, own in zip(images, best, strict=True)
         ]
 
+    def _cells(self, image: ImageTokens, k: int) -> Selection:
+        assert isinstance(self.method, ScoreMethod)
+        score = self.method.checked_score(image)
+        kept = recycle(image, score, k, self.side, self.size_term, self.method.ranked(image, score, k))
+        return replace(kept, notes={**kept.notes, **self.method.notes(image)})
+
     def _best(self, image: ImageTokens, k: int) -> Selection:
-        """The other method's choice; with `protect`, merged tokens first."""
-        if not self.protect or image.merged_sizes is None or not image.cut:
+        """The other method's choice, at later cuts merged tokens first."""
+        if image.merged_sizes is None or not image.cut:
             return self.method.select(image, k)
         assert isinstance(self.method, ScoreMethod)
         score = self.method.checked_score(image).float()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from importlib.metadata import entry_points
 from typing import Any
 
 from tokenprune.errors import ConfigError
 from tokenprune.methods.base import Method
+from tokenprune.named import build
 
 #: By name; `tokenprune.methods` puts ours in.
 METHODS: dict[str, type[Method]] = {}
@@ -57,9 +57,4 @@ def make_method(method: str | Method, parameters: dict[str, Any]) -> Method:
         raise ConfigError(
             f"unknown method {method!r}; choose one of {', '.join(sorted(METHODS))}, or pass a Method"
         )
-    known = [f.name for f in dataclasses.fields(cls)]
-    unknown = [name for name in parameters if name not in known]
-    if unknown:
-        has = f"it has {', '.join(known)}" if known else "it has none"
-        raise ConfigError(f"method {method!r} has no parameter {', '.join(map(repr, unknown))}; {has}")
-    return cls(**parameters)
+    return build("method", cls.name, cls, parameters)

@@ -9,8 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.errors import ConfigError
-from tokenprune.methods.base import Choice, ImageTokens, Needs, ScoreMethod, check_flag
+from tokenprune.methods.base import Choice, ImageTokens, Needs, ScoreMethod, check_count, check_flag
 from tokenprune.methods.spread import check_share, on_grid_first
 from tokenprune.space import Dimension, OneOf, Real, Setting
 
@@ -49,8 +48,7 @@ class Relevance(ScoreMethod):
         POOLING.check("pooling", self.pooling)
         check_flag("centred", self.centred)
         check_share(self.even)
-        if isinstance(self.skip_last, bool) or not isinstance(self.skip_last, int) or self.skip_last < 0:
-            raise ConfigError(f"skip_last must be a number of tokens, 0 or more, not {self.skip_last!r}")
+        check_count("skip_last", self.skip_last)
 
     @classmethod
     def search_space(cls, setting: Setting) -> Mapping[str, Dimension]:
@@ -61,9 +59,8 @@ class Relevance(ScoreMethod):
 
     def score(self, image: ImageTokens) -> Tensor:
         text = image.prompt
-        assert image.features is not None and text is not None and text.words is not None
-        behind = text.behind or len(text.words)
-        words = text.words[-behind:][: max(1, behind - self.skip_last)].float()
+        assert image.features is not None and text is not None
+        words = text.asking[: max(1, len(text.asking) - self.skip_last)].float()
         features = image.features.float()
         if self.centred:
             features = features - features.mean(0)

@@ -11,6 +11,8 @@ LAYERS, SHARES, SPAN = 8, 8, 6.0
 _UNITS = 400  # a share of 1 in one layer, as the programme counts it
 
 Drifts = Mapping[tuple[int, float], float]
+#: Least drift by (share, cuts made, spent), with the cuts that lead there.
+_States = dict[tuple[int, int, int], tuple[float, tuple[tuple[int, float], ...]]]
 
 
 def cells(num_layers: int, keep: float) -> list[tuple[int, float]]:
@@ -39,10 +41,9 @@ def schedule(drifts: Drifts, num_layers: int, keep: float, most: int) -> list[tu
     table = np.array([[0.0, *(drifts[layer, share] for share in shares[1:])] for layer in layers])
     table = np.maximum.accumulate(table, axis=1)
     budget = int(keep * num_layers * _UNITS)
-    # Least drift by (share, cuts made, spent), with the cuts that lead there.
-    states: dict[tuple[int, int, int], tuple[float, tuple[tuple[int, float], ...]]] = {(0, 0, 0): (0.0, ())}
+    states: _States = {(0, 0, 0): (0.0, ())}
     for at, (layer, after) in enumerate(zip(layers, [*layers[1:], num_layers], strict=True)):
-        reached: dict[tuple[int, int, int], tuple[float, tuple[tuple[int, float], ...]]] = {}
+        reached: _States = {}
         for (share, cuts, spent), (drift, path) in states.items():
             for to in range(share, len(shares)):
                 cut = to != share
@@ -58,10 +59,10 @@ def schedule(drifts: Drifts, num_layers: int, keep: float, most: int) -> list[tu
 
 
 def _undominated(
-    states: dict[tuple[int, int, int], tuple[float, tuple[tuple[int, float], ...]]],
-) -> dict[tuple[int, int, int], tuple[float, tuple[tuple[int, float], ...]]]:
+    states: _States,
+) -> _States:
     """Of states alike but for what is spent, those that nothing cheaper is as good as."""
-    kept: dict[tuple[int, int, int], tuple[float, tuple[tuple[int, float], ...]]] = {}
+    kept: _States = {}
     least: dict[tuple[int, int], float] = {}
     for key in sorted(states):
         if states[key][0] < least.get(key[:2], np.inf):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tokenprune.methods.staged import Staged
 from tokenprune.methods.vflowopt import VFlowOpt
 from tokenprune.space import Dimension, OneOf, Point, Real, Setting, Whole, spend, spent_ratios
 
-NAME = "stages"
+NAME = Staged.name
 #: Later cuts at most: what three did not bring, more did not on either testbed.
 LATER = 3
 #: Who may choose before the LLM, by name: VFlowOpt, or another in a `Merge`.
