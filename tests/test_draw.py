@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,10 @@ from PIL import Image
 
 import tiny
 import tokenprune
-from tokenprune.draw import MERGED, OUTLINE, SIDE, add_caption, draw_kept, draw_report, tile
+from tokenprune.draw import MERGED, OUTLINE, SIDE, add_caption, draw_kept, draw_report, stands_for, tile
 from tokenprune.errors import ConfigError
 from tokenprune.methods import Grid
+from tokenprune.tiling import lay_out
 
 Array = NDArray[np.int64]
 
@@ -79,21 +82,67 @@ def test_tokens_need_not_divide_the_image() -> None:
     assert (drawn[:12, :11] >= 150).all()
 
 
-def test_merged_tokens_and_their_slots_are_amber() -> None:
+def test_the_more_a_token_stands_for_the_more_amber_it_is() -> None:
     image = noise(32, 32)
-    pairs = torch.tensor(
-        [[0, 5], [1, 5], [5, 5], [2, 9]]
-    )  # slot 9 is not kept, 5 is also a source of its own
-    plain, drawn = (pixels(draw_kept(image, (4, 4), [5, 10], m, scale=4)) for m in (None, pairs))
-    for source in (0, 1, 2):
-        old, new = cell(plain, source, (4, 4))[4:12, 4:12], cell(drawn, source, (4, 4))[4:12, 4:12]
-        assert (new[..., 0] > old[..., 0]).all()
-        assert (new[..., 0] > new[..., 2] + 40).all()  # red over blue: amber
-    assert (cell(drawn, 3, (4, 4)) == cell(plain, 3, (4, 4))).all()
-    assert (cell(drawn, 10, (4, 4)) == cell(plain, 10, (4, 4))).all()
-    slot = cell(drawn, 5, (4, 4))
-    assert (slot[0] == MERGED).all() and (slot[:, -1] == MERGED).all()
-    assert (slot[8:-8, 8:-8] == cell(plain, 5, (4, 4))[8:-8, 8:-8]).all()
+    # Slot 9 is not kept; 5, which is also a source of its own, stands for four, 10 for two.
+    pairs = torch.tensor([[0, 5], [1, 5], [3, 5], [5, 5], [2, 9], [4, 10]])
+    plain, drawn = (pixels(draw_kept(image, (4, 4), [5, 10, 12], m, scale=4)) for m in (None, pairs))
+    for untouched in (0, 1, 2, 3, 9, 12):  # a merged token fades like any that went
+        assert (cell(drawn, untouched, (4, 4)) == cell(plain, untouched, (4, 4)))[4:-4, 4:-4].all()
+    amber = []
+    for slot in (5, 10):
+        new, old = cell(drawn, slot, (4, 4)), cell(plain, slot, (4, 4))
+        assert (new[0] == MERGED).all() and (new[:, -1] == MERGED).all()
+        amber.append((old[4:-4, 4:-4, 2] - new[4:-4, 4:-4, 2]).mean())
+    assert amber[0] > amber[1] + 20 and amber[1] > 20
+
+
+def test_what_stood_for_several_passes_them_on() -> None:
+    assert stands_for([[(0, 1), (2, 1), (1, 1)], [(1, 3), (4, 3), (4, 5)]]) == {3: 1 + 3 + 0.5, 5: 1.5}
+    assert stands_for([]) == {} and stands_for([[(7, 7)]]) == {}
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(2, 3), (3, 2), (1, 6), (6, 1)])
+def test_tiles_lie_as_the_picture_does(rows: int, columns: int) -> None:
+    part = SimpleNamespace(kind="image", grids=((7, 2, 2),), continues=False, cell=None)
+    ((whole, thumbnail),) = lay_out([part], [Image.new("RGB", (30 * columns, 28 * rows))])
+    assert whole.tokens.shape == (2 * rows, 2 * columns) and thumbnail.tokens.tolist() == [[24, 25], [26, 27]]
+    for tile_number in range(6):
+        r, c = divmod(tile_number, columns)
+        own = whole.tokens[2 * r : 2 * r + 2, 2 * c : 2 * c + 2]
+        assert own.flatten().tolist() == list(range(4 * tile_number, 4 * tile_number + 4))
+
+
+def test_crops_that_are_images_of_their_own_make_one_picture_again() -> None:
+    model = tiny.smolvlm()
+    inputs = tiny.inputs(model, [["text:2", "image:2x3", "text:1", "image:1x1", "image:2x1", "text:3"]])
+    with tokenprune.pruned(model, "random", keep=0.5, layer=0), torch.no_grad():
+        model(**inputs)
+        report = tokenprune.report(model)
+    pictures = [noise(60, 90), noise(30, 30), noise(80, 40)]
+    views = lay_out(report.images, pictures)
+    assert [[view.tokens.shape for view in own] for own in views] == [
+        [(6, 9), (3, 3)],
+        [(3, 3)],
+        [(6, 3), (3, 3)],
+    ]
+    assert views[0][0].tokens[0].tolist() == [*range(3), *range(9, 12), *range(18, 21)]
+    assert sorted(t for own in views for v in own for t in v.tokens.flat) == list(
+        range(sum(i.tokens for i in report.images))
+    )
+    assert len(report.draw(pictures)) == 3
+    with pytest.raises(ConfigError, match="has 3 pictures, but 1 were given"):
+        report.draw(pictures[:1])
+
+
+def test_stages_stand_side_by_side() -> None:
+    model = tiny.llava()
+    inputs = tiny.inputs(model, [["text:3", "image", "text:4"]])
+    with tokenprune.pruned(model, "vflowopt", keep=0.5), torch.no_grad():
+        model(**inputs)
+        report = tokenprune.report(model)
+    (one,), (several,) = (report.draw([noise(40, 40)], stages=stages) for stages in (False, True))
+    assert len(report.layers_cut) > 1 and several.width > len(report.layers_cut) * one.width
 
 
 def test_a_video_is_drawn_frame_by_frame() -> None:
@@ -149,5 +198,5 @@ def test_a_report_draws_every_image_of_a_row() -> None:  # contract 17
             for t in range(side * side)
         ]
         assert np.flatnonzero(same).tolist() == report.keep_lists[-1][1][i]
-    with pytest.raises(ConfigError, match="has 1 images, but 2 were given"):
+    with pytest.raises(ConfigError, match="has 1 pictures, but 2 were given"):
         draw_report(report, images)

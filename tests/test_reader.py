@@ -99,7 +99,7 @@ def test_statistics_are_those_of_the_states():
     assert found.visual["renyi"].shape == (9, 7) and found.text["renyi"].shape == (6, 7)
     assert found.tokens.tolist() == [25] * 9
     assert found.attention_entropy.shape == (6, 6, 4) and found.visual_share.shape == (6, 6)
-    assert [m.shape for m in found.maps] == [(6, 25)] * 4 and len(found.grids) == 4
+    assert [m.shape for m in found.maps] == [(6, 25)] * 6 and len(found.images) == 6
     with torch.inference_mode():
         states = model(**calls[1], output_hidden_states=True).hidden_states[4]
     second = (calls[1]["input_ids"][0] == tiny.IMAGE).nonzero()[25:, 0]

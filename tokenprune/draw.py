@@ -6,9 +6,11 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from tokenprune.errors import ConfigError
+from tokenprune.tiling import View, lay_out, shape, spread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +29,8 @@ INK, PAPER = (24, 24, 27), (255, 255, 255)
 GAP = 8
 # Dropped tokens fade into slate, not black: in a dark photograph black would look like more photograph.
 _SLATE, _SLATE_SHARE = (52, 56, 66), 0.72
-_AMBER_SHARE = 0.4
+_AMBER_LEAST, _AMBER_MOST = 0.1, 0.55
+COLUMNS = 8  # frames of a video side by side
 _HEAT, _HEAT_SHARE = ((28, 24, 96), (196, 60, 90), (255, 232, 64)), 0.6
 
 
@@ -42,7 +45,8 @@ def draw_kept(
     """Draw which visual tokens of an image were kept.
 
     Dropped tokens fade to a dark grey; kept ones keep every pixel, and a thin white line around them runs on the
-    dropped side. Tokens merged into others are tinted amber, and what they were merged into has an amber frame.
+    dropped side. Kept tokens that others were merged into are framed in amber and tinted, the more they stand for the
+    stronger.
 
     Args:
         image: the image, or the frames of a video (one per step of the grid, or a multiple of that).
@@ -58,24 +62,19 @@ def draw_kept(
     Raises:
         ConfigError: indices outside the grid, or fewer frames than it has.
     """
-    frames, height, width = _grid(grid)
-    per_frame = height * width
+    size = shape(grid)
     keep = {int(index) for index in _integers(kept)}
     pairs = [(int(source), int(slot)) for source, slot in _integers(() if merged is None else merged)]
-    sources = {source for source, _ in pairs} - keep
-    slots = {slot for _, slot in pairs} & keep
-    for index in keep | sources:
-        if not 0 <= index < frames * per_frame:
+    total = math.prod(size)
+    for index in keep | {source for source, _ in pairs}:
+        if not 0 <= index < total:
             raise ConfigError(
-                f"token {index} is outside the {frames} x {height} x {width} grid; pass raster indices from 0 to "
-                f"{frames * per_frame - 1}"
+                f"token {index} is outside the {size[0]} x {size[1]} x {size[2]} grid; pass raster indices from 0 "
+                f"to {total - 1}"
             )
-    panels = []
-    for t, frame in enumerate(_frames(image, frames)):
-        low = t * per_frame
-        own = [{i - low for i in group if low <= i < low + per_frame} for group in (keep, sources, slots)]
-        panels.append(_draw_frame(_resize(frame, scale), (width, height), *own))
-    picture = panels[0] if frames == 1 else tile(panels, columns=frames)
+    frames = np.arange(total).reshape(size)
+    views = [View(p, t) for p, t in zip(spread(image, size[0]), frames, strict=True)]
+    picture = _draw_views(views, keep, stands_for([pairs]), scale)
     return picture if caption is None else add_caption(picture, caption)
 
 
@@ -86,6 +85,8 @@ class Kept(Protocol):
     def method(self) -> str: ...
     @property
     def images(self) -> Sequence[Any]: ...
+    @property
+    def layers_cut(self) -> tuple[int, ...]: ...
     @property
     def keep_lists(self) -> list[list[list[list[int]]]]: ...
     @property
@@ -100,57 +101,106 @@ def draw_report(
     row: int = 0,
     captions: Sequence[str] | None = None,
     scale: int | None = None,
+    stages: bool = False,
 ) -> list[Picture]:
-    """Draw every image of a row as it was after the last cut.
+    """Draw every picture of a row as it was after the last cut.
 
     Args:
         report: from `tokenprune.report(model)`.
-        images: the row's images in the order of the prompt; for a video, its frames.
+        images: the row's pictures in the order of the prompt; for a video, its frames.
         row: row of the batch.
-        captions: one per image (default: how many tokens were kept).
+        captions: one per picture (default: how many tokens were kept).
         scale: as for `draw_kept`.
+        stages: one drawing per cut, side by side.
 
     Raises:
-        ConfigError: the number of images is not the row's.
+        ConfigError: these are not the row's pictures.
     """
     own = [image for image in report.images if image.row == row]
-    if len(own) != len(images):
-        raise ConfigError(
-            f"row {row} of the report has {len(own)} images, but {len(images)} were given to draw"
-        )
-    lists = report.keep_lists
-    pictures = []
-    for i, (facts, image) in enumerate(zip(own, images, strict=True)):
-        kept = lists[-1][row][i] if lists else range(facts.tokens)
-        start = sum(one.tokens for one in own[:i]) if report.pooled else 0
-        key = (row, 0 if report.pooled else i)
-        pairs = [pair for cut in report.merges if key in cut for pair in _integers(cut[key][0])]
-        pairs = [(a - start, b - start) for a, b in pairs]
-        pairs = [pair for pair in pairs if all(0 <= end < facts.tokens for end in pair)]  # within this image
-        caption = (
-            f"{report.method}: {len(kept)} of {facts.tokens} tokens" if captions is None else captions[i]
-        )
-        pictures.append(_draw_views(image, facts.grids, _integers(kept), pairs, caption, scale))
-    return pictures
+    starts = [sum(one.tokens for one in own[:i]) for i in range(len(own) + 1)]
+    kept = [
+        {starts[i] + int(index) for i, indices in enumerate(cut[row]) for index in indices}
+        for cut in report.keep_lists
+    ]
+    moved = [_moved(cut, row, starts, report.pooled) for cut in report.merges]
+    last = len(kept) - 1
+    shown = range(len(kept)) if stages and last > 0 else [last]
+    drawn = []
+    for number, views in enumerate(lay_out(own, images)):
+        tokens = {int(token) for view in views for token in view.tokens.flat}
+        panels = []
+        for cut in shown:
+            keep = tokens & kept[cut] if kept else tokens
+            mass = {token: m for token, m in stands_for(moved[: cut + 1]).items() if token in tokens}
+            panel = _draw_views(views, keep, mass, scale)
+            told = f"{len(keep)} of {len(tokens)} tokens" + _most(mass, keep)
+            if len(shown) > 1:
+                layer = report.layers_cut[cut]
+                told = (f"before layer {layer}: " if layer else "before the LLM: ") + told
+            elif captions is None:
+                told = f"{report.method}: {told}"
+            else:
+                told = captions[number]
+            panels.append(add_caption(panel, told))
+        title = None if len(shown) == 1 else report.method if captions is None else captions[number]
+        drawn.append(panels[0] if title is None else tile(panels, len(panels), title))
+    return drawn
 
 
-def _draw_views(
-    image: Picture | Sequence[Picture],
-    grids: Sequence[GridLike],
-    kept: list[int],
-    pairs: list[tuple[int, int]],
-    caption: str,
-    scale: int | None,
-) -> Picture:
-    """One picture per view of an image, side by side."""
-    panels, start = [], 0
-    for grid in grids:
-        end = start + math.prod(_grid(grid))
-        own = [index - start for index in kept if start <= index < end]
-        merged = [(a - start, b - start) for a, b in pairs if start <= a < end and start <= b < end]
-        panels.append(draw_kept(image, grid, own, merged, scale=scale))
-        start = end
-    return add_caption(panels[0] if len(panels) == 1 else tile(panels, columns=len(panels)), caption)
+def stands_for(cuts: Sequence[Sequence[tuple[int, int]]]) -> dict[int, float]:
+    """How many tokens each stands for that others were merged into: itself, and its share of each of them.
+
+    Args:
+        cuts: (source, slot) pairs, one list per cut. What stood for several passes them on when it is merged later.
+    """
+    mass: dict[int, float] = {}
+    for pairs in cuts:
+        slots: dict[int, list[int]] = {}
+        for source, slot in pairs:
+            if source != slot:
+                slots.setdefault(source, []).append(slot)
+        passed = {source: mass.pop(source, 1.0) for source in slots}
+        for source, targets in slots.items():
+            for slot in targets:
+                mass[slot] = mass.get(slot, 1.0) + passed[source] / len(targets)
+    return mass
+
+
+def _moved(
+    cut: dict[tuple[int, int], tuple[Tensor, Tensor]], row: int, starts: Sequence[int], pooled: bool
+) -> list[tuple[int, int]]:
+    """The pairs merged in a row at a cut, counted through all its images."""
+    return [
+        (int(a) + (0 if pooled else starts[i]), int(b) + (0 if pooled else starts[i]))
+        for (r, i), (pairs, _) in cut.items()
+        if r == row
+        for a, b in _integers(pairs)
+    ]
+
+
+def _most(mass: dict[int, float], keep: set[int]) -> str:
+    largest = max((m for token, m in mass.items() if token in keep), default=1.0)
+    return f"; amber: stands for up to {largest:.0f}" if largest > 1 else ""
+
+
+def _draw_views(views: Sequence[View], keep: set[int], mass: dict[int, float], scale: int | None) -> Picture:
+    """The views of a picture side by side, all parts of it equally strongly tinted."""
+    largest = max((m for token, m in mass.items() if token in keep), default=1.0)
+    strength = {
+        token: math.log(m) / math.log(largest) for token, m in mass.items() if token in keep and m > 1
+    }
+    panels = []
+    for view in views:
+        flat = view.tokens.reshape(-1).tolist()
+        panels.append(
+            _draw_view(
+                _resize(view.picture, scale),
+                (view.tokens.shape[1], view.tokens.shape[0]),
+                {place for place, token in enumerate(flat) if token in keep},
+                {place: strength[token] for place, token in enumerate(flat) if token in strength},
+            )
+        )
+    return panels[0] if len(panels) == 1 else tile(panels, columns=min(len(panels), COLUMNS))
 
 
 def draw_heat(
@@ -170,26 +220,34 @@ def draw_heat(
     Raises:
         ConfigError: not one value per token of the grid.
     """
-    frames, height, width = _grid(grid)
-    per_frame = height * width
+    size = shape(grid)
     numbers = [float(v) for v in values]
-    if len(numbers) != frames * per_frame:
+    if len(numbers) != math.prod(size):
         raise ConfigError(
-            f"a {frames} x {height} x {width} grid takes {frames * per_frame} values, not {len(numbers)}"
+            f"a {size[0]} x {size[1]} x {size[2]} grid takes {math.prod(size)} values, not {len(numbers)}"
         )
-    finite = [v for v in numbers if math.isfinite(v)] or [0.0]
+    frames = np.arange(len(numbers)).reshape(size)
+    views = [View(p, t) for p, t in zip(spread(image, size[0]), frames, strict=True)]
+    return draw_heat_views(views, numbers, caption, scale)
+
+
+def draw_heat_views(
+    views: Sequence[View], values: Sequence[float], caption: str | None = None, scale: int | None = None
+) -> Picture:
+    """The same of a picture's views (`lay_out`), side by side; `values` has one for every token they name."""
+    finite = [v for v in values if math.isfinite(v)] or [0.0]
     low, span = min(finite), (max(finite) - min(finite)) or 1.0
-    shades = [round(255 * (v - low) / span) if math.isfinite(v) else 0 for v in numbers]
+    shades = [round(255 * (v - low) / span) if math.isfinite(v) else 0 for v in values]
     panels = []
-    for t, frame in enumerate(_frames(image, frames)):
-        picture = _resize(frame, scale)
-        small = Image.new("L", (width, height))
-        small.putdata(shades[t * per_frame : (t + 1) * per_frame])
+    for view in views:
+        picture = _resize(view.picture, scale)
+        small = Image.new("L", view.tokens.shape[::-1])
+        small.putdata([shades[token] for token in view.tokens.flat])
         heat = ImageOps.colorize(
             small.resize(picture.size, Image.Resampling.NEAREST), *_HEAT[::2], mid=_HEAT[1]
         )
         panels.append(Image.blend(ImageOps.grayscale(picture).convert("RGB"), heat, _HEAT_SHARE))
-    drawn = panels[0] if frames == 1 else tile(panels, columns=frames)
+    drawn = panels[0] if len(panels) == 1 else tile(panels, columns=min(len(panels), COLUMNS))
     return drawn if caption is None else add_caption(drawn, caption)
 
 
@@ -228,17 +286,22 @@ def add_caption(
     return sheet
 
 
-def _draw_frame(
-    picture: Picture, grid: tuple[int, int], keep: set[int], sources: set[int], slots: set[int]
+def _draw_view(
+    picture: Picture, grid: tuple[int, int], keep: set[int], strength: dict[int, float]
 ) -> Picture:
-    """One frame at its final size; the groups are raster indices within it."""
-    bright, tinted, framed = (_mask(group, grid, picture.size) for group in (keep, sources, slots))
-    grey = _blend(ImageOps.grayscale(picture).convert("RGB"), _SLATE, _SLATE_SHARE)
-    faded = Image.composite(_blend(grey, MERGED, _AMBER_SHARE), grey, tinted)
+    """One view at its final size; raster indices of the tokens kept, and how strongly each is tinted."""
+    bright = _mask(dict.fromkeys(keep, 1.0), grid, picture.size)
+    faded = _blend(ImageOps.grayscale(picture).convert("RGB"), _SLATE, _SLATE_SHARE)
     faded.paste(OUTLINE, mask=ImageChops.subtract(_grow(bright, _line(picture, grid)), bright))
-    result = Image.composite(picture, faded, bright)
-    inside = ImageChops.subtract(framed, _shrink(framed, grid, slots, _line(picture, grid)))
-    result.paste(MERGED, mask=inside)
+    tint = _mask(
+        {i: _AMBER_LEAST + (_AMBER_MOST - _AMBER_LEAST) * s for i, s in strength.items()}, grid, picture.size
+    )
+    tinted = Image.composite(Image.new("RGB", picture.size, MERGED), picture, tint)
+    result = Image.composite(tinted, faded, bright)
+    framed = _mask(dict.fromkeys(strength, 1.0), grid, picture.size)
+    result.paste(
+        MERGED, mask=ImageChops.subtract(framed, _shrink(framed, grid, set(strength), _line(picture, grid)))
+    )
     return result
 
 
@@ -246,10 +309,10 @@ def _blend(picture: Picture, color: tuple[int, int, int], share: float) -> Pictu
     return Image.blend(picture, Image.new("RGB", picture.size, color), share)
 
 
-def _mask(group: set[int], grid: tuple[int, int], size: tuple[int, int]) -> Picture:
-    """255 at the pixels of these tokens. Pillow's nearest neighbour says which pixel is which token's."""
+def _mask(share: dict[int, float], grid: tuple[int, int], size: tuple[int, int]) -> Picture:
+    """A share of 255 at the pixels of each token. Pillow's nearest neighbour says which pixel is which token's."""
     cells = Image.new("L", grid)
-    cells.putdata([255 if i in group else 0 for i in range(grid[0] * grid[1])])
+    cells.putdata([round(255 * share.get(i, 0.0)) for i in range(grid[0] * grid[1])])
     return cells.resize(size, Image.Resampling.NEAREST)
 
 
@@ -266,19 +329,9 @@ def _shrink(mask: Picture, grid: tuple[int, int], group: set[int], by: int) -> P
     """Every token of `group` without its border, also where two of them touch."""
     inner = Image.new("L", mask.size)
     for index in group:
-        alone = _mask({index}, grid, mask.size)
+        alone = _mask({index: 1.0}, grid, mask.size)
         inner = ImageChops.lighter(inner, alone.filter(ImageFilter.MinFilter(2 * by + 1)))
     return inner
-
-
-def _frames(image: Picture | Sequence[Picture], frames: int) -> list[Picture]:
-    """One picture per step of the grid: of a video given in full, the middle one of those merged in a step."""
-    given = [image] if isinstance(image, Image.Image) else list(image)
-    if len(given) < frames:
-        raise ConfigError(
-            f"the grid has {frames} frames, but {len(given)} were given; pass all frames of the video"
-        )
-    return [given[(2 * t + 1) * len(given) // (2 * frames)] for t in range(frames)]
 
 
 def _resize(image: Picture, scale: int | None) -> Picture:
@@ -290,12 +343,6 @@ def _resize(image: Picture, scale: int | None) -> Picture:
     factor = max(1, SIDE // largest) if scale is None else scale
     # Nearest: an image of 96 pixels shows what the model saw, pixel by pixel.
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-
-
-def _grid(grid: GridLike) -> tuple[int, int, int]:
-    if isinstance(grid, tuple):
-        return grid if len(grid) == 3 else (1, *grid)
-    return grid.frames, grid.height, grid.width
 
 
 def _integers(values: Any) -> list[Any]:

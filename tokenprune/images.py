@@ -63,8 +63,13 @@ def _unreadable(name: str) -> ConfigError:
 
 
 def as_seen(image_processor: Any, image: Image.Image) -> Image.Image:
-    """The part of an image that became tokens: CLIP processors cut the middle out of the resized image."""
-    if not getattr(image_processor, "do_center_crop", False):
+    """The part of an image that became tokens: CLIP processors cut the middle out of the resized image.
+
+    Those that make tiles of it (LLaVA-NeXT) have the setting too, but show it whole.
+    """
+    if not getattr(image_processor, "do_center_crop", False) or hasattr(
+        image_processor, "image_grid_pinpoints"
+    ):
         return image
     crop, size = image_processor.crop_size, image_processor.size
     width, height = image.size

@@ -31,6 +31,8 @@ class ImageReport:
         merged: tokens merged into others at each cut.
         average: mean over decoder layers of its remaining tokens.
         notes: what happened to it besides, and how often ("scores that were no numbers": 3).
+        continues: whether it is one more crop of the picture that the image before it shows (Idefics3, SmolVLM).
+        cell: the row and column of a crop within its picture; None where it shows all of it.
     """
 
     row: int
@@ -43,6 +45,8 @@ class ImageReport:
     merged: tuple[int, ...]
     average: float
     notes: dict[str, int] = field(default_factory=dict)
+    continues: bool = False
+    cell: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -164,11 +168,32 @@ class Report:
     def to_json(self, **options: Any) -> str:
         return json.dumps(self.to_dict(), **options)
 
-    def draw(self, images: Sequence[Any], row: int = 0) -> list[Any]:
-        """Draw a row's kept and merged tokens over its images: see `tokenprune.draw.draw_report`."""
-        from tokenprune.draw import draw_report
+    def draw(
+        self, images: Sequence[Any], row: int = 0, *, processor: Any = None, stages: bool = False
+    ) -> list[Any]:
+        """Draw a row's kept and merged tokens over its pictures.
 
-        return draw_report(self, images, row)
+        Args:
+            images: PIL images in the order of the prompt; of a video, a list of its frames.
+            row: of the batch.
+            processor: the model's, for those that cut out the middle of a picture: only that part is drawn then.
+            stages: one drawing per cut, side by side, instead of what is left after the last one.
+
+        Returns:
+            A PIL image per picture.
+
+        Raises:
+            ConfigError: the pictures are not those of the row.
+        """
+        from tokenprune.draw import draw_report
+        from tokenprune.images import as_seen
+
+        if processor is not None:
+            cut = getattr(processor, "image_processor", processor)
+            images = [
+                as_seen(cut, i) if hasattr(i, "convert") else [as_seen(cut, f) for f in i] for i in images
+            ]
+        return draw_report(self, images, row, stages=stages)
 
     def __str__(self) -> str:
         if not self.images and self.reason is not None:
@@ -302,6 +327,8 @@ def make_report(outcome: Outcome) -> Report:
                     merged,
                     average,
                     notes.get((r, i), {}),
+                    image.continues,
+                    image.cell,
                 )
             )
     used = outcome.kv_used or [0] * num_layers

@@ -47,6 +47,8 @@ class Image:
         structural: placeholders of it that are never pruned.
         parts: the images pooled into this one (`allocation="pooled"`); empty for an image as it came.
         size: what `Layout.size` says.
+        continues: whether it is one more crop of the picture that the image before it shows (Idefics3, SmolVLM).
+        cell: the row and column of a crop within its picture; None where it shows all of it.
     """
 
     columns: IntArray
@@ -57,6 +59,8 @@ class Image:
     structural: int = 0
     parts: tuple[Image, ...] = ()
     size: tuple[int, ...] = ()
+    continues: bool = False
+    cell: tuple[int, int] | None = None
 
     @property
     def n(self) -> int:

@@ -16,7 +16,7 @@ from tokenprune.analysis.reader import Prompt, Reader
 from tokenprune.errors import ConfigError
 from tokenprune.estimators import Estimator, estimate, make_estimator
 from tokenprune.runtime.states import LayerStates, last_row, picked
-from tokenprune.tokens import Grid
+from tokenprune.tokens import Image
 from tokenprune_kernels.dual_gram_entropy import dual_gram_entropy
 
 FloatArray = NDArray[np.float64]
@@ -33,9 +33,9 @@ class LayerStatistics:
         tokens: (images,) visual tokens of each image.
         attention_entropy: (rows, L, h) entropy of the last position's attention over log(keys), in [0, 1].
         visual_share: (rows, L) share of the last position's attention that goes to visual tokens, mean over heads.
-        maps: of the first images asked for, (L, n) the matrix entropy of each token's query heads in layer l, which a
-            cut at layer l + 1 would score (EntropyPrune, trace-normalised).
-        grids: layouts of those images' tokens, one grid per view.
+        maps: of each image of the first prompts asked for, (L, n) the matrix entropy of each token's query heads in
+            layer l, which a cut at layer l + 1 would score (EntropyPrune, trace-normalised).
+        images: those images.
     """
 
     visual: dict[str, FloatArray]
@@ -44,7 +44,7 @@ class LayerStatistics:
     attention_entropy: FloatArray
     visual_share: FloatArray
     maps: list[FloatArray]
-    grids: list[tuple[Grid, ...]]
+    images: list[Image]
 
     @property
     def num_layers(self) -> int:
@@ -68,7 +68,7 @@ def read_layers(
         calls: inputs as its processor makes them, each a batch of any size.
         estimators: names or instances.
         attention: whether to measure attention too (of the last position only).
-        maps: of how many images (the first ones) to keep every token's entropy.
+        maps: of how many prompts (the first ones) to keep every token's entropy.
 
     Raises:
         ConfigError: an unknown estimator, or calls without images.
@@ -101,7 +101,8 @@ class _Measuring:
         self.entropy: list[dict[int, Tensor]] = []
         self.share: list[dict[int, Tensor]] = []
         self.maps: list[dict[int, Tensor]] = []
-        self.grids: list[tuple[Grid, ...]] = []
+        self.images: list[Image] = []
+        self.mapped = 0  # prompts
         self._rows: list[tuple[dict[int, Tensor], dict[int, Tensor]]] = []
         self._maps: list[tuple[int, int]] = []  # (row, image) of this call's images that are mapped
 
@@ -111,10 +112,11 @@ class _Measuring:
     def hidden(self, layer: int, states: Tensor, prompt: Prompt) -> None:
         if layer == 0:
             self.tokens += [image.n for row in prompt.images for image in row]
-            keys = [(r, i) for r, row in enumerate(prompt.images) for i in range(len(row))]
-            self._maps = keys[: max(0, self.wants_maps - len(self.maps))]
+            rows = prompt.images[: max(0, self.wants_maps - self.mapped)]
+            self.mapped += len(rows)
+            self._maps = [(r, i) for r, row in enumerate(rows) for i in range(len(row))]
             self.maps += [{} for _ in self._maps]
-            self.grids += [prompt.images[r][i].grids for r, i in self._maps]
+            self.images += [prompt.images[r][i] for r, i in self._maps]
         for r, (images, text) in enumerate(zip(prompt.visual, prompt.text, strict=True)):
             for columns in images:
                 self._measure("visual", layer, states[r], columns)
@@ -169,7 +171,7 @@ class _Measuring:
                 torch.stack([m[l].to("cpu", torch.float64) for l in range(self.num_layers)]).numpy()
                 for m in self.maps
             ],
-            grids=self.grids,
+            images=self.images,
         )
 
 

@@ -17,7 +17,7 @@ from tokenprune.cli.options import (
     MetricOption,
     ModelArgument,
 )
-from tokenprune.cli.shell import InputError, console, one_line, print_json
+from tokenprune.cli.shell import InputError, console, no_drawing_loses_results, one_line, print_json
 
 
 def drift(
@@ -75,12 +75,11 @@ def drift(
             "prompt": drawn[number].prompt,
         }
         if pictures is not None:
-            from tokenprune.images import as_seen
-
             pictures.mkdir(exist_ok=True)
-            seen = [as_seen(processor.image_processor, image) for image in drawn[number].images]
-            case["picture"] = str(pictures / f"{number:04d}.png")
-            found.draw(loaded, calls[number], seen).save(case["picture"])
+            path = pictures / f"{number:04d}.png"
+            with no_drawing_loses_results():
+                found.draw(loaded, processor, calls[number], drawn[number].images).save(path)
+                case["picture"] = str(path)
         cases.append(case)
     if as_json:
         print_json(

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from tokenprune.analysis.layers import LayerStatistics
     from tokenprune.profiles.collapse import Collapse
 
+MAPS = 4  # prompts that are drawn
+
 
 def ecl(
     model: ModelArgument,
@@ -67,7 +69,7 @@ def ecl(
     loaded, processor = load_model(model, dtype.value, device)
     own = begin(loaded, fallback_layer, save=save)
 
-    statistics = _read(loaded, processor, calibration, names, 4 if maps else 0, quiet=as_json)
+    statistics = _read(loaded, processor, calibration, names, MAPS if maps else 0, quiet=as_json)
     found = {name: find_collapse(values, name, seed=seed) for name, values in statistics.visual.items()}
     unclear: NoCollapseError | None = None
     try:
@@ -153,20 +155,18 @@ def _draw_curves(
 def _draw_maps(
     path: Path, statistics: LayerStatistics, processor: Any, samples: list[CalibrationSample], layer: int
 ) -> None:
-    from tokenprune.draw import draw_heat, tile
+    from tokenprune.draw import draw_heat_views, tile
     from tokenprune.images import as_seen
+    from tokenprune.tiling import lay_out
 
-    images = [as_seen(processor.image_processor, image) for sample in samples for image in sample.images]
     caption = f"matrix entropy of the queries of layer {layer - 1}"
-    pictures = []
-    for image, grids, values in zip(images, statistics.grids, statistics.maps, strict=False):
-        start = 0
-        for grid in grids:  # one picture per view
-            own = values[layer - 1][start : start + grid.tokens]
-            pictures.append(draw_heat(image, grid, own, caption=caption))
-            start += grid.tokens
+    images = [
+        as_seen(processor.image_processor, image) for sample in samples[:MAPS] for image in sample.images
+    ]
+    values = [float(v) for of_image in statistics.maps for v in of_image[layer - 1]]
+    drawn = [draw_heat_views(views, values, caption) for views in lay_out(statistics.images, images)]
     try:
-        tile(pictures, columns=len(pictures)).save(path)
+        tile(drawn, columns=len(drawn)).save(path)
     except OSError as error:
         raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
 

@@ -12,7 +12,7 @@ import typer
 from tokenprune.cli.loading import load_images, load_model
 from tokenprune.cli.options import DeviceOption, Dtype, DtypeOption, JsonOption, ModelArgument
 from tokenprune.cli.parse import parse_pairs
-from tokenprune.cli.shell import InputError, console, one_line, print_json
+from tokenprune.cli.shell import InputError, console, no_drawing_loses_results, one_line, print_json
 from tokenprune.files import given_path
 
 if TYPE_CHECKING:
@@ -91,10 +91,9 @@ def run(
         document["unpruned_answer"] = _answer(loaded, processor, inputs, max_new_tokens)
     document |= {"report": report.to_dict(), "keep_lists": report.keep_lists}
     if picture is not None:
-        from tokenprune.images import as_seen
-
-        _save(picture, report, [as_seen(processor.image_processor, image) for image in pictures])
-        document["picture"] = str(picture)
+        with no_drawing_loses_results():
+            _save(picture, report, pictures, processor)
+            document["picture"] = str(picture)
     if as_json:
         print_json(document)
     else:
@@ -160,11 +159,12 @@ def _answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> str
     return " ".join(processor.batch_decode(new, skip_special_tokens=True)[0].split())
 
 
-def _save(path: Path, report: Report, images: list[Image.Image]) -> None:
-    from tokenprune.draw import draw_report, tile
+def _save(path: Path, report: Report, images: list[Image.Image], processor: Any) -> None:
+    from tokenprune.draw import tile
 
+    drawn = report.draw(images, processor=processor, stages=True)
     try:
-        tile(draw_report(report, images), columns=len(images)).save(path)
+        tile(drawn, columns=1 if len(report.layers_cut) > 1 else len(drawn)).save(path)
     except OSError as error:
         raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
 

@@ -78,6 +78,17 @@ def warn(message: str) -> None:
     typer.echo(f"warning: {one_line(message)}", err=True)
 
 
+@contextmanager
+def no_drawing_loses_results() -> Iterator[None]:
+    """Inside, what goes wrong with a picture is a warning: the numbers it belongs to took long to get."""
+    try:
+        yield
+    except InputError:  # the path that was given
+        raise
+    except Exception as error:  # whatever Pillow and the layouts of new families come up with
+        warn(f"the picture could not be drawn: {error}")
+
+
 def one_line(text: str) -> str:
     """A text from anywhere on one line, without the escapes by which it could steer the terminal."""
     return " ".join(printable(text).split())

@@ -42,7 +42,10 @@ def shrunk_prompt(
     most = keep * whole
     quarter = [image.resize(_scaled(image, 0.25)) for image in images]
     if _tokens(make_prompt(processor, quarter, text), token) == whole:
-        return make_prompt(_smaller(model, family, processor, most / len(images)), images, text)
+        inputs = make_prompt(_smaller(model, family, processor, most / len(images)), images, text)
+        if _tokens(inputs, token) > most:  # a projector that makes as many tokens of any picture (Gemma 3)
+            raise _no_smaller(family)
+        return inputs
     scale = math.sqrt(keep)
     for _ in range(_TRIES):
         small = [image.resize(_scaled(image, scale), Image.Resampling.BICUBIC) for image in images]
@@ -75,18 +78,23 @@ def _smaller(model: Any, family: Family, processor: Any, most: float) -> Any:
     """A processor that makes pictures of at most `most` patches, as square as that allows."""
     tower = family.vision_tower(stock_model(model))
     patch = getattr(tower.config, "patch_size", None)
-    if not _interpolates(tower) or not isinstance(patch, int):
-        raise UnsupportedModelError(
-            f"{family.name} models see every picture in one size, and the tower takes no other: there is no smaller "
-            f"picture to compare with"
-        )
+    images: Any = processor.image_processor
+    # Pinpoints: it makes tiles, whose number a smaller size would change.
+    if not _interpolates(tower) or not isinstance(patch, int) or hasattr(images, "image_grid_pinpoints"):
+        raise _no_smaller(family)
     rows = max(1, math.isqrt(int(most)))
     columns = max(rows, int(most) // rows)
-    images: Any = processor.image_processor
     changed = {"size": {"height": rows * patch, "width": columns * patch}, "do_center_crop": False}
     smaller = copy.copy(processor)
     smaller.image_processor = type(images).from_dict({**images.to_dict(), **changed})
     return smaller
+
+
+def _no_smaller(family: Family) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{family.name} models see every picture in one size, and the tower takes no other: there is no smaller "
+        f"picture to compare with"
+    )
 
 
 def _interpolates(tower: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenprune.compare.arms import CONTROLS, NONE
 from tokenprune.compare.figures import accuracy_against_retention, accuracy_against_time
-from tokenprune.compare.pictures import first_failures, one_question
+from tokenprune.compare.pictures import draw_pictures
 from tokenprune.compare.run import Comparison
 from tokenprune.compare.summary import Row, Summary
 
@@ -31,7 +31,8 @@ def write_page(
     """
     from jinja2 import Environment
 
-    summary, asker, arms = found.summary, found.asker, found.arms
+    summary = found.summary
+    pictures = draw_pictures(found.asker, found.arms, summary)
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         TEMPLATE.read_text()
     )
@@ -48,8 +49,9 @@ def write_page(
             figure=accuracy_against_retention(summary) if summary.whole.accuracy else None,
             timed=timed_figures(summary),
             sizes=time_columns(summary),
-            kept=one_question(asker, arms, summary),
-            failures=list(first_failures(asker, arms, summary)),
+            kept=pictures.kept,
+            failures=pictures.failures,
+            trouble=pictures.trouble,
             NONE=NONE,
         ),
         encoding="utf-8",

@@ -14,8 +14,7 @@ from tokenprune.api import pruned, report
 from tokenprune.compare.answering import Asker
 from tokenprune.compare.arms import CONTROLS, DOWNSAMPLE, NONE, Arm
 from tokenprune.compare.summary import Summary
-from tokenprune.draw import draw_report, tile
-from tokenprune.images import as_seen
+from tokenprune.draw import tile
 
 _WIDTH = 640
 
@@ -36,6 +35,33 @@ class Shown:
     question: int
     said: str
     image: str
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What the report shows.
+
+    Attributes:
+        kept: one question under every arm.
+        failures: where each method fails first.
+        trouble: why there are none, or not all.
+    """
+
+    kept: Sequence[Shown] = ()
+    failures: Sequence[Shown] = ()
+    trouble: str = ""
+
+
+def draw_pictures(asker: Asker, arms: Sequence[Arm], summary: Summary) -> Pictures:
+    """All of them; what goes wrong with one costs that one and is said, for the numbers are there already."""
+    kept: list[Shown] = []
+    failures: list[Shown] = []
+    try:
+        kept += one_question(asker, arms, summary)
+        failures += first_failures(asker, arms, summary)
+    except Exception as error:  # whatever Pillow and the layouts of new families come up with
+        return Pictures(kept, failures, " ".join(f"{type(error).__name__}: {error}".split()))
+    return Pictures(kept, failures)
 
 
 def one_question(asker: Asker, arms: Sequence[Arm], summary: Summary) -> list[Shown]:
@@ -75,8 +101,8 @@ def _drawn(asker: Asker, arm: Arm, number: int, summary: Summary) -> Shown:
     with asker.memory.features(asker.model), pruned(asker.model, **arm.arguments), torch.inference_mode():
         asker.inner(**asker.inputs(arm, [number]), use_cache=True, logits_to_keep=1)
         told = report(asker.model)
-    images = [as_seen(asker.processor.image_processor, image) for image in asker.questions[number].images]
-    picture = tile(draw_report(told, images), columns=len(images))
+    drawn = told.draw(asker.questions[number].images, processor=asker.processor)
+    picture = tile(drawn, columns=len(drawn))
     return Shown(arm.name, arm.keep, number, summary.answers[arm.key][number], _data_url(picture))
 
 

@@ -15,7 +15,7 @@ from tokenprune.analysis.batches import batched
 from tokenprune.analysis.memory import Memory
 from tokenprune.api import pruned, report
 from tokenprune.budget import Keep
-from tokenprune.draw import draw_report, tile
+from tokenprune.draw import tile
 from tokenprune.models import stock_model
 from tokenprune.tune.controls import control_drifts
 from tokenprune.tune.drift import measure
@@ -53,12 +53,15 @@ class Inspection:
         """The prompts of largest drift, the largest first."""
         return [int(i) for i in np.argsort(-self.drift, kind="stable")[:count]]
 
-    def draw(self, model: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]) -> Image.Image:
-        """What the setting keeps of a prompt's images."""
+    def draw(
+        self, model: Any, processor: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
+    ) -> Image.Image:
+        """What the setting keeps of a prompt's images, cut by cut."""
         with pruned(model, **self.arguments), torch.inference_mode():
             stock_model(model)(**inputs, use_cache=False, logits_to_keep=1)
             told = report(model)
-        return tile(draw_report(told, images), columns=len(images))
+        drawn = told.draw(images, processor=processor, stages=True)
+        return tile(drawn, columns=1 if len(told.layers_cut) > 1 else len(drawn))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
