@@ -1,7 +1,7 @@
 """Tiny checkpoints in folders, with the processor and a chat template of their family: what `from_pretrained` reads.
 
 The models are those of `tiny`; a tokenizer of one token per character goes with their 128 ids. Processors of videos
-need torchvision: see `torchvision_overlay`.
+need torchvision.
 """
 
 from __future__ import annotations

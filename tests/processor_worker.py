@@ -1,6 +1,6 @@
 """Run the commands that draw on a tiny checkpoint with its real processor: `python processor_worker.py FAMILY FOLDER`.
 
-A process of its own, because torchvision has to be there before transformers is imported, and must not be elsewhere.
+A process of its own, because torchvision has to be importable here and must not be elsewhere.
 """
 
 from __future__ import annotations
@@ -8,11 +8,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import Any
-
-import torchvision_overlay
-
-if not torchvision_overlay.use_torchvision():
-    sys.exit("no torchvision")
 
 import numpy as np
 import torch

@@ -20,11 +20,14 @@ TESTS = Path(__file__).resolve().parent
 def test_pictures_are_drawn_and_reports_are_written(family: str, tmp_path: Path) -> None:
     if not os.environ.get("TOKENPRUNE_TORCHVISION"):
         pytest.skip("make test installs the torchvision that processors of videos need")
-    path = os.pathsep.join([str(TESTS), *(str(TESTS.parent / part) for part in (".", "kernels", "eval"))])
+    paths = [
+        os.environ["TOKENPRUNE_TORCHVISION"],
+        *(str(TESTS.parent / p) for p in ("tests", ".", "kernels", "eval")),
+    ]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", TESTS / "processor_worker.py", family, tmp_path],
         env=os.environ
-        | {"PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), path]).strip(os.pathsep)},
+        | {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)},
         capture_output=True,
         text=True,
         timeout=280,

@@ -23,6 +23,8 @@ import judge
 import oracle
 import tiny
 import tokenprune
+from tokenprune.models import find_family
+from tokenprune.releases import checkpoints_forwards
 
 OLD = version.parse(transformers.__version__) < version.parse("5.23")
 FAMILIES: dict[str, Callable[..., Any]] = {"llava": tiny.llava, "qwen2_5_vl": tiny.qwen2_5_vl}
@@ -177,14 +179,54 @@ def test_gradients_are_those_of_the_masked_model() -> None:
     assert slope == pytest.approx(float((got * direction).sum()), rel=0.02)
 
 
-def test_gradient_checkpointing_is_refused_before_any_change(model: Any) -> None:
+def gradients(model: Any, inputs: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    labels = torch.where(inputs["input_ids"] >= tiny.FIRST_TEXT_ID, inputs["input_ids"], -100)
+    model.zero_grad()
+    out = model(**inputs, labels=labels, use_cache=False)
+    out.loss.backward()
+    return float(out.loss), {
+        name: own.grad.clone() for name, own in model.named_parameters() if own.grad is not None
+    }
+
+
+@pytest.mark.skipif(not checkpoints_forwards(), reason="this release repeats layers' hooks: refused there")
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "smolvlm", "gemma3", "qwen3_5"])
+def test_gradients_through_checkpoints_are_those_without(family: str, reentrant: bool) -> None:
+    model = tiny.build(family).train()
+    inputs = tiny.inputs(model, [["text:4", "image", "text:5"], ["image", "text:6"]])
+    layers: Any = find_family(model).layers(model)
+    runs: list[int] = []
+    layers[-1].register_forward_hook(lambda *_: None)
+    inner = next(m for m in layers[-1].modules() if isinstance(m, torch.nn.Linear))
+    inner.register_forward_hook(lambda *_: runs.append(1))
+    for settings in ({"method": "vflowopt"}, {"method": "random", "layer": 1}):
+        with tokenprune.pruned(model, keep=0.5, **settings):
+            loss, wanted = gradients(model, inputs)
+            kept = tokenprune.report(model).keep_lists
+            runs.clear()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+            again, found = gradients(model, inputs)
+            model.disable_input_require_grads()
+            model.gradient_checkpointing_disable()
+            assert len(runs) > 1, "nothing was computed twice"
+            assert again == loss and tokenprune.report(model).keep_lists == kept
+        assert found.keys() == wanted.keys()
+        assert all(torch.allclose(found[name], own, atol=1e-6) for name, own in wanted.items())
+
+
+def test_gradient_checkpointing_is_refused_before_any_change_where_hooks_would_run_twice(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokenprune.runtime.state.checkpoints_forwards", lambda: False)
     inputs = tiny.inputs(model, judge.ROWS[:1])
     model.train()
     (model.gradient_checkpointing_enable if OLD else model.activation_checkpointing_enable)()
     cache = DynamicCache(config=model.config.text_config)
     with tokenprune.pruned(model, **ENTROPY):
         with pytest.raises(
-            tokenprune.UnsupportedModeError, match=r"gradient checkpointing.*switch it off, or unwrap"
+            tokenprune.UnsupportedModeError, match=r"gradient checkpointing.*switch it off, unwrap"
         ):
             model(**inputs, past_key_values=cache)
         assert cache.get_seq_length() == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -97,6 +98,33 @@ def test_tasks_have_their_own_overrides_and_reports(model: Any, inputs: Any) -> 
         for keep, during, told in asyncio.run(all_of_them()):
             assert during == told == wanted[keep]
         assert kept(model, inputs) == wanted[0.5]
+
+
+def test_a_thread_started_inside_an_override_takes_it_along_or_warns(model: Any, inputs: Any) -> None:
+    wanted = {k: alone(model, inputs, **{**TWO, "keep": k}) for k in (0.3, 0.5)}
+    seen: list[Any] = []
+
+    def run() -> None:
+        seen.append(kept(model, inputs))
+
+    def in_thread(target: Any) -> None:
+        thread = threading.Thread(target=target)
+        thread.start()
+        thread.join()
+
+    with tokenprune.pruned(model, **TWO):
+        with tokenprune.override(model, keep=0.3):
+            taken = tokenprune.in_context(run)
+            for _ in range(2):
+                in_thread(taken)
+                assert tokenprune.report(model).images[0].kept[-1:] == wanted[0.3]
+            with pytest.warns(tokenprune.OverrideWarning, match="in_context"):
+                in_thread(run)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            in_thread(run)
+            in_thread(taken)  # what it was made in has ended
+    assert seen == [wanted[0.3], wanted[0.3], wanted[0.5], wanted[0.5], wanted[0.5]]
 
 
 def test_an_override_changes_nothing_in_another_thread_not_even_in_the_middle_of_its_call(

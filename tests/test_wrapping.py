@@ -471,12 +471,29 @@ def test_peft_model(source: str) -> None:
     assert_same([*forward(adapted, inputs), *generated(adapted, inputs)], wanted)
 
 
-def test_modules_replaced_after_wrap_are_noticed() -> None:
-    """Merging adapters swaps the projections that the hooks sit on: an error, not a silent change of scores."""
-    adapted = tokenprune.wrap(lora(), **PRUNE)
-    merged = adapted.merge_and_unload()
-    with pytest.raises(tokenprune.TokenPruneError, match=r"replaced since tokenprune\.wrap"):
-        forward(merged, tiny.inputs(merged, judge.ROWS[:1]))
+@pytest.mark.parametrize("method", ["entropyprune", "fastv", "vflowopt"])
+@pytest.mark.parametrize("text", ["llama", "mistral"])
+def test_adapters_come_and_go_after_wrap(method: str, text: str) -> None:
+    """Put in, they replace the modules that are listened to; merged, they do so again. Both are followed."""
+    model = tiny.llava(text, layers=4)
+    inputs = tiny.inputs(model, judge.ROWS)
+    settings = {"method": method, "keep": 0.5, **({} if method == "vflowopt" else {"layer": 1})}
+    tokenprune.wrap(model, **settings)
+    plain = forward(model, inputs)
+    config = peft.LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval()
+    for changed in (lambda: adapted, adapted.merge_and_unload):
+        now = changed()
+        followed = forward(now, inputs)
+        kept = tokenprune.report(now).keep_lists
+        tokenprune.unwrap(now)
+        with tokenprune.pruned(now, **settings):
+            assert_same(forward(now, inputs), followed)
+            assert tokenprune.report(now).keep_lists == kept
+        tokenprune.wrap(now, **settings)
+    assert not torch.equal(plain[0], followed[0])
+    tokenprune.unwrap(now)
+    assert "tokenprune." not in str(installed(now))
 
 
 def test_save_and_reload(model: Any, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from tokenprune.errors import (
     BudgetError,
     ConfigError,
     NothingPrunedWarning,
+    OverrideWarning,
     TokenPruneError,
     UnsupportedModeError,
     UnsupportedModelError,
@@ -18,7 +19,7 @@ from tokenprune.errors import (
 
 if TYPE_CHECKING:
     from tokenprune.analysis.collapse import NoCollapseError, detect_ecl
-    from tokenprune.api import is_wrapped, override, pruned, report, unwrap, wrap
+    from tokenprune.api import in_context, is_wrapped, override, pruned, report, unwrap, wrap
     from tokenprune.arguments import Arguments
     from tokenprune.profiles.profile import Profile
     from tokenprune.reporting import Report
@@ -32,6 +33,7 @@ __all__ = [
     "Cut",
     "NoCollapseError",
     "NothingPrunedWarning",
+    "OverrideWarning",
     "Profile",
     "Report",
     "TokenPruneError",
@@ -39,6 +41,7 @@ __all__ = [
     "UnsupportedModelError",
     "UntestedWarning",
     "detect_ecl",
+    "in_context",
     "is_wrapped",
     "override",
     "pruned",

@@ -16,6 +16,7 @@ from tokenprune.models import Family, find_family, stock_model
 from tokenprune.releases import check_release
 from tokenprune.reporting import Report, TotalReport, make_report, make_total
 from tokenprune.runtime.install import Runtime
+from tokenprune.runtime.notes import in_context
 
 ModelT = TypeVar("ModelT")
 
@@ -100,7 +101,8 @@ def pruned(model: ModelT, method: str | Method = "auto", **arguments: Any) -> It
 def override(model: ModelT, **changes: Any) -> Iterator[ModelT]:
     """Change arguments of `wrap` for this thread's or task's calls inside the block: `with override(model, keep=0.1):`.
 
-    See `Arguments.changed` for what replaces what.
+    See `Arguments.changed` for what replaces what. A thread that is started inside runs without it, and warns; give it
+    `in_context(function)` to run.
 
     Raises:
         ConfigError: a wrong argument; the model is left as it was.
@@ -180,4 +182,4 @@ _MODEL = inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD)
 for _function in (wrap, pruned):
     setattr(_function, "__signature__", Arguments.signature(_MODEL))  # noqa: B010  # for help()
 
-__all__ = ["ConfigError", "is_wrapped", "override", "pruned", "report", "unwrap", "wrap"]
+__all__ = ["ConfigError", "in_context", "is_wrapped", "override", "pruned", "report", "unwrap", "wrap"]

@@ -27,6 +27,10 @@ class NothingPrunedWarning(UserWarning):
     """The call had visual tokens and a budget below all of them, and yet nothing was pruned."""
 
 
+class OverrideWarning(UserWarning):
+    """A thread that was started inside an `override` runs without it; `in_context` takes it along."""
+
+
 class SkippedFilesWarning(UserWarning):
     """Files of a folder could not be read and were left out; the message counts and names them."""
 

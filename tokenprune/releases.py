@@ -83,6 +83,13 @@ def _cache_argument(kind: Any) -> str:
     return next((name for name in _CACHE if name in parameters), _CACHE[-1])
 
 
+def checkpoints_forwards() -> bool:
+    """Whether gradient checkpointing repeats a layer's forward without its hooks, as it does since 5.2x."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return "__call__" not in vars(GradientCheckpointingLayer)
+
+
 def names_cache(named: Mapping[str, Any]) -> bool:
     """Whether a cache, be it None, is among the named inputs."""
     return any(name in named for name in _CACHE)

@@ -99,17 +99,17 @@ class Report:
 
     @property
     def keep_lists(self) -> list[list[list[list[int]]]]:
-        """keep_lists[cut][row][image]: kept raster indices, in the form `wrap(keep_lists=...)` takes."""
+        """`keep_lists[cut][row][image]`: kept raster indices, in the form `wrap(keep_lists=...)` takes."""
         return _keep_lists(self._outcome)
 
     @property
     def merges(self) -> list[dict[tuple[int, int], tuple[Tensor, Tensor]]]:
-        """merges[cut][(row, image)] = ((m, 2) pairs (source, slot) of raster indices, (m,) weights)."""
+        """`merges[cut][row, image]` is ((m, 2) pairs (source, slot) of raster indices, (m,) weights)."""
         return self._outcome.merged
 
     @property
     def biases(self) -> list[dict[tuple[int, int], tuple[Tensor, Tensor]]]:
-        """biases[cut][(row, image)] = ((k,) raster indices, (k,) added to their attention logits from there on)."""
+        """`biases[cut][row, image]` is ((k,) raster indices, (k,) added to their attention logits from there on)."""
         return self._outcome.biased
 
     @property
@@ -225,8 +225,8 @@ class Report:
         )
         lines.append(
             f"  sequence {self.length} -> {self.layers[-1].length if self.layers else self.length}, "
-            f"KV {self.kv_used:,} "
-            f"bytes used ({self.kv_allocated:,} allocated), prefill FLOPs x {self.flops / self.flops_unpruned:.3f}"
+            f"KV {self.kv_used / 1e6:,.1f} MB{_allocated(self.kv_used, self.kv_allocated)}, prefill FLOPs x "
+            f"{self.flops / self.flops_unpruned:.3f}"
         )
         lines.append(
             f"  scoring {self.seconds_scoring * 1e3:.2f} ms, compacting {self.seconds_compacting * 1e3:.2f} ms"
@@ -271,7 +271,7 @@ class TotalReport:
             return "tokenprune: no prompts yet"
         return (
             f"tokenprune: {self.prompts} prompts, {self.images} images; visual tokens {self.retention_average:.1%} on "
-            f"average over layers, {self.retention_after_cut:.1%} after the last cut; KV {self.kv_used:,} bytes used; "
+            f"average over layers, {self.retention_after_cut:.1%} after the last cut; KV {self.kv_used / 1e6:,.1f} MB; "
             f"prefill FLOPs x {self.flops / self.flops_unpruned:.3f}; scoring {self.seconds_scoring:.3f} s, compacting "
             f"{self.seconds_compacting:.3f} s"
         )
@@ -387,6 +387,11 @@ def _notes(outcome: Outcome) -> dict[tuple[int, int], dict[str, int]]:
             own = summed.setdefault(key, {})
             own[what] = own.get(what, 0) + count
     return summed
+
+
+def _allocated(used: int, allocated: int) -> str:
+    """Of a static cache, which holds places for tokens to come."""
+    return "" if used == allocated else f" ({allocated / 1e6:,.1f} MB allocated)"
 
 
 def _shape(grid: tuple[int, int, int]) -> str:

@@ -1,4 +1,6 @@
-"""README's accuracy section from committed comparisons: ``python -m tokenprune_eval.accuracy --readme README.md``.
+"""The accuracy section of docs/results.md from committed comparisons.
+
+``python -m tokenprune_eval.accuracy --page docs/results.md``
 
 A comparison comes from `tokenprune compare`; its compare.csv is committed as eval/results/compare_MODEL.csv. With
 ``--demo`` the same numbers are written for `tokenprune demo`, which asks too few questions to tell methods apart. With
@@ -182,8 +184,8 @@ def shown(comparisons: dict[str, list[Row]]) -> list[Row]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the section, or put it between its marks."""
-    parser = argparse.ArgumentParser(description="The accuracy section of the README.")
-    parser.add_argument("--readme", type=Path, help="put it between its marks in this file")
+    parser = argparse.ArgumentParser(description="The accuracy section of docs/results.md.")
+    parser.add_argument("--page", type=Path, help="put it between its marks in this file")
     parser.add_argument("--demo", action="store_true", help="write what `tokenprune demo` shows, too")
     parser.add_argument(
         "--results", type=Path, help="put the tables of every method between their marks there"
@@ -192,10 +194,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     comparisons = _read("compare")
     if options.demo:
         compared.write(shown(comparisons))
-    if options.readme is None:
+    if options.page is None:
         print(section(comparisons))
     else:
-        _put(options.readme, MARKS, section(comparisons))
+        _put(options.page, MARKS, section(comparisons))
     if options.results is not None:
         _put(options.results, METHOD_MARKS, every_method(_read("methods")))
 

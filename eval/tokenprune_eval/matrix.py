@@ -1,6 +1,6 @@
 """What works, family by family: the oracle's tests run, and a table made of their outcomes.
 
-    python -m tokenprune_eval.matrix --csv eval/results/matrix.csv --readme README.md
+    python -m tokenprune_eval.matrix --csv eval/results/matrix.csv --page docs/models.md
 
 One file holds several versions of transformers: a run replaces the rows of the version it ran on. A cell is "yes" when
 every test behind it passed, "no" when one failed, and empty when the family (or stock generate()) does not have it.
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the tests, keep their outcomes, show the table."""
     parser = argparse.ArgumentParser(description="Make the table of what works.")
     parser.add_argument("--csv", type=Path, help="keep the outcomes here, beside those of other versions")
-    parser.add_argument("--readme", type=Path, help="put the table between its marks in this file")
+    parser.add_argument("--page", type=Path, help="put the table between its marks in this file")
     parser.add_argument("--workers", default="2", help="test processes (default: 2)")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
@@ -146,9 +146,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             writer.writeheader()
             writer.writerows(records)
     text = table(records)
-    if options.readme is not None:
-        before, _, rest = options.readme.read_text().partition(MARKS[0])
-        options.readme.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
+    if options.page is not None:
+        before, _, rest = options.page.read_text().partition(MARKS[0])
+        options.page.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
     print(text)
     sys.exit(status)
 

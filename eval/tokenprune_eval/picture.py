@@ -1,4 +1,7 @@
-"""The README's picture: what controls and the default keep of one scene: ``python -m tokenprune_eval.picture``."""
+"""The README's picture: what controls and a method keep of one scene, equally many tokens each.
+
+``python -m tokenprune_eval.picture``
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from tokenprune.testbed.language import make_inputs
 ARMS: dict[str, dict[str, Any]] = {
     "random": {"method": "random", "layer": 0},
     "uniform": {"method": "uniform", "layer": 0},
-    "tokenprune.wrap(model, keep=...)": {},
+    "merge of divprune": {"method": "merge", "of": "divprune", "layer": 0},
 }
 
 

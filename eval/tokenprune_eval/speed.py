@@ -1,4 +1,4 @@
-"""README's section on speed, the tables of docs/performance.md and the figures, from the benchmark's CSV.
+"""README's table of speed, those of docs/performance.md and the figures, from the benchmark's CSV.
 
 ``python -m tokenprune_eval.speed``
 """
@@ -14,7 +14,9 @@ from pathlib import Path
 from tokenprune.arguments import AUTO
 from tokenprune.bench.output import Row, latest, markdown, plot
 
-MARKS = ("<!-- speed: begin -->", "<!-- speed: end -->")
+Marks = tuple[str, str]
+MARKS: Marks = ("<!-- speed: begin -->", "<!-- speed: end -->")
+SUMMARY_MARKS: Marks = ("<!-- summary: begin -->", "<!-- summary: end -->")
 #: Columns of the summary: title, column of a ratio, whether the ratio is turned round (the text is then "x times").
 SUMMARY = (
     ("prefill", "unpruned/ours", False),
@@ -97,16 +99,23 @@ def section(rows: Sequence[Row], figures: Path) -> str:
     return "\n".join(parts)
 
 
-def put(path: Path, text: str) -> None:
+def headline(rows: Sequence[Row]) -> list[Row]:
+    """What README shows: all that ran on GPUs, and the default on a decoder that others have pretrained."""
+    return [
+        row for row in rows if row["gpu"] or (row["geometry"] == "smol" and row["method"].startswith(AUTO))
+    ]
+
+
+def put(path: Path, text: str, marks: Marks = MARKS) -> None:
     """Between the marks of a file.
 
     Raises:
         SystemExit: it has none.
     """
-    before, mark, rest = path.read_text().partition(MARKS[0])
+    before, mark, rest = path.read_text().partition(marks[0])
     if not mark:
-        raise SystemExit(f"{path} has no {MARKS[0]}")
-    path.write_text(f"{before}{mark}\n{text}{MARKS[1]}{rest.partition(MARKS[1])[2]}")
+        raise SystemExit(f"{path} has no {marks[0]}")
+    path.write_text(f"{before}{mark}\n{text}{marks[1]}{rest.partition(marks[1])[2]}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -118,7 +127,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     with options.csv.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    put(options.readme, summary(rows))
+    put(options.readme, summary(headline(rows)))
+    put(options.page, summary(rows), SUMMARY_MARKS)
     put(options.page, section(rows, options.csv.parent))
     print(summary(rows))
 

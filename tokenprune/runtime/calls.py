@@ -73,7 +73,7 @@ class CallHooks:
             if not runtime.installed:  # another thread unwraps the model at this moment: it is stock already
                 return None
             if call is not None and call.stages is not None:
-                self.taps.check(call.config)
+                runtime.follow()
             calls.begin(module, call)
             if (call is not None and call.stages is not None) or self.taps.observers:
                 runtime.wake()

@@ -1,8 +1,8 @@
-"""What belongs to the thread or task that runs: the settings in effect, its last outcome, the calls under way.
+"""What belongs to the thread or task that runs: the settings in effect, the calls under way.
 
 Hooks know no settings. A call takes its own on entry: those of the innermost `override` of its thread or task, else
-those of `wrap`. Overrides and outcomes are context variables, so a task has its own and a new thread starts from
-wrap's; calls under way are a stack per thread, for a forward is never suspended.
+those of `wrap`. Overrides are context variables, so a task has its own and a new thread starts from wrap's; calls under
+way are a stack per thread, for a forward is never suspended.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ from __future__ import annotations
 import gc
 import sys
 import threading
+import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
 import torch
 
 from tokenprune.config import PruneConfig
+from tokenprune.errors import OverrideWarning
 from tokenprune.runtime import compiled
-from tokenprune.runtime.outcome import Outcome
 from tokenprune.runtime.state import Call
 from tokenprune.runtime.states import Ahead
 
@@ -33,10 +34,14 @@ class Override:
     Attributes:
         owner: the runtime whose calls it is for.
         config: what they are asked.
+        threads: that were alive when it began, by number.
     """
 
     owner: Any
     config: PruneConfig
+    threads: frozenset[int | None] = field(
+        default_factory=lambda: frozenset(thread.ident for thread in threading.enumerate())
+    )
 
 
 # Weak: an override is in force as long as the block that made it lives, whatever interrupts its beginning or its end.
@@ -56,50 +61,15 @@ def overrides_here(owner: object) -> list[Override]:
     return [own for own in (o() for o in _OVERRIDES.get()) if own is not None and own.owner is owner]
 
 
-class _Notes:
-    """The last outcomes of a thread or a task, by model.
-
-    A thread that a task waits for (asyncio.to_thread) gets a copy of the task's context, and with it the task's notes.
-    """
-
-    def __init__(self) -> None:
-        self.thread, self.task = threading.get_ident(), _task()
-        self.outcomes: weakref.WeakKeyDictionary[Any, Outcome] = weakref.WeakKeyDictionary()
-
-    def are_own(self) -> bool:
-        """Whether they are this thread's or task's, or of the task that waits for this thread."""
-        task = _task()
-        if task is None:
-            return self.task is not None or self.thread == threading.get_ident()
-        return self.task is not None and self.task() is task()
-
-
-_NOTES: ContextVar[_Notes | None] = ContextVar("tokenprune_notes", default=None)
-
-
-def _task() -> weakref.ref[Any] | None:
-    """The asyncio task that runs in this thread."""
-    asyncio = sys.modules.get("asyncio")
-    try:
-        task = None if asyncio is None else asyncio.current_task()
-    except RuntimeError:  # no loop runs
-        return None
-    return None if task is None else weakref.ref(task)
-
-
-def note_outcome(owner: object, outcome: Outcome) -> None:
-    """Make it this thread's or task's last."""
-    notes = _NOTES.get()
-    if notes is None or not notes.are_own():
-        notes = _Notes()
-        _NOTES.set(notes)
-    notes.outcomes[owner] = outcome
-
-
-def last_outcome(owner: object) -> Outcome | None:
-    """This thread's or task's."""
-    notes = _NOTES.get()
-    return notes.outcomes.get(owner) if notes is not None and notes.are_own() else None
+def warn_of_missed(overrides: Collection[Override]) -> None:
+    """A call has none of these, which are of other threads and tasks: say so where its thread was begun inside one."""
+    if any(threading.get_ident() not in override.threads for override in overrides):
+        warnings.warn(
+            "this thread was started inside a tokenprune.override, which is of the thread that made it: the call runs "
+            "without; start the thread with tokenprune.in_context(function) as its target",
+            OverrideWarning,
+            stacklevel=2,
+        )
 
 
 @dataclass(eq=False)

@@ -7,7 +7,6 @@ and turns selections into shorter hidden states, masks, positions and caches. A 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -40,7 +39,6 @@ class Runtime(Wrapped):
         self.tower = TowerTap(self)
         self.taps = Taps(self, self.tower)
         self._hooks = (CallHooks(self, self.taps), LayerHooks(self, self.taps), self.taps)
-        self._overrides: weakref.WeakSet[Override] = weakref.WeakSet()  # in force, in any thread or task
         self._shadows: list[tuple[nn.Module, str]] = []
 
     # -- life cycle -------------------------------------------------------------------------------------------------
@@ -79,7 +77,7 @@ class Runtime(Wrapped):
                     "a call of this model is under way (in another thread, or around this one); unwrap it afterwards"
                 )
             own = overrides_here(self)
-            if not set(self._overrides).issubset(own):
+            if not set(self.overrides).issubset(own):
                 raise TokenPruneError(
                     "an override of this model is in force in another thread or task; unwrap it after that has ended"
                 )
@@ -110,7 +108,7 @@ class Runtime(Wrapped):
                 if not self.installed:
                     raise TokenPruneError("this model was unwrapped by another thread just now")
                 self.taps.arm(config)  # what the method sees, where nobody needed it before
-                self._overrides.add(override)
+                self.overrides.add(override)
             begin_override(override)
             yield
         finally:
@@ -124,7 +122,7 @@ class Runtime(Wrapped):
     def _end_override(self, override: Override) -> None:
         end_override(override)
         with self.gate:
-            self._overrides.discard(override)
+            self.overrides.discard(override)
 
     def _note_sizes(self) -> None:
         """Put a noting function before get_image_features and get_video_features, until the model is unwrapped."""

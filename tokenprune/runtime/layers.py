@@ -50,7 +50,7 @@ class LayerHooks:
                 continue
             attention: Any = family.attention(layer)
             if runtime.decoder.temperature(attention, torch.zeros(1)) is not None:
-                runtime.after(attention.q_proj, partial(rescale, runtime, i, attention))
+                runtime.after(attention.q_proj, partial(rescale, runtime, i, attention), follows=True)
 
     # -- the text model -----------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from tokenprune.config import PruneConfig
 from tokenprune.errors import NothingPrunedWarning, TokenPruneError, UnsupportedModeError
 from tokenprune.models.base import Family
 from tokenprune.models.decoders import attention_backend, takes_biases
-from tokenprune.releases import cache_of
+from tokenprune.releases import cache_of, checkpoints_forwards, release
 from tokenprune.runtime.caches import CacheView, check_is_cache, crop, view_of
 from tokenprune.runtime.masks import local_attention
 from tokenprune.runtime.plan import Key, make_plan
@@ -221,9 +221,10 @@ def _plan(
         if _asked(config, rows):
             _nothing_pruned(call, config, "the budget rounds to all tokens of every image")
         return
-    if model.training and torch.is_grad_enabled() and _checkpoints(model):
+    if not checkpoints_forwards() and model.training and torch.is_grad_enabled() and _checkpoints(model):
         raise UnsupportedModeError(
-            "gradient checkpointing runs layers twice and cannot be combined with pruning; switch it off, or unwrap"
+            f"gradient checkpointing in {release()} runs layers and their hooks twice, and cannot be combined with "
+            f"pruning; switch it off, unwrap, or install transformers 5.23 or later"
         )
     _check_window(call, text)
     if config.needs.bias and not takes_biases(text):
@@ -258,7 +259,6 @@ def _asked(config: PruneConfig, rows: list[list[Image]]) -> bool:
 
 
 def _checkpoints(model: nn.Module) -> bool:
-    # The models' own property for it has two names, one of them deprecated.
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 

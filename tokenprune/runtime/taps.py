@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokenprune.config import PruneConfig
-from tokenprune.errors import TokenPruneError, UnsupportedModelError
+from tokenprune.errors import UnsupportedModelError
 from tokenprune.methods.base import Needs
 from tokenprune.models.decoders import Decoder, check_states
 from tokenprune.runtime import compiled
@@ -35,7 +35,7 @@ class Taps:
     def __init__(self, runtime: Wrapped, tower: TowerTap) -> None:
         self.runtime, self.tower = runtime, tower
         self.observers: tuple[Observer, ...] = ()
-        self._armed: dict[tuple[int, str], nn.Module] = {}  # by layer and state
+        self._armed: set[tuple[int, str]] = set()  # layers and states
 
     def install(self) -> None:
         self.tower.install()
@@ -46,7 +46,7 @@ class Taps:
             self._arm(_wanted(config), config.needs)
 
     def _arm(self, wanted: Sequence[tuple[int, str]], needs: Needs) -> None:
-        known, before = len(self.runtime.hooks), (dict(self._armed), self.tower.tap)
+        known, before = len(self.runtime.hooks), (set(self._armed), self.tower.tap)
         try:
             self._arm_states([key for key in wanted if key not in self._armed])
             self.tower.arm(needs)
@@ -61,14 +61,13 @@ class Taps:
             compiled.forget()
         for layer, state in missing:
             attention = runtime.family.attention(runtime.layers[layer])
-            module = runtime.decoder.state_module(attention, state)
             if not any(at == layer for at, _ in self._armed):
-                runtime.before(
-                    attention, partial(self._enter_attention, layer), nothing_in_a_step, asleep=True
-                )
+                enter = partial(self._enter_attention, layer)
+                runtime.before(attention, enter, nothing_in_a_step, asleep=True, follows=True)
             quick = partial(_no_state_in_a_step, runtime.decoder, attention)
-            runtime.after(module, partial(self._catch_state, layer, state), quick, asleep=True)
-            self._armed[layer, state] = module
+            module = runtime.decoder.state_module(attention, state)
+            runtime.after(module, partial(self._catch_state, layer, state), quick, asleep=True, follows=True)
+            self._armed.add((layer, state))
 
     def disarm(self) -> None:
         """The hooks are gone."""
@@ -100,26 +99,6 @@ class Taps:
         """States (B, L', D) entering a layer, for those who observe."""
         for observer in self.observers:
             observer.saw_hidden(layer, hidden, call)
-
-    def check(self, config: PruneConfig) -> None:
-        """Adapters put in or merged since: the hooks would see other states than the model uses, or none at all.
-
-        Raises:
-            TokenPruneError: modules were replaced.
-        """
-        if not config.scores:
-            return
-        runtime = self.runtime
-        replaced = self.tower.is_replaced(config.needs) or any(
-            runtime.decoder.state_module(runtime.family.attention(runtime.layers[layer]), state)
-            is not self._armed[layer, state]
-            for layer, state in _wanted(config)
-        )
-        if replaced:
-            raise TokenPruneError(
-                "modules whose outputs are scored were replaced since tokenprune.wrap; unwrap the model and wrap it "
-                "again"
-            )
 
     # -- decoder states -----------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class _TowerCall:
         call: the call it belongs to; None where generate() encodes images ahead of one.
         config: what that call, or the one to come, is asked.
         seen: what was caught of it; None once it has been read, or where nobody asks.
-        outputs: of the tap's sources so far.
+        outputs: of the tap's sources so far, by their number.
         vision: what the method made of each picture's attention.
         caught: what that was made of.
     """
@@ -35,7 +36,7 @@ class _TowerCall:
     call: Call | None
     config: PruneConfig
     seen: VisionCall | None = None
-    outputs: dict[nn.Module, Tensor] = field(default_factory=dict)
+    outputs: dict[int, Tensor] = field(default_factory=dict)
     vision: list[Tensor] = field(default_factory=list)
     caught: VisionCall | None = None
 
@@ -79,22 +80,14 @@ class TowerTap:
                 "part in tp_plan, or use a method that does not look into it"
             )
         compiled.forget()
-        self.runtime.before(tap.attention, self._enter_vision)
-        for source in tap.sources:
-            self.runtime.after(source, self._catch_vision)
+        self.runtime.before(tap.attention, self._enter_vision, follows=True)
+        for i, source in enumerate(tap.sources):
+            self.runtime.after(source, partial(self._catch_vision, i), follows=True)
         self.tap = tap
 
     def disarm(self) -> None:
         """The hooks are gone."""
         self.tap = None
-
-    def is_replaced(self, needs: Needs) -> bool:
-        """Whether modules that are listened to are no longer those of the tower."""
-        if needs.vision is None:
-            return False
-        assert self.tap is not None
-        now = self.runtime.family.vision_tap(self.runtime.model).sources
-        return any(a is not b for a, b in zip(now, self.tap.sources, strict=True))
 
     def _enter_tower(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         # Not `runtime.call`: an interrupt may have left one behind that this is no part of.
@@ -103,6 +96,7 @@ class TowerTap:
         self.runtime.calls.enter_tower(tower)
         if not tower.looks or self.tap is None:
             return
+        self.runtime.follow()  # here, too: generate() encodes pictures ahead of the call
         sizes = None
         if self.tap.packed:  # once per call, before its layers
             _, given = self.runtime.family.tower_input(args, kwargs)
@@ -114,14 +108,14 @@ class TowerTap:
         if tower is not None and tower.seen is not None and tower.looks:
             tower.seen = replace(tower.seen, attention=kwargs)
 
-    def _catch_vision(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+    def _catch_vision(self, i: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         """Reduce each picture's attention to the floats the method wants, as soon as queries and keys are there."""
         tower = self._current
         if tower is None or tower.seen is None or self.tap is None or not tower.looks:
             return
-        tower.outputs[module] = output
+        tower.outputs[i] = output
         if len(tower.outputs) == len(self.tap.sources):
-            outputs = [tower.outputs[source] for source in self.tap.sources]
+            outputs = [tower.outputs[source] for source in range(len(self.tap.sources))]
             self._reduce(tower, replace(tower.seen, outputs=outputs))
 
     def _reduce(self, tower: _TowerCall, caught: VisionCall) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -14,9 +15,10 @@ from tokenprune.errors import TokenPruneError
 from tokenprune.models.base import Family
 from tokenprune.runtime import compiled
 from tokenprune.runtime.assumptions import Assumptions
-from tokenprune.runtime.current import Calls, last_outcome, note_outcome, overrides_here
+from tokenprune.runtime.current import Calls, Override, overrides_here, warn_of_missed
 from tokenprune.runtime.flops import layer_costs
 from tokenprune.runtime.layer_masks import LayerMasks
+from tokenprune.runtime.notes import last_outcome, note_outcome
 from tokenprune.runtime.outcome import Outcome, Total
 from tokenprune.runtime.state import Call
 
@@ -32,6 +34,7 @@ class _Put:
         behind: whether it comes after the module.
         always: after an exception too.
         asleep: whether it is put on by `Wrapped.wake` only.
+        place: the parent of the module and its name there, where adapters may put another in its place.
         number: torch's, while it is being taken off.
     """
 
@@ -40,6 +43,7 @@ class _Put:
     behind: bool = False
     always: bool = False
     asleep: bool = False
+    place: tuple[nn.Module, str] | None = None
     number: int | None = None
 
     def put_on(self) -> None:
@@ -98,6 +102,7 @@ class Wrapped:
         self.assumptions = Assumptions()
         self.on_trial = family.on_trial
         self.gate = threading.RLock()  # between calls that begin and hooks that come and go
+        self.overrides: weakref.WeakSet[Override] = weakref.WeakSet()  # in force, in any thread or task
         self.installed = False
         self.awake = False  # whether the hooks that only some calls need are on
         self.latest: Outcome | None = None
@@ -111,6 +116,7 @@ class Wrapped:
         quick: Hook | None = None,
         asleep: bool = False,
         chooses: bool = False,
+        follows: bool = False,
     ) -> None:
         """Register `hook`; where torch.compile runs, `quick` stands in for it: see `compiled.either`.
 
@@ -119,8 +125,9 @@ class Wrapped:
             hook, quick: as there.
             asleep: whether it is on only while calls need it, see `wake`.
             chooses: whether the hook itself sees to torch.compile.
+            follows: whether it moves on to what is put in the module's place; see `follow`.
         """
-        self._put(_Put(module, hook if chooses else compiled.either(hook, quick), asleep=asleep))
+        self._put(_Put(module, hook if chooses else compiled.either(hook, quick), asleep=asleep), follows)
 
     def after(
         self,
@@ -129,11 +136,34 @@ class Wrapped:
         quick: Hook | None = None,
         always: bool = False,
         asleep: bool = False,
+        follows: bool = False,
     ) -> None:
         """The same, behind the module; `always`: after an exception too."""
-        self._put(_Put(module, compiled.either(hook, quick), True, always, asleep))
+        self._put(_Put(module, compiled.either(hook, quick), True, always, asleep), follows)
 
-    def _put(self, put: _Put) -> None:
+    def follow(self) -> None:
+        """Move hooks to what has been put in their modules' places since: adapters, or what they were merged into."""
+        for put in self.hooks:
+            if put.place is None:
+                continue
+            parent, name = put.place
+            now = parent._modules[name]
+            if now is put.module or now is None:
+                continue
+            compiled.forget()
+            put.take_off()
+            put.module = now
+            if not put.asleep or self.awake:
+                put.put_on()
+
+    def _put(self, put: _Put, follows: bool) -> None:
+        if follows:
+            put.place = next(
+                (parent, name)
+                for parent in self.model.modules()
+                for name, child in parent.named_children()
+                if child is put.module
+            )
         self.hooks.append(put)  # first: an interrupt may come in the middle of the next line
         if not put.asleep or self.awake:
             put.put_on()
@@ -187,6 +217,8 @@ class Wrapped:
     def settings(self) -> PruneConfig:
         """Those a call that begins now would have."""
         own = overrides_here(self)
+        if not own and self.overrides:
+            warn_of_missed(list(self.overrides))
         return own[-1].config if own else self.config
 
     @property
