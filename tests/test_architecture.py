@@ -31,7 +31,7 @@ FLOORS = (
     ("analysis",),
     ("tune",),
     ("compare", "bench", "serving"),
-    ("cli",),
+    ("cli", "__main__"),
 )
 # `import tokenprune` names what is further in at its first use; that is its purpose.
 ENTRY = "tokenprune"

@@ -126,6 +126,39 @@ def test_batches_answer_as_one_by_one(tasks: Any) -> None:
         for found in results
     ]
     assert said[0] == said[1] and len(said[0]) == 20
+    for found in results:
+        counts = [s["token_counts"][0] for own in found["samples"].values() for s in own]
+        visual, kept, average = (
+            [c[f"{what}_tokens"] for c in counts] for what in ("visual", "kept", "average")
+        )
+        assert set(visual) == {144, 288} and all(
+            0 < k < a < v for k, a, v in zip(kept, average, visual, strict=True)
+        )
+        assert sum(kept) / len(kept) == pytest.approx(found["throughput"]["avg_kept_tokens"])
+        assert "[stages, cuts at layers 0" in found["config"]["model_backend"]
+        assert f"tokenprune {tokenprune.__version__}]" in found["config"]["model_backend"]
+
+
+def test_an_automatic_batch_is_halved_where_memory_runs_out(
+    tasks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = tasks
+    model = small(Chat, batch_size="auto", max_batch_size=7, drift=0)
+    generate, sizes = type(model)._generate, []
+
+    def little_memory(self: Any, conversations: Any, *more: Any) -> Any:
+        sizes.append(len(conversations))
+        if len(conversations) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(self, conversations, *more)
+
+    monkeypatch.setattr(Chat, "_generate", little_memory)
+    found = run(model, folder, GROUP)
+    assert sizes[:2] == [7, 3] and max(sizes[1:]) == 3
+    assert sum(len(own) for own in found["samples"].values()) == sum(sizes[1:])
+    fixed = small(Chat, batch_size=7, drift=0)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(fixed, folder, GROUP)
     assert "avg_drift" not in results[0]["throughput"]
 
 
@@ -383,7 +416,7 @@ def test_arguments_as_lmms_eval_reads_them() -> None:
     [
         ({"method": "nosuch", "keep": 0.5}, "unknown method"),
         ({"method": "uniform"}, "how much"),
-        ({"method": "uniform", "keep": 0.5, "batch_size": "auto"}, "batch_size"),
+        ({"method": "uniform", "keep": 0.5, "batch_size": "many"}, "batch_size"),
         ({"method": "uniform", "keep": 0.5, "batch_size": 0}, "batch_size"),
         ({"method": "uniform", "keep": 0.5, "profile_hash": "ab"}, "profile_hash"),
         ({"method": "uniform", "keep": 0.5, "attn_implementation": "fast"}, "attention"),

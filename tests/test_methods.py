@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -311,3 +313,55 @@ def test_methods_of_installed_packages_have_names(monkeypatch: pytest.MonkeyPatc
         tokenprune.wrap(model, "other", keep=0.5)
     del found["other"]
     assert "registered" in tokenprune.methods.find_all()
+
+
+# -- methods of one's own, named on a command line ------------------------------------------------------------------
+
+
+OWN = '''
+from dataclasses import dataclass
+from typing import ClassVar
+from tokenprune.methods import Needs, ScoreMethod
+
+@dataclass(frozen=True)
+class Mine(ScoreMethod):
+    """Keeps bright tokens."""
+
+    name: ClassVar[str] = "{name}"
+    power: float = 1.0
+
+    def needs(self):
+        return Needs(features=True)
+
+    def score(self, image):
+        return image.features.float().norm(dim=-1) ** self.power
+
+class Other: ...
+'''
+
+
+def test_a_method_named_by_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_of_this_test.py").write_text(OWN.replace("{name}", "mine_of_this_test"))
+    (tmp_path / "twice_of_this_test.py").write_text(OWN.replace("{name}", "uniform"))
+    monkeypatch.chdir(tmp_path)
+    model = tiny.llava()
+    inputs = tiny.inputs(model, [["text:3", "image", "text:4"]])
+    with tokenprune.pruned(model, "own_of_this_test:Mine", keep=0.5, layer=0, power=2.0), torch.no_grad():
+        model(**inputs)
+        assert tokenprune.report(model).method == "mine_of_this_test"
+        assert tokenprune.report(model).parameters == {"power": 2.0}
+    for name, text in (
+        ("own_of_this_test:Nothing", "AttributeError"),
+        ("no.such.module:Mine", "ModuleNotFoundError"),
+        ("own_of_this_test:Other", "is no Method with a name"),
+        ("twice_of_this_test:Mine", "as another method does"),
+        ("own_of_this_test:", "AttributeError"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            tokenprune.wrap(model, name, keep=0.5)
+        assert not tokenprune.is_wrapped(model)
+    held = {"version": 1, "method": "own_of_this_test:Mine", "keep": 0.5}
+    (tmp_path / "profile.json").write_text(json.dumps(held))
+    with pytest.raises(ConfigError, match="method"):  # a file's text is never imported
+        tokenprune.wrap(model, profile=tmp_path / "profile.json")
+    METHODS.pop("mine_of_this_test")

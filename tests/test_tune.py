@@ -71,7 +71,9 @@ def test_an_unknown_metric(model: Any) -> None:
 
 def test_quick_keeps_the_least_drift_and_says_how(model: Any) -> None:
     seen: list[str] = []
-    profile, trials = quick(model, calls(model), 0.4, told=lambda trial: seen.append(trial.name()))
+    profile, trials = quick(
+        model, calls(model), 0.4, told=lambda trial, done, expected: seen.append(trial.name())
+    )
     whole = [t for t in trials if len(t.drift) == 16]
     assert trials[0].mean == min(t.mean for t in whole) and len(whole) < len(trials)
     assert {t.arguments["method"] for t in whole} >= {"random", "uniform"}  # controls see all samples

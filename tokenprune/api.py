@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from tokenprune.runtime.notes import in_context
 ModelT = TypeVar("ModelT")
 
 _ATTRIBUTE = "_tokenprune"
+LOG = logging.getLogger("tokenprune")
 
 
 def wrap(model: ModelT, method: str | Method = "auto", **arguments: Any) -> ModelT:
@@ -61,6 +63,7 @@ def wrap(model: ModelT, method: str | Method = "auto", **arguments: Any) -> Mode
             runtime = Runtime(inner, family, settle(inner, family, asked))
             runtime.install()
             inner.__dict__[_ATTRIBUTE] = runtime
+            LOG.info("wrapped a %s model: %s", family.name, runtime.config.described())
             return model
     except BaseException:
         if runtime is not None:
@@ -84,6 +87,7 @@ def unwrap(model: ModelT) -> ModelT:
         runtime = _runtime(model)
         runtime.remove()
         del runtime.model.__dict__[_ATTRIBUTE]
+        LOG.info("unwrapped")
     return model
 
 

@@ -59,6 +59,16 @@ class PruneConfig:
             found.append(made)
         return found
 
+    def described(self) -> str:
+        """On one line, for logs: method, cuts and where they came from, budget, profile."""
+        where = ", ".join(str(cut.layer) for cut in self.cuts) or "none"
+        profile = self.arguments.profile
+        known = "" if profile is None else f", profile {profile.hash[:8]} for {profile.keep}"
+        return (
+            f"{self.method.name}, cuts at layers {where} ({self.layer_reason}), keep {self.arguments.keep} "
+            f"({self.arguments.meaning}){known}"
+        )
+
     @property
     def scores(self) -> bool:
         """Whether the method is asked at all."""

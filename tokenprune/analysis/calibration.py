@@ -28,12 +28,17 @@ _ANSWER_NAMES, _FAMILY_NAMES = ("answers", "answer"), ("family", "category", "qu
 
 @dataclass(frozen=True)
 class CalibrationSample:
-    """RGB images and the prompt about them; where the source says so, right answers and the kind of question."""
+    """RGB images and the prompt about them; where the source says so, right answers and the kind of question.
+
+    Attributes:
+        name: where it comes from, for people: a file, or a record of a data set.
+    """
 
     images: tuple[Image.Image, ...]
     prompt: str = PROMPT
     answers: tuple[str, ...] = ()
     family: str = ""
+    name: str = ""
 
 
 def load_calibration(source: str | Path, limit: int = 64, *, seed: int = 0) -> list[CalibrationSample]:
@@ -130,7 +135,8 @@ def _from_testbed(limit: int, seed: int) -> Iterator[CalibrationSample]:
     single = [q for q in questions if len(q.images) == 1]
     step = max(1, len(single) // limit)
     for sample in single[::step][:limit]:
-        yield CalibrationSample(tuple(Image.fromarray(i) for i in sample.images), sample.question)
+        images = tuple(Image.fromarray(i) for i in sample.images)
+        yield CalibrationSample(images, sample.question, name=sample.question)
 
 
 def _from_folder(folder: Path, limit: int, seed: int) -> Iterator[CalibrationSample]:
@@ -156,7 +162,7 @@ def _from_folder(folder: Path, limit: int, seed: int) -> Iterator[CalibrationSam
             stacklevel=2,
         )
     for i in sorted(good):
-        yield CalibrationSample((good[i],))
+        yield CalibrationSample((good[i],), name=str(paths[i].relative_to(folder)))
 
 
 def _from_jsonl(path: Path, limit: int) -> Iterator[CalibrationSample]:
@@ -180,9 +186,8 @@ def _from_jsonl(path: Path, limit: int) -> Iterator[CalibrationSample]:
             given = given if isinstance(given, list) else [given]
             if not given or not all(isinstance(name, str) for name in given):
                 raise ConfigError(f"{where}: 'image' must be a path or a list of paths")
-            yield CalibrationSample(
-                tuple(open_image(path.parent / name) for name in given), prompt, answers, family
-            )
+            images = tuple(open_image(path.parent / name) for name in given)
+            yield CalibrationSample(images, prompt, answers, family, f"line {number}: {', '.join(given)}")
 
 
 def _from_hub(name: str, limit: int) -> Iterator[CalibrationSample]:
@@ -233,7 +238,7 @@ def _from_record(record: dict[str, Any], where: str) -> CalibrationSample:
     images = given if isinstance(given, list) else [given]
     if not images or not all(isinstance(image, Image.Image) for image in images):
         raise ConfigError(f"{where}: 'image' must be an image feature")
-    return CalibrationSample(tuple(as_rgb(image, where) for image in images), prompt, answers, family)
+    return CalibrationSample(tuple(as_rgb(image, where) for image in images), prompt, answers, family, where)
 
 
 def _fields(record: dict[str, Any], where: str) -> tuple[Any, str, tuple[str, ...], str]:

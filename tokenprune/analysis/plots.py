@@ -1,4 +1,4 @@
-"""Figures of what was measured layer by layer; needs matplotlib (`pip install tokenprune-vlm[plot]`)."""
+"""Figures of what was measured layer by layer; needs matplotlib (the extra `plot`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tokenprune.analysis.layers import LayerStatistics
-from tokenprune.errors import ConfigError
+from tokenprune.errors import ConfigError, install_hint
 from tokenprune.profiles.collapse import Collapse
 
 
@@ -73,7 +73,7 @@ def new_figure(panels: int, columns: int = 3) -> Any:
     try:
         from matplotlib.figure import Figure  # not pyplot: no display, no global state
     except ImportError:
-        raise ConfigError("figures need matplotlib: pip install 'tokenprune-vlm[plot]'") from None
+        raise ConfigError(f"figures need matplotlib: {install_hint('plot')}") from None
     columns = min(columns, panels)
     rows = -(-panels // columns)
     figure = Figure(figsize=(4.2 * columns, 3.1 * rows), layout="constrained")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenprune.errors import ConfigError
+from tokenprune.errors import ConfigError, install_hint
 from tokenprune.files import csv_text
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError("figures need matplotlib: pip install 'tokenprune-vlm[plot]'") from None
+        raise ConfigError(f"figures need matplotlib: {install_hint('plot')}") from None
     kinds = {
         "prefill": ("t_{}_ms", ("ideal", "ours")),
         "decode per token": ("decode_{}_ms", ("ours", "early")),

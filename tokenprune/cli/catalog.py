@@ -22,9 +22,13 @@ def methods(
     as_json: JsonOption = False,
 ) -> None:
     """The pruning methods, or one of them in full."""
-    from tokenprune.methods import find_all
+    from tokenprune.methods import find_all, find_method
 
-    known = find_all()
+    known = dict(find_all())
+    if name is not None and ":" in name:
+        own = find_method(name)
+        assert own is not None  # or it raises
+        known[name] = own
     if name is not None and name not in known:
         raise InputError(f"unknown method {name!r}; choose one of {', '.join(sorted(known))}")
     chosen = known if name is None else {name: known[name]}

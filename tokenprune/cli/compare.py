@@ -11,7 +11,8 @@ import typer
 
 from tokenprune.cli.loading import load_model
 from tokenprune.cli.options import DeviceOption, Dtype, DtypeOption, JsonOption, ModelArgument
-from tokenprune.cli.shell import InputError, console, print_json, progress
+from tokenprune.cli.shell import InputError, console, kept, print_json, progress
+from tokenprune.errors import install_hint
 from tokenprune.files import given_path
 
 if TYPE_CHECKING:
@@ -104,7 +105,8 @@ def compare(
 
     asked = load_questions(data, questions, seed=seed)
     loaded, processor = load_model(model, dtype.value, device)
-    with progress("unpruned", as_json) as show:
+    going_on = f"all answers so far are kept in {out}; the same command with --resume goes on"
+    with progress("unpruned", as_json) as show, kept(lambda: going_on):
 
         def told(now: Progress) -> None:
             show(now.what, now.done, now.total)
@@ -135,7 +137,7 @@ def _check(options: dict[str, Any], out: Path) -> None:
 
     missing = [name for name in ("scipy", "matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(f"a comparison needs {', '.join(missing)}: pip install 'tokenprune-vlm[compare]'")
+        raise InputError(f"a comparison needs {', '.join(missing)}: {install_hint('compare')}")
     if not given_path(out.parent).is_dir():
         raise InputError(f"there is no folder {str(out.parent)!r}; make it first")
     from tokenprune.compare.run import CompareOptions

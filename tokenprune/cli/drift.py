@@ -17,7 +17,7 @@ from tokenprune.cli.options import (
     MetricOption,
     ModelArgument,
 )
-from tokenprune.cli.shell import InputError, console, no_drawing_loses_results, one_line, print_json
+from tokenprune.cli.shell import InputError, console, no_drawing_loses_results, one_line, print_json, progress
 
 
 def drift(
@@ -66,11 +66,15 @@ def drift(
     drawn = load_calibration(data, samples, seed=seed)
     loaded, processor = load_model(model, dtype.value, device)
     calls = list(calibration_calls(processor, drawn, loaded.device))
-    found = inspect_drift(loaded, calls, arguments, budget, metric=metric, batch_size=batch_size)
+    with progress("measuring", as_json) as show:
+        found = inspect_drift(
+            loaded, calls, arguments, budget, metric=metric, batch_size=batch_size, told=show
+        )
     cases: list[dict[str, Any]] = []
     for number in found.worst(worst):
         case: dict[str, Any] = {
             "sample": number,
+            "name": drawn[number].name,
             "drift": float(found.drift[number]),
             "prompt": drawn[number].prompt,
         }
@@ -101,5 +105,5 @@ def _show(found: Any, title: str, cases: list[dict[str, Any]]) -> None:
     out.print(table)
     for case in cases:
         where = f"  {case['picture']}" if "picture" in case else ""
-        text = one_line(f"sample {case['sample']}: {case['prompt'][:80]}{where}")
-        out.print(f"{case['drift']:.4f}  {text}", markup=False)
+        text = one_line(f"{case['name'] or case['sample']}: {case['prompt'][:80]}{where}")
+        out.print(f"{case['drift']:.4f}  {text}", markup=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,8 @@ import typer
 
 from tokenprune.cli.loading import load_model
 from tokenprune.cli.options import DataOption, DeviceOption, Dtype, DtypeOption, JsonOption, ModelArgument
-from tokenprune.cli.shell import InputError, console, print_json
+from tokenprune.cli.shell import InputError, console, print_json, progress
+from tokenprune.errors import install_hint
 from tokenprune.files import given_path
 
 if TYPE_CHECKING:
@@ -97,27 +99,23 @@ def _check_figure(path: Path | None) -> None:
     if not path.parent.is_dir():
         raise InputError(f"there is no folder {str(path.parent)!r}; make it first")
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("figures need matplotlib: pip install 'tokenprune-vlm[plot]'")
+        raise InputError(f"figures need matplotlib: {install_hint('plot')}")
 
 
 def _read(
     model: Any, processor: Any, samples: list[CalibrationSample], names: list[str], maps: int, quiet: bool
 ) -> LayerStatistics:
-    from rich.progress import track
-
     from tokenprune.analysis.calibration import calibration_calls
     from tokenprune.analysis.layers import read_layers
 
-    progress = console(stderr=True)
-    calls = track(
-        calibration_calls(processor, samples, model.device),
-        description="reading",
-        total=len(samples),
-        console=progress,
-        disable=quiet or not progress.is_terminal,
-        transient=True,
-    )
-    return read_layers(model, calls, names, maps=maps)
+    with progress("reading", quiet) as show:
+
+        def calls() -> Iterator[Any]:
+            for number, inputs in enumerate(calibration_calls(processor, samples, model.device), 1):
+                yield inputs
+                show("prompts", number, len(samples))
+
+        return read_layers(model, calls(), names, maps=maps)
 
 
 def _mean(values: Any) -> list[Any]:

@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenprune.cli.shell import InputError, one_line, quiet_transformers
-from tokenprune.errors import UnsupportedModelError
+from tokenprune.errors import UnsupportedModelError, install_hint
 from tokenprune.files import given_path
 
 if TYPE_CHECKING:
     from PIL import Image
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
+# What processors need that the library does not, and how it is had.
+NEEDED = {
+    "torchvision": f"{install_hint('vision')}; without a GPU pip install torch torchvision --index-url "
+    f"https://download.pytorch.org/whl/cpu first, for PyPI's is built for CUDA",
+    "num2words": install_hint("vision"),
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 
 
@@ -94,11 +100,9 @@ def _pretrained(auto: Any, source: str, name: str, **options: Any) -> Any:
     except Exception as error:  # broken files raise whatever their reader does
         # Their messages fill a screen; the first sentence says what happened.
         text = one_line(str(error))
-        if "torchvision" in text.lower():
-            raise InputError(
-                f"cannot load {name!r}: its processor needs torchvision; pip install torchvision, in the build that "
-                f"goes with your torch (https://pytorch.org/get-started/locally)"
-            ) from error
+        for package, how in NEEDED.items():
+            if package in text.lower():
+                raise InputError(f"cannot load {name!r}: its processor needs {package}; {how}") from error
         kind = re.search(r"model type `([\w-]+)`", text)
         if kind is not None:
             raise UnsupportedModelError(_unknown(name, kind[1])) from error

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 PROGRAM = "tokenprune"
 USAGE_ERROR = 2
+INTERRUPTED = 130  # as shells have it
+EVERY = 10.0  # seconds between lines that say how far something is, where there is no bar
 
 # Typer brings its own copy of click's exceptions in some releases and uses click's in others.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -35,11 +39,17 @@ class OneLineErrors(TyperGroup):
     def main(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:
         given = list(sys.argv[1:] if args is None else args)
         debug = "--debug" in given
-        # The flag belongs to the program, but people add it at the end of what failed.
-        given = [arg for arg in given if arg != "--debug"]
+        if {"-v", "--verbose"} & set(given):
+            logging.basicConfig(format="%(message)s")
+            logging.getLogger(PROGRAM).setLevel(logging.INFO)
+        # The flags belong to the program, but people add them at the end of what failed.
+        given = [arg for arg in given if arg not in ("--debug", "-v", "--verbose")]
         try:
             with short_warnings(debug):
                 code = super().main(given, *more, **{**options, "standalone_mode": False})
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+            typer.echo("interrupted", err=True)
         except (TokenPruneError, OSError, _UsageError, typer.Abort) as error:
             if debug:
                 traceback.print_exc()
@@ -119,21 +129,55 @@ def console(stderr: bool = False) -> Console:
 
 
 @contextmanager
+def kept(told: Callable[[], str]) -> Iterator[None]:
+    """Inside, Ctrl-C ends the program with what is kept of its work, and how to go on with it."""
+    try:
+        yield
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo(f"interrupted: {one_line(told())}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
 def progress(first: str, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on a terminal's stderr: what is given is called with a text, how much is done, and of how much."""
+    """Says how far something is, on stderr: a bar on a terminal, else a line now and then.
+
+    What is given is called with a text, how much is done, and of how much (0: nobody knows).
+    """
     from rich import progress as bars
 
     shown = console(stderr=True)
+    if not quiet and not shown.is_terminal:
+        yield _lines(first)
+        return
     columns = (
         bars.TextColumn("{task.description}"),
         bars.BarColumn(),
         bars.MofNCompleteColumn(),
         bars.TimeRemainingColumn(),
     )
-    hidden = quiet or not shown.is_terminal
-    with bars.Progress(*columns, console=shown, transient=True, disable=hidden) as bar:
+    with bars.Progress(*columns, console=shown, transient=True, disable=quiet) as bar:
         task = bar.add_task(first, total=None)
-        yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)
+        yield lambda text, done, total: bar.update(
+            task, description=text, completed=done, total=total or None
+        )
+
+
+def _lines(first: str) -> Callable[[str, int, int], None]:
+    typer.echo(f"{first} ...", err=True)
+    last = began = time.monotonic()
+
+    def show(text: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done != total and now - last < EVERY:
+            return
+        last = now
+        left = f", about {(now - began) / done * (total - done):.0f} s left" if 0 < done < total else ""
+        of = f" of {total}" if total else ""
+        typer.echo(f"{one_line(text)}: {done}{of} after {now - began:.0f} s{left}", err=True)
+
+    return show
 
 
 def quiet_transformers() -> None:

@@ -18,8 +18,8 @@ from tokenprune.cli.options import (
     MetricOption,
     ModelArgument,
 )
-from tokenprune.cli.shell import InputError, console, print_json, progress, warn
-from tokenprune.errors import ConfigError
+from tokenprune.cli.shell import InputError, console, kept, print_json, progress, warn
+from tokenprune.errors import ConfigError, install_hint
 from tokenprune.files import given_path
 
 if TYPE_CHECKING:
@@ -78,7 +78,12 @@ Study: TypeAlias = Annotated[
     str | None, typer.Option("--study", metavar="NAME", help="[default: made of what is asked]")
 ]
 Worker: TypeAlias = Annotated[
-    int, typer.Option("--worker", min=0, help="Number of this process among those that share a study.")
+    int | None,
+    typer.Option(
+        "--worker",
+        min=0,
+        help="Number of this process among those that share a study; they may start together.",
+    ),
 ]
 ReportFolder: TypeAlias = Annotated[
     Path | None, typer.Option("--report", metavar="FOLDER", help="Write report.md and report.png there.")
@@ -104,7 +109,7 @@ def tune(
     storage: Storage = "cache",
     study: Study = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the study of that name.")] = False,
-    worker: Worker = 0,
+    worker: Worker = None,
     report: ReportFolder = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the samples drawn, and the sampler.")] = 0,
     dtype: DtypeOption = Dtype.auto,
@@ -119,10 +124,7 @@ def tune(
     check_metric(metric)
     if quick and (cost is not None or isinstance(keep, tuple)):
         raise InputError("--quick takes one budget and no --cost; leave it out for a search")
-    for folder in (out and out.parent, report and report.parent):
-        if folder is not None and not given_path(folder).is_dir():
-            raise InputError(f"there is no folder {str(folder)!r}; make it first")
-    _check_out(out, served, quick)
+    _check_out(out, report, served, quick)
     options: dict[str, Any] = {
         "methods": method,
         "served": served,
@@ -150,18 +152,30 @@ def tune(
     from tokenprune.tune.search import search
 
     used = max(4, 2 * len(calls) // 3)
-    with progress("searching", as_json) as show:
+    with progress("searching", as_json) as show, kept(lambda: _going_on(storage, study)):
 
         def told(now: Progress) -> None:
-            show(f"least drift so far {now.best:.4g}", now.done, now.trials)
+            if now.trials:
+                show(f"trials; least drift so far {now.best:.4g}", now.done, now.trials)
+            else:
+                show("single cuts measured, for schedules to begin with", now.done, 0)
 
         found = search(loaded, calls[:used], keep, fresh=calls[used:], told=told, **options)
     paths = _keep(found.profiles, out, remember=not served)
-    page = None if report is None else write_report(found, report)
+    names = [sample.name for sample in drawn[:used]]
+    page = None if report is None else write_report(found, report, names)
     if as_json:
         print_json(_document(found, paths, page))
     else:
         _show_found(found, paths, page)
+
+
+def _going_on(storage: str, study: str | None) -> str:
+    where = "the cache folder" if storage == "cache" else storage
+    named = "" if study is None else f" {study!r}"
+    return (
+        f"all finished trials are kept in the study{named} in {where}; the same command with --resume goes on"
+    )
 
 
 def _budget(text: str) -> Any:
@@ -171,11 +185,14 @@ def _budget(text: str) -> Any:
     return (read_keep(low), read_keep(high)) if colon else read_keep(text)
 
 
-def _check_out(out: Path | None, served: bool, quick: bool) -> None:
+def _check_out(out: Path | None, report: Path | None, served: bool, quick: bool) -> None:
     """Refuse what could not be kept, before anything is measured."""
     from tokenprune.profiles.known import KIND
     from tokenprune.profiles.store import check_writable
 
+    for folder in (out and out.parent, report and report.parent):
+        if folder is not None and not given_path(folder).is_dir():
+            raise InputError(f"there is no folder {str(folder)!r}; make it first")
     if served and (quick or out is None):
         raise InputError("--served is a search, and its profile is not for 'auto': name a file with --out")
     if out is None:
@@ -187,7 +204,7 @@ def _check_search(options: dict[str, Any]) -> None:
     import importlib.util
 
     if importlib.util.find_spec("optuna") is None:
-        raise InputError("a search needs optuna: pip install 'tokenprune-vlm[tune]'; --quick does without")
+        raise InputError(f"a search needs optuna: {install_hint('tune')}; --quick does without")
     from tokenprune.tune.search import SearchOptions
 
     SearchOptions(**options)
@@ -195,7 +212,7 @@ def _check_search(options: dict[str, Any]) -> None:
 
 def _keep(profiles: list[Profile], out: Path | None, remember: bool = True) -> list[str]:
     """Profiles kept for the model, and written beside `out`, the budget in their names where there are several."""
-    from tokenprune.profiles.known import remember_profile
+    from tokenprune.profiles.known import WorseProfileError, remember_profile
 
     paths = []
     for profile in profiles:
@@ -206,20 +223,23 @@ def _keep(profiles: list[Profile], out: Path | None, remember: bool = True) -> l
         if not remember:
             continue
         try:
-            kept = remember_profile(profile)
+            held = remember_profile(profile)
+        except WorseProfileError as error:
+            warn(str(error))
+            continue
         except ConfigError as error:
             if out is None:
                 raise
             warn(f"the profile is written, and not kept for 'auto': {error}")
         if out is None:
-            paths.append(str(kept))
+            paths.append(str(held))
     return paths
 
 
 def _document(found: Found, paths: list[str], page: Path | None) -> dict[str, Any]:
     return {
         "profile": found.profiles[0].model_dump(mode="json"),
-        "path": paths[0],
+        "path": paths[0] if paths else None,
         "paths": paths,
         "study": found.study.study_name,
         "passes": found.passes,
@@ -244,17 +264,22 @@ def _show_found(found: Found, paths: list[str], page: Path | None) -> None:
         title=f"{len(found.tried)} trials on {found.samples} samples, {found.passes} prefills of a prompt",
         title_justify="left",
     )
-    for column in ("", "budget", "drift"):
+    for column in ("", "budget", "drift, searched on", "held out"):
         table.add_column(column, justify="left" if not column else "right", overflow="fold")
-    for profile in found.profiles:
-        assert profile.measured is not None
+    for profile, one in zip(found.profiles, found.front, strict=True):
         own = ", ".join(f"{name}={value}" for name, value in profile.parameters.items())
         own += ", ".join(f"{stage.layer}: {stage.method}" for stage in profile.stages)
-        table.add_row(f"{profile.method} {own}", f"{profile.keep:.4g}", f"{profile.measured.drift:.4f}")
+        held = found.held_out.get("found") if one is found.front[0] else None
+        mean = "" if held is None else f"{held.mean():.4f}"
+        table.add_row(f"{profile.method} {own}", f"{profile.keep:.4g}", f"{one.drift.mean():.4f}", mean)
     for name, drift in found.controls.items():
-        table.add_row(f"{name}, before the LLM", f"{found.profiles[0].keep:.4g}", f"{drift.mean():.4f}")
+        held = found.held_out.get(name)
+        mean = "" if held is None else f"{held.mean():.4f}"
+        table.add_row(f"{name}, before the LLM", f"{found.profiles[0].keep:.4g}", f"{drift.mean():.4f}", mean)
     out = console()
     out.print(table)
+    for caution in found.cautions():
+        warn(caution)
     for path in paths:
         out.print(f"kept for this model; wrap(model, profile={path!r}) takes it anywhere", markup=False)
     if page is not None:
@@ -267,8 +292,14 @@ def _quick(
 ) -> None:
     from tokenprune.tune.quick import quick
 
-    profile, trials = quick(model, calls, keep, metric=metric)
-    (path,) = _keep([profile], out)
+    with progress("trying forms", as_json) as show:
+
+        def told(trial: Trial, done: int, expected: int) -> None:
+            show(f"forms; the last {trial.name()}", done, expected)
+
+        profile, trials = quick(model, calls, keep, metric=metric, told=told)
+    paths = _keep([profile], out)
+    path = paths[0] if paths else None
     if as_json:
         rows = [
             {"setting": t.name(), "samples": len(t.drift), "drift": t.mean if len(t.drift) else None}
@@ -279,7 +310,7 @@ def _quick(
     _show_quick(trials, metric, budget, path)
 
 
-def _show_quick(trials: list[Trial], metric: str, budget: str, path: str) -> None:
+def _show_quick(trials: list[Trial], metric: str, budget: str, path: str | None) -> None:
     from rich.table import Table
 
     table = Table(
@@ -290,4 +321,5 @@ def _show_quick(trials: list[Trial], metric: str, budget: str, path: str) -> Non
     for trial in trials:
         table.add_row(trial.name(), str(len(trial.drift)), "-" if trial.failed else f"{trial.mean:.4f}")
     console().print(table)
-    console().print(f"kept for this model; wrap(model, profile={path!r}) takes it anywhere", markup=False)
+    if path is not None:
+        console().print(f"kept for this model; wrap(model, profile={path!r}) takes it anywhere", markup=False)

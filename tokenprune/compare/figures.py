@@ -25,10 +25,14 @@ def accuracy_against_time(summary: Summary, batch_size: int, what: str) -> str |
     if (batch_size, what) not in summary.whole.times:
         return None
     label = f"{what}, batch of {batch_size} (ms)"
-    return _figure(summary, label, lambda row: row.times.get((batch_size, what), {}).get("ms"))
+    unpruned = summary.whole.times[batch_size, what]["ms"]
+    return _figure(summary, label, lambda row: row.times.get((batch_size, what), {}).get("ms"), unpruned)
 
 
-def _figure(summary: Summary, label: str, place: Callable[[Row], float | None]) -> str:
+def _figure(
+    summary: Summary, label: str, place: Callable[[Row], float | None], unpruned: float | None = None
+) -> str:
+    """`unpruned`: where the unpruned model is on the axis across, if it is not at its end."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -49,6 +53,9 @@ def _figure(summary: Summary, label: str, place: Callable[[Row], float | None]) 
         whole = summary.whole.accuracy
         if whole is not None:
             axes.axhline(100 * whole.value, color="#a1a1aa", linestyle=":", linewidth=1, label="none")
+            if unpruned is not None:
+                axes.plot([unpruned], [100 * whole.value], "*", color="#18181b", markersize=9)
+                axes.axvline(unpruned, color="#a1a1aa", linestyle=":", linewidth=1)
         axes.set_xlabel(label)
         axes.set_ylabel("accuracy (%)")
         axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))

@@ -81,6 +81,16 @@ def mean_interval(
     return float(found.low), float(found.high)
 
 
+def wilson(outcomes: Outcomes, clusters: Sequence[Hashable]) -> tuple[float, float]:
+    """95 % Wilson interval of a share of (n,) outcomes, as if there were one per cluster: for shares of 0 and 1, of
+    which a bootstrap knows nothing."""
+    from scipy import stats
+
+    number = len(set(clusters))
+    found = stats.binomtest(round(float(outcomes.mean()) * number), number).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
+
+
 def _by_cluster(values: FloatArray, clusters: Sequence[Hashable]) -> tuple[FloatArray, FloatArray]:
     """Sums of (n,) values and their counts, cluster by cluster."""
     labels: dict[Hashable, int] = {}

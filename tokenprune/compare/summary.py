@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from tokenprune.compare.arms import CONTROLS, DOWNSAMPLE, NONE, Arm
 from tokenprune.compare.questions import Match, Question, is_right, normal
-from tokenprune.compare.statistics import Difference, difference, mean_interval
+from tokenprune.compare.statistics import Difference, difference, mean_interval, wilson
 from tokenprune.compare.store import Store
 
 BoolArray = npt.NDArray[np.bool_]
@@ -20,7 +20,8 @@ BoolArray = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Share:
-    """A share of `total` questions, with its 95 % bootstrap interval."""
+    """A share of `total` questions, with its 95 % interval: bootstrapped over pictures; Wilson's where none or all
+    are."""
 
     value: float
     low: float
@@ -32,7 +33,9 @@ class Share:
         """None where there are no questions."""
         if not len(outcomes):
             return None
-        return cls(float(outcomes.mean()), *mean_interval(outcomes, clusters), len(outcomes))
+        share = float(outcomes.mean())
+        bounds = mean_interval(outcomes, clusters) if 0 < share < 1 else wilson(outcomes, clusters)
+        return cls(share, *bounds, len(outcomes))
 
     def __str__(self) -> str:
         return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"

@@ -76,6 +76,7 @@ class Profile(Document):
         keep, budget: what it was made for.
         model: fingerprint of the model; "" for one that was published without weights at hand.
         family: of the model.
+        name: of its checkpoint, for people; nothing is loaded by it.
         made, measured: where it comes from, and what is known of it; None: never measured here.
         hash: of the rest, SHA-256.
     """
@@ -89,6 +90,7 @@ class Profile(Document):
     budget: Literal["average", "after_cut"] = "average"
     model: Fingerprint = ""
     family: Name | None = None
+    name: Line = ""
     made: Made = Field(default_factory=Made)
     measured: Measured | None = None
     hash: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
@@ -120,8 +122,9 @@ class Profile(Document):
 
     def content_hash(self) -> str:
         """SHA-256 of everything but `hash`, as canonical JSON."""
-        # Profiles made before there were stages keep their hash.
-        content = self.model_dump(mode="json", exclude={"hash"} if self.stages else {"hash", "stages"})
+        # Profiles made before there were stages and names keep their hash.
+        absent = {name for name in ("stages", "name") if not getattr(self, name)}
+        content = self.model_dump(mode="json", exclude={"hash", *absent})
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def sealed(self) -> Profile:

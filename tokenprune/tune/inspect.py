@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from tokenprune.budget import Keep
 from tokenprune.draw import tile
 from tokenprune.models import stock_model
 from tokenprune.tune.controls import control_drifts
-from tokenprune.tune.drift import measure
+from tokenprune.tune.drift import drifts
 
 
 def spread(drift: NDArray[np.float64]) -> dict[str, float]:
@@ -77,6 +77,7 @@ def inspect_drift(
     metric: str = "cosine",
     batch_size: int = 8,
     memory: Memory | None = None,
+    told: Callable[[str, int, int], None] = lambda _what, _done, _total: None,
 ) -> Inspection:
     """Measure a setting, and the controls at a budget.
 
@@ -88,13 +89,19 @@ def inspect_drift(
         metric: see `METRICS`.
         batch_size: prompts per forward.
         memory: to share.
+        told: called after every batch of the setting: what is measured, how many prompts, of how many.
 
     Raises:
         ConfigError: a setting that cannot be.
         TokenPruneError: no prompts.
     """
     memory, batches = memory or Memory(), list(batched(calls, batch_size))
-    drift = measure(model, batches, arguments, memory, metric)
+    found: list[NDArray[np.float64]] = []
+    for batch in drifts(model, batches, arguments, memory, metric):
+        found.append(batch.drift)
+        told("the setting", sum(map(len, found)), len(calls))
+    drift = np.concatenate(found)
+    told("the controls", 0, len(calls))
     with memory.features(model), pruned(model, **arguments), torch.inference_mode():
         stock_model(model)(**calls[0], use_cache=False, logits_to_keep=1)
         method = report(model).method

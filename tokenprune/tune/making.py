@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from tokenprune.api import family_of
 from tokenprune.arguments import check_stages
 from tokenprune.fingerprint import fingerprint
+from tokenprune.models import stock_model
 from tokenprune.profiles.profile import STAGES, Made, Measured, Profile, ProfileCut, ProfileStage
 
 
@@ -58,6 +60,7 @@ def make_profile(
         keep=keep,
         model=fingerprint(model),
         family=family_of(model).name,
+        name=_name_of(model),
         made=Made(
             versions={"torch": torch.__version__, "transformers": transformers.__version__},
             hardware=platform.machine(),
@@ -73,6 +76,13 @@ def make_profile(
             seconds=seconds,
         ),
     ).sealed()
+
+
+def _name_of(model: Any) -> str:
+    """Of the checkpoint, as the hub or its folder has it; no path of this machine."""
+    given = str(getattr(stock_model(model).config, "_name_or_path", "") or "")
+    own = Path(given).name if Path(given).exists() else given
+    return "".join(c for c in own if " " <= c <= "~")[:400]
 
 
 def _quantiles(drift: Sequence[float] | NDArray[np.float64]) -> dict[str, float]:

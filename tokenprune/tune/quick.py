@@ -75,7 +75,7 @@ def quick(
     keep: Keep,
     *,
     metric: str = "cosine",
-    told: Callable[[Trial], None] | None = None,
+    told: Callable[[Trial, int, int], None] | None = None,
 ) -> tuple[Profile, list[Trial]]:
     """Choose by drift among the forms of the methods at hand, by successive halving.
 
@@ -84,7 +84,7 @@ def quick(
         calls: its inputs for at least 4 prompts; 16 are used.
         keep: the budget, an average over layers.
         metric: see `METRICS`.
-        told: called after every measurement.
+        told: called after every measurement with how many there were, and about how many there will be.
 
     Returns:
         A sealed profile of the best, and all trials, the best first. Controls are measured on all samples.
@@ -97,7 +97,8 @@ def quick(
         raise ConfigError(f"at least {ROUNDS[0]} samples are needed to choose by drift, not {len(calls)}")
     inner, memory = stock_model(model), Memory()
     trials = [Trial(arguments) for arguments in candidates(len(family_of(model).layers(inner)))]
-    running = trials
+    running, done = trials, 0
+    expected = sum(len(trials) // 2**i for i in range(len(ROUNDS)))
     for samples in ROUNDS:
         for trial in running:
             more = calls[len(trial.drift) : samples]
@@ -110,7 +111,8 @@ def quick(
                 continue
             trial.drift = np.concatenate([trial.drift, new])
             if told is not None:
-                told(trial)
+                done += 1
+                told(trial, done, max(done, expected))
         running = sorted((t for t in running if t.failed is None), key=lambda t: t.mean)
         if not running:
             raise ConfigError(f"keep={keep} cannot be met by any method here: {trials[0].failed}")

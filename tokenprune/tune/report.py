@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from tokenprune.tune.search import Found
 FIGURE, PAGE = "report.png", "report.md"
 
 
-def write_report(found: Found, folder: Path) -> Path:
+def write_report(found: Found, folder: Path, names: Sequence[str] = ()) -> Path:
     """Write report.md and report.png: convergence, importances, cost, and drift sample by sample.
 
     Args:
         found: by `search`.
         folder: made where it is missing.
+        names: of the samples, their files for example, to name the worst by.
 
     Returns:
         Of the page.
@@ -42,7 +44,7 @@ def write_report(found: Found, folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_figure(figure, folder / FIGURE)
-        (folder / PAGE).write_text(_page(found, importances), encoding="utf-8")
+        (folder / PAGE).write_text(_page(found, importances, names), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write the report to {str(folder)!r}: {error.strerror or error}") from None
     return folder / PAGE
@@ -69,6 +71,7 @@ def _draw_convergence(axes: Any, found: Found) -> None:
     axes.plot(passes, [one.value for one in found.tried], ".", markersize=3, alpha=0.4, label="trial")
     axes.step(passes, np.minimum.accumulate(whole), where="post", label="best so far")
     axes.set(title="convergence", xlabel="prefills of a prompt", ylabel="drift", yscale="log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=7)
 
 
@@ -98,10 +101,11 @@ def _draw_samples(axes: Any, found: Found) -> None:
     for name, drift in {"found": best, **found.controls}.items():
         axes.plot(np.asarray(drift)[order], ".-", markersize=3, linewidth=0.8, label=name)
     axes.set(title="drift sample by sample", xlabel="sample, by drift", ylabel="drift", yscale="log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=7)
 
 
-def _page(found: Found, importances: dict[str, float]) -> str:
+def _page(found: Found, importances: dict[str, float], names: Sequence[str]) -> str:
     asked = found.study.user_attrs["tokenprune"]
     profile = found.profiles[0]
     assert profile.measured is not None
@@ -113,16 +117,21 @@ def _page(found: Found, importances: dict[str, float]) -> str:
         f"{profile.made.hardware} with torch {profile.made.versions['torch']} and transformers "
         f"{profile.made.versions['transformers']}.",
         "",
+        *(f"**Caution.** {text[0].upper()}{text[1:]}.\n" for text in found.cautions()),
         f"![convergence, importances, cost, samples]({FIGURE})",
         "",
         "| | drift, mean | median | 95 % | worst |",
         "|---|---:|---:|---:|---:|",
-        *(_row(name, drift) for name, drift in {"found": found.front[0].drift, **found.controls}.items()),
+        *(
+            _row(f"{n}, searched on", drift)
+            for n, drift in {"found": found.front[0].drift, **found.controls}.items()
+        ),
+        *(_row(f"{name}, held out", drift) for name, drift in found.held_out.items()),
         "",
         "| budget | setting | drift | GFLOPs of a prompt |",
         "|---:|---|---:|---:|",
         *(
-            f"| {p.keep} | {_setting(p)} | {one.value:.4g} | {one.flops / 1e9:.3g} |"
+            f"| {p.keep:.4g} | {_setting(p)} | {one.value:.4g} | {one.flops / 1e9:.3g} |"
             for p, one in zip(found.profiles, found.front, strict=True)
         ),
     ]
@@ -130,13 +139,16 @@ def _page(found: Found, importances: dict[str, float]) -> str:
         lines += ["", "| parameter | importance (PED-ANOVA) |", "|---|---:|"]
         lines += [f"| {name} | {share:.2f} |" for name, share in importances.items()]
     worst = np.argsort(found.front[0].drift)[::-1][:5]
-    lines += [
-        "",
-        "Samples with the largest drift (number in the data: drift): "
-        + ", ".join(f"{i}: {found.front[0].drift[i]:.4g}" for i in worst)
-        + ".",
-    ]
+    lines += ["", "| samples with the largest drift | drift |", "|---|---:|"]
+    lines += [f"| {_called(int(i), names)} | {found.front[0].drift[i]:.4g} |" for i in worst]
     return "\n".join(lines) + "\n"
+
+
+def _called(number: int, names: Sequence[str]) -> str:
+    """A sample by its file; a bar or a newline in a name would end the table's cell."""
+    own = names[number] if number < len(names) else ""
+    plain = "".join(c if c.isprintable() and c not in "|`<" else "?" for c in own)
+    return f"`{plain}`" if plain else f"number {number}"
 
 
 def _row(name: str, drift: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import statistics
 import time
 import warnings
@@ -31,10 +32,13 @@ from tokenprune.tune.space import Range, Space, setting_of
 from tokenprune.tune.starts import scheduled
 from tokenprune.tune.studies import cached_storage, open_storage, open_study, storage_errors
 
+LOG = logging.getLogger("tokenprune.tune")
+
 Cost = Literal["flops", "latency"]
 _TRIED = "tried"  # a trial's attribute: what was measured
 _BEGUN = "begun"  # a study's attribute: the points it begins with, and what finding them cost
 _FINALISTS = 5
+FEW_TRIALS, FEW_SAMPLES = 30, 48
 _IN_VAIN = 50  # trials in a row that were known or impossible end a search
 
 
@@ -82,6 +86,7 @@ class Found:
         tried: every finished trial, in order.
         front: those on the Pareto front, as in `profiles`; the best alone where drift was the only objective.
         controls: drift of each sample, by control, at the budget of the first profile.
+        held_out: drift of the fresh prompts, of the first profile ("found") and by control; empty without any.
         samples: prompts.
         passes: prefills of a prompt that this study cost, references included, but not the look at the first few that
             its space is made from.
@@ -92,14 +97,32 @@ class Found:
     tried: list[Tried]
     front: list[Tried]
     controls: dict[str, NDArray[np.float64]]
+    held_out: dict[str, NDArray[np.float64]]
     samples: int
     passes: int
     study: Any
 
+    def cautions(self) -> list[str]:
+        """What to think of before the result is relied on."""
+        found = []
+        if len(self.tried) < FEW_TRIALS:
+            found.append(
+                f"{len(self.tried)} trials are few: the search has hardly left its starting points; {FEW_TRIALS} or "
+                f"more tell something (--resume --trials {2 * FEW_TRIALS})"
+            )
+        if self.samples < FEW_SAMPLES:
+            found.append(
+                f"{self.samples} samples are few: a setting found on 30 fitted them and not others; take about 100"
+            )
+        return found
+
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a search is: trials done and asked for, the least drift so far, seconds passed and to come."""
+    """How far a search is: trials done and asked for, the least drift so far, seconds passed and to come.
+
+    Before the first trial schedules are made from single cuts: `trials` is 0 then, and `done` counts what was measured.
+    """
 
     done: int
     trials: int
@@ -122,7 +145,7 @@ class SearchOptions:
         trials: finished ones that the study shall have in all.
         passes: prefills of a prompt after which no further trial begins, as `Found.passes` counts them; None: no limit.
         seed: the sampler's follows from it, the trials in the storage, and `worker`.
-        worker: number of this process among those that share a study.
+        worker: number of this process among those that share a study, which the first of them makes; None: nobody does.
         batch_size: prompts per forward.
         stop_early: whether trials are stopped that are worse; never with `cost`.
         storage: see `open_storage`; "cache": an SQLite file in the user's cache folder.
@@ -143,7 +166,7 @@ class SearchOptions:
     trials: int = 100
     passes: int | None = None
     seed: int = 0
-    worker: int = 0
+    worker: int | None = None
     batch_size: int = 8
     stop_early: bool = True
     storage: str | None = None
@@ -218,7 +241,7 @@ def search(
     with _quietly(), storage_errors(url):
         batches = list(batched(calls, asked_for.batch_size))
         objective = _Objective(model, batches, space, asked_for, memory)
-        study = _opened(asked, asked_for, objective, url)
+        study = _opened(asked, asked_for, objective, url, told)
         spent_anyway = len(calls) + study.user_attrs[_BEGUN]["passes"] + (1 + _FINALISTS) * len(fresh)
         _run(study, objective, spent_anyway, told)
         return _found(study, objective, list(batched(fresh, asked_for.batch_size)), asked)
@@ -241,20 +264,34 @@ def _url(options: SearchOptions, asked: Mapping[str, Any]) -> str | None:
     return cached_storage(_name(options, asked)) if options.storage == "cache" else options.storage
 
 
-def _opened(asked: Mapping[str, Any], options: SearchOptions, objective: _Objective, url: str | None) -> Any:
+def _opened(
+    asked: Mapping[str, Any],
+    options: SearchOptions,
+    objective: _Objective,
+    url: str | None,
+    told: Callable[[Progress], None] | None,
+) -> Any:
     """The study, with its sampler and pruner; who opens it first says where it begins."""
     storage = open_storage(url, options.heartbeat)
-    study = open_study(
-        _name(options, asked), asked, ["minimize"] * options.objectives, storage, options.resume
-    )
+    joins = options.resume or options.worker is not None
+    study = open_study(_name(options, asked), asked, ["minimize"] * options.objectives, storage, joins)
     if _BEGUN not in study.user_attrs:
         points, passes = objective.space.defaults(), 0
         if options.schedule:
-            more, passes = scheduled(objective.space, objective.batches, objective.measure)
+            start, count = time.monotonic(), 0
+
+            def measured(*given: Any) -> NDArray[np.float64]:
+                nonlocal count
+                count += 1
+                if told is not None:
+                    told(Progress(count, 0, float("inf"), time.monotonic() - start, float("inf")))
+                return objective.measure(*given)
+
+            more, passes = scheduled(objective.space, objective.batches, measured)
             points += [point for point in more if point not in points]
         study.set_user_attr(_BEGUN, {"points": points, "passes": passes})
     known, first = len(study.get_trials(deepcopy=False)), study.user_attrs[_BEGUN]["points"]
-    study.sampler = make_sampler(options.sampler, options.seed, known, options.worker, first)
+    study.sampler = make_sampler(options.sampler, options.seed, known, options.worker or 0, first)
     study.pruner = optuna.pruners.WilcoxonPruner(p_threshold=0.1, n_startup_steps=2)
     return study
 
@@ -355,6 +392,13 @@ def _run(
         finished = _finished(study)
         if is_done(finished) or in_vain >= _IN_VAIN:
             study.stop()
+        if trial.state == TrialState.COMPLETE:
+            LOG.info(
+                "trial %d: drift %.4g, %s",
+                trial.number,
+                trial.values[0],
+                trial.user_attrs[_TRIED]["arguments"],
+            )
         if told is not None and finished:
             seconds, done = time.monotonic() - start, len(finished)
             left = seconds / max(1, done - before) * max(0, trials - done)
@@ -407,11 +451,13 @@ def _found(
     }
     profiles: list[Profile] = []
     shown: dict[str, NDArray[np.float64]] = {}
+    held_out: dict[str, NDArray[np.float64]] = {}
     for keep, group in groupby(front, key=lambda one: one.arguments["keep"]):
         own = objective.controls(objective.batches, keep)
         shown = shown or own
         if checked:
             own = objective.controls(fresh, keep)
+            held_out = held_out or {"found": checked[front[0].number], **own}
         profiles += [
             make_profile(
                 objective.model,
@@ -425,7 +471,7 @@ def _found(
             )
             for one in group
         ]
-    return Found(profiles, tried, front, shown, asked["samples"], passes, study)
+    return Found(profiles, tried, front, shown, held_out, asked["samples"], passes, study)
 
 
 @contextmanager

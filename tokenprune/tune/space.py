@@ -101,6 +101,8 @@ class Space:
         """
         if served:  # as if the decoder had one layer and took no biases
             setting = replace(setting, num_layers=1, default_layer=0, biases=False)
+        if methods is not None:
+            methods = [_own_name(name) for name in methods]
         unknown = [name for name in methods or () if name != stages.NAME and find_method(name) is None]
         if unknown:
             raise ConfigError(f"unknown method {unknown[0]!r}; choose from {', '.join(sorted(METHODS))}")
@@ -153,3 +155,9 @@ def _suggest(trial: Any, name: str, dimension: Dimension) -> Any:
         return trial.suggest_int(name, dimension.low, dimension.high)
     assert isinstance(dimension, Real)
     return trial.suggest_float(name, dimension.low, dimension.high)
+
+
+def _own_name(method: str) -> str:
+    """A profile holds names only: of "package.module:Class" the name that the class gives itself."""
+    cls = find_method(method) if ":" in method else None
+    return method if cls is None else cls.name

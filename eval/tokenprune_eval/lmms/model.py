@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -17,13 +18,16 @@ from transformers import GenerationConfig, LogitsProcessor
 
 import tokenprune
 from tokenprune.analysis.memory import Memory, last_state
+from tokenprune.api import runtime_of
 from tokenprune.arguments import AUTO, Arguments
 from tokenprune.cli.loading import load_model
 from tokenprune.errors import ConfigError
 from tokenprune.models import stock_model
+from tokenprune.reporting import Report
 from tokenprune_eval.lmms.conversation import Message, from_messages, user_turn, videos_as_frames, with_system
 from tokenprune_eval.lmms.meter import FirstToken, Meter, now
 
+Made = TypeVar("Made")
 # In the processors' `size` these edges are numbers of pixels.
 _EDGES = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
 _MOST_NEW_TOKENS = 1024  # where a task does not say
@@ -34,7 +38,8 @@ class Tokenprune(lmms):
 
     Args:
         pretrained: a hub id, a folder, or the testbed's "small" or "smol".
-        device, batch_size, max_batch_size: from lmms-eval's command line.
+        device, batch_size, max_batch_size: from lmms-eval's command line; batch_size "auto" begins with max_batch_size
+            (64 on a GPU, 8 on a CPU) and is halved as often as memory runs out.
         dtype: of the weights.
         attn_implementation: "sdpa", "eager" or "flash_attention_2".
         max_num_frames: taken from a video.
@@ -79,7 +84,8 @@ class Tokenprune(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self._world_size > 1 and device != "cpu" and torch.cuda.is_available():
             device = f"cuda:{self.accelerator.local_process_index}"
-        self.batch_size_per_gpu = _batch_size(batch_size)
+        self.halves = str(batch_size).startswith("auto")
+        self.batch_size_per_gpu = _batch_size(batch_size, max_batch_size)
         model, self.processor = load_model(str(pretrained), str(dtype), device, attn_implementation)
         limit_pixels(self.processor, min_pixels, max_pixels)
         if getattr(self.processor, "tokenizer", None) is not None:
@@ -89,6 +95,17 @@ class Tokenprune(lmms):
         self.memory = Memory()
         self.max_num_frames, self.use_cache, self.drift = max_num_frames, use_cache, drift
         self.system_prompt = self._resolve_system_prompt(system_prompt) if system_prompt else None
+        # Of all that a model says of itself lmms-eval writes its class's name into the results file, nothing else.
+        cls = type(self)
+        self.__class__ = type(f"{cls.__name__}[{self.described()}]", (cls,), {"__module__": cls.__module__})
+
+    def described(self) -> str:
+        """What is run, on one line: method, parameters, cuts, budget, profile, version."""
+        runtime = runtime_of(self._model)
+        assert runtime is not None
+        config = runtime.config
+        parameters = "".join(f", {name}={value}" for name, value in config.method.described().items())
+        return f"{config.described()}{parameters}; tokenprune {tokenprune.__version__}"
 
     # -- what lmms-eval reads ---------------------------------------------------------------------------------------
 
@@ -137,8 +154,11 @@ class Tokenprune(lmms):
         asked = [self.conversation(request.args) for request in requests]
         answers: list[Any] = [None] * len(asked)
         meter = Meter()
-        for numbers in self._batches([_alike(kwargs) for _, kwargs in asked]):
-            texts = self._generate([asked[i][0] for i in numbers], asked[numbers[0]][1], meter)
+
+        def generate(numbers: list[int]) -> list[GenerationResult]:
+            return self._generate([asked[i][0] for i in numbers], asked[numbers[0]][1], meter)
+
+        for numbers, texts in self._batches([_alike(kwargs) for _, kwargs in asked], generate):
             for i, answer in zip(numbers, texts, strict=True):
                 answers[i] = answer
                 self.cache_hook.add_partial("generate_until", (requests[i].args[0], asked[i][1]), answer.text)
@@ -167,38 +187,59 @@ class Tokenprune(lmms):
         """
         found: list[tuple[float, bool]] = []
         meter = Meter()
-        for start in range(0, len(requests), self.batch_size):
-            chunk = requests[start : start + self.batch_size]
+
+        def score(numbers: list[int]) -> list[tuple[float, bool]]:
             turns, targets = [], []
-            for request in chunk:
-                context, target, visual, number, task, split = request.args
+            for i in numbers:
+                context, target, visual, number, task, split = requests[i].args
                 document = self.task_dict[task][split][number]
                 turns.append(user_turn(visual(document) if callable(visual) else visual, context))
                 targets.append(str(target(document) if callable(target) else target))
-            found += self._score(turns, targets, meter)
+            return self._score(turns, targets, meter)
+
+        for _, scores in self._batches([""] * len(requests), score):
+            found += scores
         meter.log()
         # lmms-eval 0.7.3 makes a text of a bare pair, which its own tasks cannot read; inside this it is left alone.
         return [GenerationResult(text=pair) for pair in found]
 
-    def _batches(self, kinds: Sequence[str]) -> Iterator[list[int]]:
+    def _batches(
+        self, kinds: Sequence[str], run: Callable[[list[int]], list[Made]]
+    ) -> Iterator[tuple[list[int], list[Made]]]:
+        """What is made of requests of one kind, batch by batch; of an automatic size halved where memory runs out."""
         for kind in dict.fromkeys(kinds):
-            own = [i for i, other in enumerate(kinds) if other == kind]
-            for start in range(0, len(own), self.batch_size):
-                yield own[start : start + self.batch_size]
+            left = [i for i, other in enumerate(kinds) if other == kind]
+            while left:
+                numbers = left[: self.batch_size]
+                try:
+                    made = run(numbers)
+                except torch.OutOfMemoryError:
+                    if not self.halves or len(numbers) == 1:
+                        raise
+                    self.batch_size_per_gpu = max(1, len(numbers) // 2)
+                    logger.info(
+                        f"tokenprune: out of memory; batches of {self.batch_size_per_gpu} from here on"
+                    )
+                    if torch.cuda.is_available():
+                        torch.cuda.empty_cache()
+                    continue
+                yield numbers, made
+                left = left[len(numbers) :]
 
     def _generate(
         self, conversations: Sequence[list[Message]], kwargs: dict[str, Any], meter: Meter
     ) -> list[GenerationResult]:
         inputs = self._inputs(conversations)
         new, _ = self._run(inputs, generation_options(kwargs), meter)
+        kept = kept_by_row(tokenprune.report(self._model), len(new))
         texts = self.processor.batch_decode(new, skip_special_tokens=True)
         until = kwargs.get("until") or []
         stops = [until] if isinstance(until, str) else until
         pad = self._pad()
         counts = [int((row != pad).sum()) for row in new]
         return [
-            GenerationResult(text=_cut(text, stops), token_counts=TokenCounts(output_tokens=count))
-            for text, count in zip(texts, counts, strict=True)
+            GenerationResult(text=_cut(text, stops), token_counts=PrunedCounts(None, count, None, *own))
+            for text, count, own in zip(texts, counts, kept, strict=True)
         ]
 
     def _run(self, inputs: Any, options: dict[str, Any], meter: Meter) -> tuple[Tensor, Any]:
@@ -281,6 +322,29 @@ class Tokenprune(lmms):
     def _pad(self) -> int:
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)
+
+
+@dataclass
+class PrunedCounts(TokenCounts):
+    """A sample's tokens, as lmms-eval logs them: visual ones, those left after the last cut, their mean over layers."""
+
+    visual_tokens: int = 0
+    kept_tokens: int = 0
+    average_tokens: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("visual_tokens", "kept_tokens", "average_tokens")}
+        return {**super().to_dict(), **own}
+
+
+def kept_by_row(report: Report, rows: int) -> list[tuple[int, int, float]]:
+    """Of each row its visual tokens, those left after the last cut, and their mean over layers."""
+    found = []
+    for r in range(rows):
+        own = [image for image in report.images if image.row == r]
+        kept = sum(image.kept[-1] if image.kept else image.tokens for image in own)
+        found.append((sum(i.tokens for i in own), kept, round(sum(i.average for i in own), 2)))
+    return found
 
 
 class Chat(Tokenprune):
@@ -415,11 +479,13 @@ def limit_pixels(processor: Any, least: int | None, most: int | None) -> None:
             setattr(images, name, value)
 
 
-def _batch_size(given: int | str) -> int:
+def _batch_size(given: int | str, most: int | None = None) -> int:
+    if str(given).startswith("auto"):
+        given = most or (64 if torch.cuda.is_available() else 8)
     try:
         size = int(given)
     except ValueError:
-        raise ConfigError(f"batch_size takes a number, not {given!r}: there is no automatic one") from None
+        raise ConfigError(f"batch_size takes a number or auto, not {given!r}") from None
     if size < 1:
         raise ConfigError(f"batch_size must be at least 1, not {size}")
     return size

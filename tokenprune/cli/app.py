@@ -1,0 +1,5 @@
+"""`tokenprune app`: placeholder."""
+
+
+def app() -> None:
+    """A page."""
