@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -79,19 +80,29 @@ def commands(text: str) -> list[str]:
     ]
 
 
-def write_hub(folder: Path) -> Path:
-    """A hub cache with tiny checkpoints under the names that the pages use."""
+def make_hub(folder: Path) -> Path:
+    """A hub cache with tiny checkpoints under the names that the pages use; made where torchvision can be imported."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__, "--hub", str(folder)],
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    if done.returncode:
+        raise PastingError(f"the checkpoints could not be made:\n{done.stderr[-3000:]}")
+    return folder
+
+
+def _write_hub(folder: Path) -> None:
     from tokenprune_eval.checkpoints import write_llava
     from tokenprune_eval.qwen_checkpoint import write_qwen
 
-    for name, write in ((LLAVA, write_llava), (QWEN, lambda path: write_qwen("qwen2_5_vl", path))):
-        if name == QWEN and not os.environ.get("TOKENPRUNE_TORCHVISION"):
-            continue
+    for name, write in ((LLAVA, write_llava), (QWEN, partial(write_qwen, "qwen2_5_vl"))):
         own = folder / f"models--{name.replace('/', '--')}"
         write(own / "snapshots" / "0")
         (own / "refs").mkdir()
         (own / "refs" / "main").write_text("0")
-    return folder
 
 
 def write_pictures(folder: Path) -> None:
@@ -108,22 +119,24 @@ def write_pictures(folder: Path) -> None:
     (folder / "questions.jsonl").write_text("".join(lines))
 
 
-def surroundings(folder: Path, hub: Path) -> dict[str, str]:
-    """The environment of a reader who works in the folder."""
-    write_pictures(folder)
+def _environment(**more: str) -> dict[str, str]:
     paths = [
         os.environ.get("TOKENPRUNE_TORCHVISION", ""),
         *(str(ROOT / part) for part in (".", "kernels", "eval")),
     ]
-    added = {
+    return os.environ | {
         "PYTHONPATH": os.pathsep.join(path for path in (*paths, os.environ.get("PYTHONPATH")) if path),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "HF_HUB_CACHE": str(hub),
         "HF_HUB_OFFLINE": "1",
-        "TOKENPRUNE_CACHE": str(folder / ".cache"),
         "OMP_NUM_THREADS": "1",
+        **more,
     }
-    return os.environ | added
+
+
+def surroundings(folder: Path, hub: Path) -> dict[str, str]:
+    """The environment of a reader who works in the folder."""
+    write_pictures(folder)
+    return _environment(HF_HUB_CACHE=str(hub), TOKENPRUNE_CACHE=str(folder / ".cache"))
 
 
 def paste(page: Path, folder: Path, hub: Path, told: bool = False) -> int:
@@ -204,9 +217,14 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description="Paste the documents' blocks into fresh processes.")
     parser.add_argument("pages", nargs="*", type=Path, help="some of them, from the repository's root")
-    chosen = [path.resolve() for path in parser.parse_args().pages] or PAGES
+    parser.add_argument("--hub", type=Path, help="only make the checkpoints, there")
+    options = parser.parse_args()
+    if options.hub is not None:
+        _write_hub(options.hub)
+        return
+    chosen = [path.resolve() for path in options.pages] or [*PAGES, *EXAMPLES]
     with tempfile.TemporaryDirectory() as made:
-        hub = write_hub(Path(made) / "hub")
+        hub = make_hub(Path(made) / "hub")
         for number, page in enumerate(chosen):
             folder = Path(made) / str(number)
             folder.mkdir()
