@@ -60,7 +60,8 @@ class Block:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.page.relative_to(ROOT)}:{self.line} ({self.language})"
+        where = self.page.relative_to(ROOT) if self.page.is_relative_to(ROOT) else self.page
+        return f"{where}:{self.line} ({self.language})"
 
 
 class PastingError(AssertionError):

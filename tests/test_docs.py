@@ -1,101 +1,54 @@
-"""Every Python block of the documents runs, in order, on a small model in place of what would be downloaded."""
+"""The documents hold: every block runs as pasted, every example as it stands, numbers of the contract are real."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-import transformers
-from PIL import Image
 
-import tiny
-import tokenprune
-from tokenprune.testbed.modeling import build_model, build_processor
-
-ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = sorted(
-    path
-    for path in (
-        *ROOT.glob("*.md"),
-        *ROOT.glob("docs/*.md"),
-        *ROOT.glob("*/README.md"),
-        *ROOT.glob("*/*/README.md"),
-    )
-    if "```python" in path.read_text()
-)
+import pasting
+from pasting import EXAMPLES, PAGES, ROOT
 
 
-def blocks(path: Path) -> list[tuple[int, str]]:
-    text = path.read_text()
-    found = re.finditer(r"^```python\n(.*?)^```$", text, re.M | re.S)
-    return [(text[: m.start()].count("\n") + 1, m[1]) for m in found]
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not os.environ.get("TOKENPRUNE_TORCHVISION"):
+        pytest.skip("make test installs the torchvision that Qwen-VL's processors need")
+    return pasting.make_hub(tmp_path_factory.mktemp("hub"))
 
 
-@pytest.fixture
-def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the blocks take for granted: a loaded model, its processor and inputs, pictures in a folder."""
-    monkeypatch.setenv("TOKENPRUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "pictures").mkdir()
-    for i in range(18):
-        pixels = np.random.default_rng(i).integers(0, 255, (96, 96, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i}.png")
-    torch.manual_seed(0)
-    model, processor = build_model().eval(), build_processor()
-    # A model whose tokens are thrown to two sides collapses clearly.
-    direction = torch.randn(model.config.text_config.hidden_size)
-    model.model.language_model.layers[1].register_forward_hook(
-        lambda _module, _args, output: output + 50 * torch.tanh(100 * output[..., :1]) * direction
-    )
-    for auto, made in (
-        (transformers.AutoModelForImageTextToText, model),
-        (transformers.AutoProcessor, processor),
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_block_runs_as_pasted(page: Path, hub: Path, tmp_path: Path) -> None:
+    assert pasting.paste(page, tmp_path, hub) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def test_every_example_runs(path: Path, hub: Path, tmp_path: Path) -> None:
+    pasting.run_example(path, tmp_path, hub)
+
+
+def test_a_block_that_fails_is_found(tmp_path: Path) -> None:
+    """In the second of two, whose first defines a name; and in a command."""
+    page = tmp_path / "page.md"
+    for text, failing in (
+        ("```python\na = 1\n```\n\n```python\nprint(a, b)\n```\n", "page.md:6 (python)"),
+        ("```python\na = 1\n```\n\n```console\necho fine\ntokenprune nosuch\n```\n", "page.md:6 (console)"),
     ):
-        monkeypatch.setattr(auto, "from_pretrained", lambda *_, made=made, **__: made)
-    inputs = processor(
-        images=[Image.open(tmp_path / "pictures" / "0.png")],
-        text=["<image> what is it ?"],
-        return_tensors="pt",
-    )
-    return {
-        "model": model,
-        "processor": processor,
-        "inputs": {**inputs, "max_new_tokens": 2},
-        "queries": torch.randn(3, 8, 16),
-        "keys_and_values": [torch.randn(2, 3, 9, 4) for _ in range(4)],
-        "index": torch.tensor([[0, 3, 8], [1, 2, -1]]),
-        "image": Image.open(tmp_path / "pictures" / "0.png"),
-        "Norm": None,
-    }
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
-def test_blocks_run(path: Path, names: dict[str, Any]) -> None:
-    prelude = (
-        "from dataclasses import dataclass\nfrom typing import ClassVar\nfrom torch import Tensor\n"
-        "import tokenprune\nfrom tokenprune.methods import ImageTokens, Needs, ScoreMethod\n"
-    )
-    exec(prelude, names)
-    for line, block in blocks(path):
-        code = compile("\n" * line + block, str(path), "exec")
-        exec(code, names)
-        if tokenprune.is_wrapped(names["model"]):
-            tokenprune.unwrap(names["model"])
-    if path.name == "method.md":
-        model = tiny.llava()
-        with tokenprune.pruned(model, names["Norm"](), keep=0.5), torch.no_grad():
-            model(**tiny.inputs(model, [["text:3", "image", "text:2"]]))
-            assert tokenprune.report(model).pruned
+        page.write_text(text)
+        folder = tmp_path / f"run{failing[-3]}"
+        folder.mkdir()
+        with pytest.raises(pasting.PastingError, match=re.escape(failing)):
+            pasting.paste(page, folder, tmp_path)
 
 
 def test_every_document_with_code_is_among_them() -> None:
-    assert {"README.md", "method.md", "quickstart.md"} <= {path.name for path in DOCUMENTS} and len(
-        DOCUMENTS
-    ) >= 5
+    assert {"README.md", "method.md", "quickstart.md", "train.md", "app.md"} <= {path.name for path in PAGES}
+    assert len(PAGES) >= 9 and len(EXAMPLES) == 5
 
 
 def test_contract_numbers_that_tests_name_exist() -> None:
