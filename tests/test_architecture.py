@@ -30,7 +30,7 @@ FLOORS = (
     ("testbed",),
     ("analysis",),
     ("tune",),
-    ("compare", "bench", "serving"),
+    ("compare", "bench", "serving", "app"),
     ("cli", "__main__"),
 )
 # `import tokenprune` names what is further in at its first use; that is its purpose.

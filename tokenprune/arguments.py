@@ -68,7 +68,7 @@ class Arguments:
             the profile says, else "average".
         positions: "keep" the original position ids, or "compact" them (cuts before the LLM with 1-D RoPE only).
         strict: raise instead of warning when a call prunes nothing although the budget asked for it.
-        keep_lists: force what is kept: keep_lists[cut][row][image] = ascending raster indices.
+        keep_lists: force what is kept: `keep_lists[cut][row][image]` are ascending raster indices.
         allocation: "image": every image has a budget of its own; "pooled": a prompt's images share the sum of theirs.
         frame_floor: tokens that every frame of a video, and every view of an image, keeps at least.
         compact_early: after the prompt, take what was dropped out of the cache of the layers before the last cut, too:

@@ -1,5 +1,68 @@
-"""`tokenprune app`: placeholder."""
+"""`tokenprune app`: a page to play with."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Annotated, Any
+
+import typer
+
+from tokenprune.cli.loading import load_model
+from tokenprune.cli.options import DeviceOption, Dtype, DtypeOption
+from tokenprune.cli.shell import InputError, console
+from tokenprune.errors import install_hint
 
 
-def app() -> None:
-    """A page."""
+def app(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="[MODEL]", help="A local folder, a hub id, or 'small' or 'smol': the testbed's."
+        ),
+    ] = "small",
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen at; 0.0.0.0 opens the page to your network.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option("--port", min=1, max=65535, help="[default: the first free one]")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of an answer.")] = 32,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+) -> None:
+    """A page with your picture, the whole and the pruned answer, and what was kept. On this machine only."""
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError(f"the page needs gradio: {install_hint('app')}")
+    loaded, processor = load_model(model, dtype.value, device)
+
+    from tokenprune.app.asking import Asking
+    from tokenprune.app.page import build, serve
+
+    asking = Asking(model, loaded, processor, _reader(model), max_new_tokens)
+    page = build(asking, _examples(model))
+    try:
+        address = serve(page, host, port)
+    except OSError as error:
+        raise InputError(f"cannot listen at {host}: {error}; name another --port") from error
+    console().print(f"{address}  (Ctrl-C ends it)", markup=False)
+    page.block_thread()
+
+
+def _reader(model: str) -> Any:
+    from tokenprune.testbed.questions import known_words
+
+    return known_words if model == "small" else str
+
+
+def _examples(model: str) -> list[tuple[Any, str]]:
+    """Scenes of the testbed, on which its models were not trained; for other models with a question of their kind."""
+    from PIL import Image
+
+    from tokenprune.testbed import MODELS, evaluation_set
+
+    samples = [sample for sample in evaluation_set(40) if len(sample.images) == 1]
+    own = model in MODELS
+    return [
+        (Image.fromarray(sample.images[0]), sample.question if own else "What is in the picture?")
+        for sample in samples[8:24:4]
+    ]

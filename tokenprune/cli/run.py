@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -71,7 +70,10 @@ def run(
     arguments = _prune_arguments(method, keep, layer, budget, param or [])
     pictures = load_images(images)
     _check_picture(picture)
-    question = _words_of_small(question) if model == "small" else question
+    if model == "small":
+        from tokenprune.testbed.questions import known_words
+
+        question = known_words(question)
 
     import tokenprune
     from tokenprune.analysis.calibration import make_prompt
@@ -130,24 +132,6 @@ def _check_picture(picture: Path | None) -> None:
         raise InputError(f"--picture writes a PNG: give a name that ends in .png, not {picture.name!r}")
     if not picture.parent.is_dir():
         raise InputError(f"--picture: there is no folder {str(picture.parent)!r}; make it first")
-
-
-def _words_of_small(question: str) -> str:
-    """The small testbed model reads lower-case words it was trained on, and a question mark that stands alone.
-
-    Raises:
-        InputError: names the words it does not know.
-    """
-    from tokenprune.testbed.questions import vocabulary
-
-    words = re.findall(r"\?|[^\s?]+", question.lower())
-    unknown = [word for word in words if word not in vocabulary()]
-    if unknown or not words:
-        raise InputError(
-            f"the small testbed model does not know {', '.join(map(repr, unknown)) or 'an empty question'}; ask for "
-            f"example 'what color is the star ?', 'where is the seven ?' or 'how many digits ?'"
-        )
-    return " ".join(words)
 
 
 def _answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tokenprune.errors import ConfigError
 from tokenprune.testbed.grounds import (
     COLUMN_WORDS,
     GROUNDS,
@@ -58,6 +60,23 @@ def vocabulary() -> list[str]:
     words |= set("there a does row read yes no ?".split())
     words |= set(COLOR_NAMES) | set(KINDS) | set(ROW_WORDS) | set(COLUMN_WORDS)
     return [*sorted(words), *sorted({"ground", "at", *GROUNDS, *TINT_NAMES})]
+
+
+def known_words(question: str) -> str:
+    """A question as the small model reads it: lower-case words it was trained on, a question mark that stands alone.
+
+    Raises:
+        ConfigError: names the words it does not know.
+    """
+    words = re.findall(r"\?|[^\s?]+", question.lower())
+    known = vocabulary()
+    unknown = [word for word in words if word not in known]
+    if unknown or not words:
+        raise ConfigError(
+            f"the small testbed model does not know {', '.join(map(repr, unknown)) or 'an empty question'}; ask for "
+            f"example 'what color is the star ?', 'where is the seven ?' or 'how many digits ?'"
+        )
+    return " ".join(words)
 
 
 def _attribute(scene: Scene, rng: np.random.Generator) -> Iterator[QA]:
