@@ -1,4 +1,7 @@
-"""A process that searches on a shared study: `python tests/search_worker.py STORAGE TRIALS SEED WORKER`."""
+"""A process that searches on a shared study, which the first of them makes.
+
+`python tests/search_worker.py STORAGE TRIALS SEED WORKER`
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,6 @@ def main(storage: str, trials: int, seed: int, worker: int) -> None:
         worker=worker,
         storage=storage,
         study=STUDY,
-        resume=True,
         heartbeat=1,
     )
 
