@@ -26,7 +26,7 @@ prompt = processor.apply_chat_template([{"role": "user", "content": content}], a
 videos = [np.stack([np.asarray(frame) for frame in frames])]
 inputs = processor(text=[prompt], videos=videos, return_tensors="pt").to(model.device)
 
-with tokenprune.pruned(model, "importance", keep=0.25, frame_floor=2):
+with tokenprune.pruned(model, "importance", keep=0.25, layer=0, frame_floor=2):
     output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
     report = tokenprune.report(model)
 print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -88,7 +88,6 @@ def make_method(method: str | Method, parameters: dict[str, Any]) -> Method:
     cls = find_method(method) if isinstance(method, str) else None
     if cls is None:
         raise ConfigError(
-            f"unknown method {method!r}; choose one of {', '.join(sorted(METHODS))}, or give a "
-            f"Method, as text 'package.module:Class'"
+            f"unknown method {method!r}; choose one of {', '.join(sorted(METHODS))}, or pass a Method"
         )
     return build("method", cls.name, cls, parameters)
