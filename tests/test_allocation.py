@@ -115,9 +115,12 @@ def test_bad_arguments(arguments: dict[str, Any], text: str) -> None:
 def test_floor_beyond_the_budget() -> None:
     model = tiny.llava()
     inputs = tiny.inputs(model, ROWS)
-    with tokenprune.pruned(model, "random", keep=3, layer=0, frame_floor=4):
-        with pytest.raises(tokenprune.ConfigError, match="frame_floor=4 takes 4 tokens for the 1 frames"):
-            model(**inputs)
+    with tokenprune.pruned(model, "random", keep=3, layer=0, frame_floor=4), torch.no_grad():
+        model(**inputs)
+        assert all("some frames keep fewer" in str(image.notes) for image in tokenprune.report(model).images)
+        with tokenprune.override(model, strict=True):
+            with pytest.raises(tokenprune.ConfigError, match="frame_floor=4 takes 4 tokens for the 1 frames"):
+                model(**inputs)
 
 
 def test_merging_within_a_pool_is_refused_at_wrap() -> None:

@@ -18,6 +18,7 @@ FLOORS = (
     ("files", "budget", "named", "tokens", "estimators"),
     ("space",),
     ("images", "tiling", "draw"),
+    ("adaptive", "printed"),
     ("models",),
     ("fingerprint",),
     ("methods",),

@@ -341,7 +341,8 @@ def test_all_images_smaller_than_a_number_of_tokens(llava: Any, recwarn: pytest.
             {"keep": 0.505, "cuts": [(1, 0.5), (3, None)], "strict": True},
             r"reachable range is 13 to 16 tokens \(52\.0% to 64\.0%\)",
         ),
-        ({"keep": 17, "cuts": [(1, 0.5), (3, None)]}, r"reachable range is 13 to 16 tokens"),
+        ({"keep": 17, "cuts": [(1, 0.5), (3, None)], "strict": True}, r"reachable range is 13 to 16 tokens"),
+        ({"keep": 2, "layer": 2}, r"reachable range is 13 to 25 tokens"),
     ],
 )
 def test_unreachable_average_at_the_call(llava: Any, arguments: dict[str, Any], text: str) -> None:
@@ -363,6 +364,25 @@ def test_a_small_image_among_others_is_kept_as_near_as_it_can_be(method: str) ->
         assert tiny_one.kept[-1] == 1 and any(small in note for note in tiny_one.notes)
         assert small in str(report)
         with tokenprune.override(model, strict=True), refusal(BudgetError, "cannot be reached"):
+            logits(model, inputs)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"keep": 20}, {"keep": 200}, {"keep": 17, "cuts": [(0, 0.5), (1, 0.4), (3, None)]}]
+)
+def test_a_small_image_never_stops_a_run_for_a_number_of_tokens(arguments: dict[str, Any]) -> None:
+    """It keeps what it can and says so, for numbers as for shares; `strict` raises."""
+    model = tiny.qwen2_5_vl(layers=4)
+    inputs = tiny.inputs(model, [["image:6x6", "text:4"], ["image:2x2", "text:4"]])
+    arguments = {"cuts": [(1, 0.5), (3, None)], **arguments}
+    with tokenprune.pruned(model, "random", **arguments):
+        logits(model, inputs)
+        report = tokenprune.report(model)
+        assert all(
+            any("too few tokens" in n or "fewer tokens" in n for n in i.notes) for i in report.images[1:]
+        )
+        assert report.images[1].average <= 4 and report.images[1].kept[-1] >= 1
+        with tokenprune.override(model, strict=True), pytest.raises(BudgetError):
             logits(model, inputs)
 
 

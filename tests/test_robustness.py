@@ -219,7 +219,7 @@ def test_gradients_through_checkpoints_are_those_without(family: str, reentrant:
 def test_gradient_checkpointing_is_refused_before_any_change_where_hooks_would_run_twice(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tokenprune.runtime.state.checkpoints_forwards", lambda: False)
+    monkeypatch.setattr("tokenprune.releases.checkpoints_forwards", lambda: False)
     inputs = tiny.inputs(model, judge.ROWS[:1])
     model.train()
     (model.gradient_checkpointing_enable if OLD else model.activation_checkpointing_enable)()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from tokenprune.budget import Cut
+from tokenprune.budget import Cut, Escalate
 from tokenprune.errors import (
     BudgetError,
     ConfigError,
@@ -18,6 +18,8 @@ from tokenprune.errors import (
 )
 
 if TYPE_CHECKING:
+    from tokenprune.adaptive import Adaptive
+    from tokenprune.analysis.budgets import calibrate, calibrate_escalation
     from tokenprune.analysis.collapse import NoCollapseError, detect_ecl
     from tokenprune.api import in_context, is_wrapped, override, pruned, report, unwrap, wrap
     from tokenprune.arguments import Arguments
@@ -27,10 +29,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adaptive",
     "Arguments",
     "BudgetError",
     "ConfigError",
     "Cut",
+    "Escalate",
     "NoCollapseError",
     "NothingPrunedWarning",
     "OverrideWarning",
@@ -40,6 +44,8 @@ __all__ = [
     "UnsupportedModeError",
     "UnsupportedModelError",
     "UntestedWarning",
+    "calibrate",
+    "calibrate_escalation",
     "detect_ecl",
     "in_context",
     "is_wrapped",
@@ -51,6 +57,9 @@ __all__ = [
 ]
 
 _HOME = {
+    "Adaptive": "tokenprune.adaptive",
+    "calibrate": "tokenprune.analysis.budgets",
+    "calibrate_escalation": "tokenprune.analysis.budgets",
     "Arguments": "tokenprune.arguments",
     "NoCollapseError": "tokenprune.analysis.collapse",
     "Profile": "tokenprune.profiles.profile",

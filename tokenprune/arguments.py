@@ -14,7 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tokenprune.budget import BudgetMeaning, Cut, Keep, check_keep
+from tokenprune.adaptive import Adaptive
+from tokenprune.budget import BudgetMeaning, Cut, Escalate, Keep, check_keep
 from tokenprune.errors import ConfigError
 from tokenprune.methods import Method, find_method
 from tokenprune.models.base import Family
@@ -57,7 +58,8 @@ class Arguments:
             for this model whose budget is nearest from above, solved for the budget asked; where none is known, or
             where layers or parameters are given, it is "vflowopt" with its defaults (where that cannot look into the
             model's vision tower, "uniform" before the LLM).
-        keep: how many visual tokens to keep: a float in (0, 1] is a fraction, an int a number per image.
+        keep: how many visual tokens to keep: a float in (0, 1] is a fraction, an int a number per image, an `Adaptive`
+            one that follows each picture around its mean.
         layer: prune on entering this decoder layer; 0 is before the LLM. Default: the method's own cuts.
             "auto": the one `detect_ecl` found for this model.
         cuts: several cuts instead of `layer`: (layer, keep) pairs, each keep a share of the image's original
@@ -79,6 +81,10 @@ class Arguments:
         profile: a `Profile` or the path of one: its method, parameters, cuts and budget are taken, but for what is
             given beside it (another `keep` is solved anew).
         allow_mismatch: take a profile that was made for another model.
+        escalate: (keep, entropy): rows whose first token has more entropy than that, in nats, are prefilled again with
+            this larger share; see `Escalate`, and `calibrate_escalation`. First turns, growing caches.
+        text_floor: share that a picture of dense print (page, table, screenshot) keeps at least; see `printed.py`.
+        adaptive_keep: the `Adaptive` that was given as `keep`.
         parameters: of the method.
 
     Raises:
@@ -86,7 +92,7 @@ class Arguments:
     """
 
     method: str | Method = AUTO
-    keep: Keep | None = None
+    keep: Keep | None = None  # or an Adaptive, whose mean it is once made
     layer: int | Literal["auto"] | None = None
     cuts: Sequence[Cut | tuple[int, Keep | None]] | None = None
     stages: Sequence[Stage | tuple[Any, ...]] | None = None
@@ -100,6 +106,9 @@ class Arguments:
     family: str | Family | None = None
     profile: Any = None
     allow_mismatch: bool = False
+    escalate: Escalate | None = None  # or (keep, entropy)
+    text_floor: float | None = None
+    adaptive_keep: Adaptive | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -118,6 +127,10 @@ class Arguments:
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.method == "none" and self.says_how_much:
             raise ConfigError("method 'none' keeps everything: leave keep, cuts and keep_lists out")
+        given: Any = self.keep
+        if isinstance(given, Adaptive):
+            object.__setattr__(self, "adaptive_keep", given)
+            object.__setattr__(self, "keep", given.mean)
         if self.keep is not None:
             object.__setattr__(self, "keep", check_keep(self.keep))
         if self.cuts is not None and self.layer is not None:
@@ -132,6 +145,12 @@ class Arguments:
                     f"stages say methods, parameters and layers themselves: leave {beside[0]} out"
                 )
             object.__setattr__(self, "stages", check_stages(self.stages))
+        if self.adaptive_keep is not None:
+            _check_adaptive(self)
+        if self.text_floor is not None:
+            _check_floor(self)
+        if self.escalate is not None:
+            object.__setattr__(self, "escalate", _check_escalate(self))
         if self.keep_lists is not None and not is_list(self.keep_lists):
             raise ConfigError(
                 f"keep_lists must be keep_lists[cut][row][image] = kept raster indices, not {self.keep_lists!r}"
@@ -192,6 +211,13 @@ class Arguments:
             gone |= {"keep", "layer", "cuts", "keep_lists"}
         if {"layer", "cuts", "stages", "keep"} & changes.keys():
             gone.add("keep_lists")
+        if {"keep", "profile"} & changes.keys() or changes.get("method") == "none":
+            gone.add("adaptive_keep")
+        if (
+            changes.keys() & {"keep", "profile", "allocation", "keep_lists"}
+            or changes.get("method") == "none"
+        ):
+            gone |= {"escalate", "text_floor"}
         replaced: dict[str, Any] = {**dict.fromkeys(gone), "parameters": own, **new}
         return dataclasses.replace(self, **replaced)
 
@@ -280,6 +306,69 @@ class Arguments:
 
 
 NAMES = tuple(f.name for f in dataclasses.fields(Arguments) if f.name != "parameters")
+
+
+def _check_floor(asked: Arguments) -> None:
+    """Raises ConfigError where it is no share, or cannot be kept to."""
+    floor: Any = asked.text_floor
+    if isinstance(floor, bool) or not isinstance(floor, float) or not 0 < floor <= 1:
+        raise ConfigError(f"text_floor is a share in (0, 1], not {floor!r}")
+    if not isinstance(asked.keep, float):
+        raise ConfigError("text_floor raises a share: give keep a share, too, not a number of tokens")
+    if asked.allocation == "pooled":
+        raise ConfigError("text_floor is settled image by image: leave allocation='pooled' out")
+
+
+def _check_escalate(asked: Arguments) -> Escalate:
+    """Raises ConfigError where it is none, or no larger budget."""
+    given: Any = asked.escalate
+    try:
+        found = given if isinstance(given, Escalate) else Escalate(*given)
+    except TypeError:
+        raise ConfigError(f"escalate takes (keep, entropy), such as (0.33, 1.5), not {given!r:.60}") from None
+    if not isinstance(asked.keep, float) or found.keep <= asked.keep:
+        raise ConfigError(
+            f"escalate goes from a smaller share to a larger one, not from {asked.keep} to {found.keep}"
+        )
+    if asked.allocation == "pooled" or asked.keep_lists is not None:
+        raise ConfigError("escalate settles budgets row by row: leave allocation and keep_lists out")
+    return found
+
+
+def read_escalate(text: str) -> Escalate:
+    """Escalation written as `33%@1.5`: what is kept then, and the entropy in nats above which.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    keep, at, entropy = text.partition("@")
+    try:
+        if at:
+            return Escalate(float(read_keep(keep)), float(entropy))
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+    raise ConfigError(f"escalate takes a share and an entropy in nats, such as 33%@1.5, not {text!r}")
+
+
+def _check_adaptive(asked: Arguments) -> None:
+    """Refuse what an adaptive budget cannot be combined with.
+
+    Raises:
+        ConfigError: says why.
+    """
+    assert asked.adaptive_keep is not None
+    if asked.adaptive_keep.tau is None:
+        raise ConfigError(
+            "this Adaptive has no tau yet: tokenprune.calibrate(model, calls, Adaptive(...)) finds it on a few pictures"
+        )
+    if asked.keep != asked.adaptive_keep.mean:
+        raise ConfigError("keep is the Adaptive's mean: give the Adaptive as keep, and nothing beside it")
+    if asked.allocation == "pooled":
+        raise ConfigError("an adaptive budget is settled image by image: leave allocation='pooled' out")
+    cuts = asked.cuts or asked.stages or ()
+    if any(isinstance(getattr(cut, "keep", None), int) for cut in cuts):
+        raise ConfigError("an adaptive budget is a share: give the cuts shares, too, not numbers of tokens")
 
 
 def _with_profile(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -478,6 +567,8 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "cuts": read_cuts,
     "stages": read_stages,
     "keep_lists": _no_text,
+    "escalate": read_escalate,
+    "text_floor": lambda text: float(read_keep(text)),
     "strict": lambda text: read_like("strict", text, False),
     "compact_early": lambda text: read_like("compact_early", text, False),
     "frame_floor": lambda text: read_like("frame_floor", text, 0),

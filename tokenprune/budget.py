@@ -27,6 +27,29 @@ class Cut:
     keep: Keep | None = None
 
 
+@dataclass(frozen=True)
+class Escalate:
+    """`wrap(model, keep=0.11, escalate=(0.33, 1.5))`: unsure prompts are prefilled again with a larger budget.
+
+    Args:
+        keep: share of the visual tokens that an unsure row keeps then.
+        entropy: of the first token's distribution, in nats, above which a row is unsure.
+
+    Raises:
+        ConfigError: numbers that cannot be.
+    """
+
+    keep: float
+    entropy: float
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keep, bool) or not isinstance(self.keep, float) or not 0 < self.keep <= 1:
+            raise ConfigError(f"escalate takes a share in (0, 1] to keep, not {self.keep!r}")
+        number = not isinstance(self.entropy, bool) and isinstance(self.entropy, int | float)
+        if not number or not 0 <= self.entropy < math.inf:
+            raise ConfigError(f"escalate takes an entropy in nats, 0 or more, not {self.entropy!r}")
+
+
 def check_keep(keep: object, what: str = "keep") -> Keep:
     """Return `keep` if it is a float in (0, 1] or an int >= 1 (bool and NaN are refused).
 
@@ -149,3 +172,18 @@ def average_kept(n: int, num_layers: int, cuts: Sequence[Cut], counts: Sequence[
         total += (cut.layer - start) * previous
         start, previous = cut.layer, count
     return (total + (num_layers - start) * previous) / num_layers
+
+
+def scaled_shares(shares: Sequence[Keep | None], keep: Keep, made_for: Keep) -> list[Keep] | None:
+    """What cuts keep of the original tokens, made for one budget, at another; None between fractions and counts.
+
+    For a smaller budget what is kept is scaled, for a larger one what is dropped, so that every budget can be met.
+    """
+    if type(keep) is not type(made_for):
+        return None
+    known = [share for share in shares if share is not None]  # only a last one has none
+    if isinstance(keep, float) and keep > made_for:
+        dropped = (1 - keep) / (1 - made_for)
+        return [1 - (1 - share) * dropped for share in known]
+    times = keep / made_for
+    return [max(1, round(share * times)) if isinstance(share, int) else share * times for share in known]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tokenprune.arguments import Arguments
 from tokenprune.auto import resolve
@@ -16,9 +17,11 @@ from tokenprune.errors import BudgetError, ConfigError, UnsupportedModelError
 from tokenprune.fingerprint import fingerprint
 from tokenprune.methods import DecoderShape, Method, NoPruning, ScoreMethod, make_method
 from tokenprune.methods.base import PROJECTED, Needs
+from tokenprune.methods.importance import grey_entropy
 from tokenprune.methods.staged import Staged
 from tokenprune.models.base import Family
 from tokenprune.models.decoders import attention_backend, check_states, takes_biases
+from tokenprune.printed import COLUMNS, look
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class PruneConfig:
     method: the pruning method.
     cuts: where to prune, ascending; empty for `none`.
     layer_reason: where the cut's layer came from, for the report.
+    rows_at: budgets of their own, by row of the batch; see `escalate.py`.
     """
 
     asked: Arguments
@@ -36,11 +40,25 @@ class PruneConfig:
     method: Method
     cuts: tuple[Cut, ...]
     layer_reason: str
+    rows_at: Mapping[int, float] = field(default_factory=dict)
 
     @cached_property
     def needs(self) -> Needs:
-        """Of all cuts, asked once: hooks look at them."""
-        return self.method.needs()
+        """Of all cuts, and of an adaptive budget, asked once: hooks look at them."""
+        needs, adaptive = self.method.needs(), self.arguments.adaptive_keep
+        if not self.scores:
+            return needs
+        if adaptive is not None and not adaptive.reads_pixels:
+            needs = replace(needs, features=True)
+        if self.reads_pixels:
+            needs = replace(needs, pixels=Beside(needs.pixels))
+        return needs
+
+    @property
+    def reads_pixels(self) -> bool:
+        """Whether budgets depend on pixels."""
+        adaptive = self.arguments.adaptive_keep
+        return self.arguments.text_floor is not None or (adaptive is not None and adaptive.reads_pixels)
 
     def needs_at(self, cut: int) -> Needs:
         """What is wanted at a cut."""
@@ -75,6 +93,33 @@ class PruneConfig:
         return self.arguments.keep_lists is None and bool(self.cuts)
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What a method reads of pixels, if anything, and behind it what budgets do: print, and grey-level entropy."""
+
+    own: Callable[[Tensor], Tensor] | None
+
+    def __call__(self, patches: Tensor) -> Tensor:
+        columns = [] if self.own is None else [self.own(patches)]
+        columns += [look(patches), grey_entropy(patches)]
+        return torch.cat([c.reshape(len(patches), -1).float() for c in columns], dim=1)
+
+    @staticmethod
+    def grey(noted: Tensor) -> Tensor:
+        """(n,) of (n, c)."""
+        return noted[:, -1]
+
+    @staticmethod
+    def looked(noted: Tensor) -> Tensor:
+        """(n, COLUMNS) of (n, c)."""
+        return noted[:, -1 - COLUMNS : -1]
+
+    def for_method(self, noted: Tensor) -> Tensor | None:
+        """What the method asked for itself: (n,) or (n, c)."""
+        rest = noted[:, : -1 - COLUMNS]
+        return None if self.own is None else rest[:, 0] if rest.shape[1] == 1 else rest
+
+
 def settle(model: nn.Module, family: Family, asked: Arguments) -> PruneConfig:
     """Fill in what is left open, and check it all against the model, before anything is touched.
 
@@ -98,6 +143,8 @@ def settle(model: nn.Module, family: Family, asked: Arguments) -> PruneConfig:
         raise ConfigError(
             f"method {made.name!r} merges tokens, which allocation='pooled' does not offer; use allocation='image'"
         )
+    if arguments.adaptive_keep is not None or arguments.text_floor is not None:
+        _check_adaptive(model, family, arguments, made)
     if isinstance(made, NoPruning):
         if arguments.says_how_much:
             raise ConfigError("method 'none' keeps everything: leave keep, cuts and keep_lists out")
@@ -113,6 +160,20 @@ def settle(model: nn.Module, family: Family, asked: Arguments) -> PruneConfig:
             f"here the cuts are at {', '.join(str(c.layer) for c in cuts)} of a {family.name} model: use 'keep'"
         )
     return PruneConfig(asked, arguments, made, cuts, reason)
+
+
+def _check_adaptive(model: nn.Module, family: Family, arguments: Arguments, method: Method) -> None:
+    """Refuse what an adaptive budget, or a floor for text, cannot be read off, or met by.
+
+    Raises:
+        UnsupportedModelError: the family does not offer pixels.
+        ConfigError: the method has a say in the counts itself.
+    """
+    adaptive = arguments.adaptive_keep
+    if arguments.text_floor is not None or (adaptive is not None and adaptive.reads_pixels):
+        family.pixel_scale(model)
+    if method.needs().counts:
+        raise ConfigError(f"method {method.name!r} settles counts itself: give it a plain keep")
 
 
 def check_profile(model: nn.Module, arguments: Arguments) -> None:

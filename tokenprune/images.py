@@ -85,3 +85,57 @@ def as_seen(image_processor: Any, image: Image.Image) -> Image.Image:
         part = ImageOps.expand(part, border=(max(0, -dx), max(0, -dy)))
         dx, dy = max(0, dx), max(0, dy)
     return part.crop((dx, dy, dx + crop["width"], dy + crop["height"]))
+
+
+# In Qwen-VL's processors' `size` these edges are numbers of pixels; in those of others the longest one is a side.
+_EDGES = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
+
+
+def limit_pixels(processor: Any, least: int | None, most: int | None) -> None:
+    """Have a processor scale pictures to within a number of pixels, as tables at a fixed resolution ask for.
+
+    That is what people do instead of pruning, so it is how both are compared at equally many tokens.
+
+    Raises:
+        ConfigError: its pictures have one size whatever they are, or a limit is no number of pixels.
+    """
+    given = {"min_pixels": least, "max_pixels": most}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
+        return
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} takes a number of pixels, not {value!r}")
+    images = getattr(processor, "image_processor", None)
+    size = getattr(images, "size", None)
+    if images is None or size is None or "longest_edge" not in size or not hasattr(images, "merge_size"):
+        raise ConfigError(
+            f"a {type(images).__name__} takes no {' or '.join(given)}: only those of Qwen-VL, GLM-V and kin scale "
+            f"to a number of pixels; 'size' sets the longest side of others"
+        )
+    least, most = (given.get(name, size[edge]) for name, edge in _EDGES)
+    if least is None or most is None or least > most:
+        raise ConfigError(f"min_pixels={least} is more than max_pixels={most}")
+    images.size = type(size)(shortest_edge=least, longest_edge=most)
+    for name, value in (("min_pixels", least), ("max_pixels", most)):
+        if hasattr(images, name):
+            setattr(images, name, value)
+
+
+def limit_side(processor: Any, longest: int | None) -> None:
+    """Have a processor scale pictures to a longest side in pixels (Pixtral, Idefics3, SmolVLM).
+
+    Raises:
+        ConfigError: it has none to set, or that is no number of pixels.
+    """
+    if longest is None:
+        return
+    if isinstance(longest, bool) or not isinstance(longest, int) or longest < 1:
+        raise ConfigError(f"size takes a number of pixels, not {longest!r}")
+    images = getattr(processor, "image_processor", None)
+    size = getattr(images, "size", None)
+    if images is None or size is None or "longest_edge" not in size or hasattr(images, "merge_size"):
+        raise ConfigError(
+            f"a {type(images).__name__} takes no size: its pictures have one size, or take min_pixels and max_pixels"
+        )
+    images.size = type(size)(longest_edge=longest)

@@ -84,10 +84,16 @@ def _cache_argument(kind: Any) -> str:
 
 
 def checkpoints_forwards() -> bool:
-    """Whether gradient checkpointing repeats a layer's forward without its hooks, as it does since 5.2x."""
+    """Whether gradient checkpointing repeats a layer's forward without its hooks (not in 5.17, in 5.23 and later)."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return "__call__" not in vars(GradientCheckpointingLayer)
+
+
+def repeats_hooks(model: torch.nn.Module) -> bool:
+    """Whether gradient checkpointing is on, and repeats hooks."""
+    on = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    return on and not checkpoints_forwards()
 
 
 def names_cache(named: Mapping[str, Any]) -> bool:

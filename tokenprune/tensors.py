@@ -65,3 +65,9 @@ def to_host(tensors: list[Tensor]) -> list[NDArray[np.int64]]:
     return [
         (t if t.device.type == "cpu" else next(copies).view(t.shape)).to(torch.int64).numpy() for t in tensors
     ]
+
+
+def entropy_of(logits: Tensor) -> Tensor:
+    """(..., V) logits -> (...) entropy of their distribution in nats, float32."""
+    log = logits.float().log_softmax(-1)
+    return -torch.special.xlogy(log.exp(), log.exp()).sum(-1)

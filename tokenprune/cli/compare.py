@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from tokenprune.cli.loading import load_model
-from tokenprune.cli.options import DeviceOption, Dtype, DtypeOption, JsonOption, ModelArgument
+from tokenprune.cli.loading import load_model, scale_pictures
+from tokenprune.cli.options import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    MaxPixels,
+    MinPixels,
+    ModelArgument,
+    Side,
+)
 from tokenprune.cli.shell import InputError, console, kept, print_json, progress
 from tokenprune.errors import install_hint
 from tokenprune.files import given_path
@@ -80,6 +89,9 @@ def compare(
     ] = 32,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in the folder.")] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the questions drawn.")] = 0,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
+    size: Side = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -105,6 +117,7 @@ def compare(
 
     asked = load_questions(data, questions, seed=seed)
     loaded, processor = load_model(model, dtype.value, device)
+    scale_pictures(processor, min_pixels, max_pixels, size)
     going_on = f"all answers so far are kept in {out}; the same command with --resume goes on"
     with progress("unpruned", as_json) as show, kept(lambda: going_on):
 
@@ -113,7 +126,8 @@ def compare(
 
         found = run(loaded, processor, asked, out, resume=resume, told=told, **options)
     about = _about(model, data, loaded)
-    command = _command(model, data, out, options, questions, seed, dtype.value)
+    scaled = {"min-pixels": min_pixels, "max-pixels": max_pixels, "size": size}
+    command = _command(model, data, out, options, questions, seed, dtype.value, scaled)
     write_csv(found.summary, out / "compare.csv", about)
     write_json(found.summary, out / "compare.json", {**about, "command": command})
     write_page(found, out / "report.html", about, command)
@@ -161,7 +175,14 @@ def _about(model: str, data: str, loaded: Any) -> dict[str, str]:
 
 
 def _command(
-    model: str, data: str, out: Path, options: dict[str, Any], questions: int, seed: int, dtype: str
+    model: str,
+    data: str,
+    out: Path,
+    options: dict[str, Any],
+    questions: int,
+    seed: int,
+    dtype: str,
+    scaled: dict[str, int | None],
 ) -> str:
     words = ["tokenprune", "compare", model, "--data", data, "--out", out.name]
     controls = () if options["controls"] == CONTROLS else options["controls"]
@@ -174,6 +195,8 @@ def _command(
     words += ["--questions", str(questions), "--seed", str(seed), "--dtype", dtype]
     for name in ("match", "max_new_tokens", "batch_size", "rounds", "new_tokens"):
         words += [f"--{name.replace('_', '-')}", str(options[name])]
+    for name, value in scaled.items():
+        words += [] if value is None else [f"--{name}", str(value)]
     return shlex.join(words)
 
 

@@ -7,15 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from tokenprune.cli.loading import load_model
+from tokenprune.cli.loading import load_model, scale_pictures
 from tokenprune.cli.options import (
     DataOption,
     DeviceOption,
     Dtype,
     DtypeOption,
     JsonOption,
+    MaxPixels,
     MetricOption,
+    MinPixels,
     ModelArgument,
+    Side,
 )
 from tokenprune.cli.shell import InputError, console, no_drawing_loses_results, one_line, print_json, progress
 
@@ -40,6 +43,9 @@ def drift(
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts per forward.")] = 8,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the samples drawn.")] = 0,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
+    size: Side = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -65,6 +71,7 @@ def drift(
         arguments["keep"] = budget
     drawn = load_calibration(data, samples, seed=seed)
     loaded, processor = load_model(model, dtype.value, device)
+    scale_pictures(processor, min_pixels, max_pixels, size)
     calls = list(calibration_calls(processor, drawn, loaded.device))
     with progress("measuring", as_json) as show:
         found = inspect_drift(

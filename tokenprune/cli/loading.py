@@ -143,6 +143,18 @@ def _an_example() -> str:
     return next(family.examples[0] for family in FAMILIES.values() if family.examples)
 
 
+def scale_pictures(processor: Any, min_pixels: int | None, max_pixels: int | None, size: int | None) -> None:
+    """Have a processor make pictures smaller or larger, as its family takes it.
+
+    Raises:
+        ConfigError: it does not take that.
+    """
+    from tokenprune.images import limit_pixels, limit_side
+
+    limit_pixels(processor, min_pixels, max_pixels)
+    limit_side(processor, size)
+
+
 def check_device(device: str | None) -> str:
     import torch
 

@@ -36,6 +36,17 @@ DeviceOption: TypeAlias = Annotated[
 JsonOption: TypeAlias = Annotated[
     bool, typer.Option("--json", help="Print one JSON document and nothing else.")
 ]
+MinPixels: TypeAlias = Annotated[
+    int | None,
+    typer.Option("--min-pixels", min=1, help="Scale pictures up to these (Qwen-VL, GLM-V and their kin)."),
+]
+MaxPixels: TypeAlias = Annotated[
+    int | None, typer.Option("--max-pixels", min=1, help="Scale pictures down to these (likewise).")
+]
+Side: TypeAlias = Annotated[
+    int | None,
+    typer.Option("--size", min=1, help="Longest side of pictures, in pixels (Pixtral, Idefics3, SmolVLM)."),
+]
 MetricOption: TypeAlias = Annotated[
     str, typer.Option("--metric", help="Drift: cosine, relative_l2, kl or cauchy_schwarz.")
 ]

@@ -8,8 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenprune.cli.loading import load_images, load_model
-from tokenprune.cli.options import DeviceOption, Dtype, DtypeOption, JsonOption, ModelArgument
+from tokenprune.cli.loading import load_images, load_model, scale_pictures
+from tokenprune.cli.options import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    MaxPixels,
+    MinPixels,
+    ModelArgument,
+    Side,
+)
 from tokenprune.cli.parse import parse_pairs
 from tokenprune.cli.shell import InputError, console, no_drawing_loses_results, one_line, print_json
 from tokenprune.files import given_path
@@ -57,6 +66,9 @@ def run(
             help="A parameter of the method, or any argument of wrap; repeatable.",
         ),
     ] = None,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
+    size: Side = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
@@ -79,6 +91,7 @@ def run(
     from tokenprune.analysis.calibration import make_prompt
 
     loaded, processor = load_model(model, dtype.value, device)
+    scale_pictures(processor, min_pixels, max_pixels, size)
     inputs = make_prompt(processor, pictures, question).to(loaded.device, dtype=loaded.dtype)
     with tokenprune.pruned(loaded, **arguments):
         answer = _answer(loaded, processor, inputs, max_new_tokens)

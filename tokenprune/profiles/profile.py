@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from tokenprune.adaptive import Adaptive
+from tokenprune.budget import scaled_shares
 from tokenprune.errors import ConfigError
 from tokenprune.files import given_path
 from tokenprune.methods import NoPruning, Staged, make_method
@@ -36,6 +38,15 @@ class ProfileStage(ProfileCut):
 
     method: Name
     parameters: dict[Name, Value] = Field(default_factory=dict, max_length=64)
+
+
+class ProfileAdaptive(Document):
+    """How the budget follows each picture; see `Adaptive`."""
+
+    rule: Literal["energy", "rank", "grey"]
+    tau: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    low: Annotated[float, Field(ge=0, le=1)] = 0.0
+    high: Annotated[float, Field(ge=0, le=1)] = 1.0
 
 
 class Made(Document):
@@ -74,6 +85,7 @@ class Profile(Document):
         cuts: where to prune; empty: the method's default.
         stages: cuts with a method each, instead of `cuts`.
         keep, budget: what it was made for.
+        adaptive: how the budget follows each picture around `keep`; None: every picture keeps as much.
         model: fingerprint of the model; "" for one that was published without weights at hand.
         family: of the model.
         name: of its checkpoint, for people; nothing is loaded by it.
@@ -88,6 +100,7 @@ class Profile(Document):
     stages: tuple[ProfileStage, ...] = Field(default=(), max_length=64)
     keep: Share | Count
     budget: Literal["average", "after_cut"] = "average"
+    adaptive: ProfileAdaptive | None = None
     model: Fingerprint = ""
     family: Name | None = None
     name: Line = ""
@@ -99,6 +112,8 @@ class Profile(Document):
     def _check_cuts(self) -> Profile:
         if any(cut.keep is None for cut in (*self.cuts[:-1], *self.stages[:-1])):
             raise ValueError("only the last cut can be left to the budget")
+        if self.adaptive is not None and not isinstance(self.keep, float):
+            raise ValueError("an adaptive budget has a share as its mean")
         if (self.method == STAGES) != bool(self.stages) or (self.stages and (self.cuts or self.parameters)):
             raise ValueError("stages go with method 'stages', and say cuts and parameters themselves")
         return self
@@ -122,8 +137,8 @@ class Profile(Document):
 
     def content_hash(self) -> str:
         """SHA-256 of everything but `hash`, as canonical JSON."""
-        # Profiles made before there were stages and names keep their hash.
-        absent = {name for name in ("stages", "name") if not getattr(self, name)}
+        # Profiles made before there were stages, names and adaptive budgets keep their hash.
+        absent = {name for name in ("stages", "name", "adaptive") if not getattr(self, name)}
         content = self.model_dump(mode="json", exclude={"hash", *absent})
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -142,8 +157,13 @@ class Profile(Document):
         own: Sequence[ProfileCut] = self.stages or self.cuts
         cuts = [(cut.layer, cut.keep) for cut in own] or None
         if keep is not None and keep != self.keep and cuts is not None:
-            cuts = _scaled(own, keep, self.keep)
+            scaled = scaled_shares([cut.keep for cut in own[:-1]], keep, self.keep)
+            layers = [cut.layer for cut in own]
+            cuts = None if scaled is None else [*zip(layers, scaled, strict=False), (layers[-1], None)]
         solved = cuts is None or cuts[-1][1] is None
+        asked: Any = self.keep if keep is None else keep
+        if self.adaptive is not None and asked == self.keep:  # calibrated for that mean, and no other
+            asked = Adaptive(self.keep, **self.adaptive.model_dump())
         if self.stages:
             cuts = cuts or [(self.stages[0].layer, None)]
             return {
@@ -151,12 +171,12 @@ class Profile(Document):
                     (layer, stage.method, share, dict(stage.parameters))
                     for (layer, share), stage in zip(cuts, self.stages, strict=False)
                 ],
-                "keep": (self.keep if keep is None else keep) if solved else None,
+                "keep": asked if solved else None,
                 "budget": self.budget,
             }
         return {
             "method": self.method,
-            "keep": (self.keep if keep is None else keep) if solved else None,
+            "keep": asked if solved else None,
             "cuts": cuts,
             "budget": self.budget,
             **self.parameters,
@@ -214,25 +234,3 @@ class Profile(Document):
         if name not in names:
             raise ConfigError(f"there is no published profile {name!r}; choose one of {', '.join(names)}")
         return cls.load(PRESETS / f"{name}.json")
-
-
-def _scaled(
-    own: Sequence[ProfileCut], keep: float | int, made_for: float | int
-) -> list[tuple[int, float | int | None]] | None:
-    """The shares of cuts made for one budget, at another, the last left open; None between fractions and counts."""
-    if type(keep) is not type(made_for):
-        return None
-    shares = [cut.keep for cut in own[:-1]]
-    if isinstance(keep, float) and keep > made_for:
-        dropped = (1 - keep) / (1 - made_for)
-        scaled: list[float | int | None] = [
-            1 - (1 - share) * dropped for share in shares if share is not None
-        ]
-    else:
-        times = keep / made_for
-        scaled = [
-            max(1, round(share * times)) if isinstance(share, int) else share * times
-            for share in shares
-            if share is not None  # only the last has none
-        ]
-    return [*((cut.layer, share) for cut, share in zip(own, scaled, strict=False)), (own[-1].layer, None)]

@@ -14,6 +14,7 @@ from tokenprune.releases import cache_of
 from tokenprune.runtime import compiled, deltas
 from tokenprune.runtime.current import LOGITS_PROCESSORS, called_from
 from tokenprune.runtime.early import compact_early
+from tokenprune.runtime.escalate import escalated, may_escalate
 from tokenprune.runtime.outcome import make_outcome
 from tokenprune.runtime.plan import Plan
 from tokenprune.runtime.record import Columns, attach, extend, record_of
@@ -69,6 +70,7 @@ class CallHooks:
         given = inputs
         if call is not None and runtime.family.mrope:
             inputs = deltas.restore(runtime.family.base(runtime.model), call, inputs)
+        again = call is not None and module is runtime.model and may_escalate(call, inputs)
         with runtime.gate:
             if not runtime.installed:  # another thread unwraps the model at this moment: it is stock already
                 return None
@@ -81,6 +83,8 @@ class CallHooks:
             return None if inputs is given else ((), inputs)
         if runtime.on_trial and not call.past:
             call.given = dict(inputs)
+        if again:
+            call.again = dict(inputs)
         call.labels = inputs.pop("labels", None)
         # What the stock forward would pass on to the loss (the Trainer's num_items_in_batch, for example).
         call.loss_options = {name: value for name, value in inputs.items() if name not in names}
@@ -114,6 +118,10 @@ class CallHooks:
             remember(call.cache, call.record)
         if stages is not None:
             runtime.assumptions.check_call(call, output, layers)
+            if call.again is not None:
+                better = escalated(runtime, call, output)
+                if better is not None:
+                    return better
             if call.given is not None:
                 try_prompt(runtime, call, call.given, output)
                 runtime.on_trial = False

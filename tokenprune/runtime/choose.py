@@ -7,7 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from tokenprune.config import Beside
 from tokenprune.errors import TokenPruneError
+from tokenprune.printed import is_print
 from tokenprune.runtime.selections import check_selection
 from tokenprune.runtime.state import Call
 from tokenprune.runtime.states import LayerStates
@@ -55,7 +57,7 @@ def choose(call: Call, cut: int, *, hidden: Tensor | None = None, caught: LayerS
             stages.store(cut, key, selection)
 
 
-def enter_prompt(call: Call, embeds: Tensor) -> None:
+def enter_prompt(call: Call, embeds: Tensor, num_layers: int) -> None:
     """Before layer 0: what methods may want of the embeddings, and what they say of the counts."""
     stages, views, method = call.stages, call.views, call.config.method.at(0)
     assert stages is not None and views is not None
@@ -64,6 +66,12 @@ def enter_prompt(call: Call, embeds: Tensor) -> None:
     needs = call.config.needs
     if needs.features or needs.words:
         views.embeds = embeds
+    if call.config.arguments.adaptive_keep is not None or call.config.arguments.text_floor is not None:
+        with as_written(embeds.device), call.scoring.running(embeds.device):
+            told = [_budget(call, key).to(embeds.device) for key in stages.images]
+            found = torch.stack(told).tolist()  # the one copy more that such budgets cost
+        stages.plan = stages.plan.with_shares(dict(zip(stages.images, found, strict=True)), num_layers)
+        stages.notes = {key: [own] for key, own in stages.plan.notes.items()}
     if not needs.counts:
         return
     with as_written(embeds.device), call.scoring.running(embeds.device):
@@ -79,3 +87,20 @@ def enter_prompt(call: Call, embeds: Tensor) -> None:
             told.append(own.to(embeds.device, torch.long))
         counts = torch.stack(told).tolist()  # the one copy more that such methods cost
     stages.plan = stages.plan.with_counts(dict(zip(stages.images, counts, strict=True)))
+
+
+def _budget(call: Call, key: tuple[int, int]) -> Tensor:
+    """(2,) the share that an adaptive budget comes to (NaN where there is none), and how surely it is print."""
+    arguments, stages, views = call.config.arguments, call.stages, call.views
+    assert stages is not None and views is not None
+    looked = views.looked(stages, key) if call.config.reads_pixels else None
+    adaptive = arguments.adaptive_keep
+    if adaptive is None:
+        share = torch.tensor(float("nan"))
+    elif adaptive.reads_pixels:
+        assert looked is not None
+        share = adaptive.share(Beside.grey(looked))
+    else:
+        share = adaptive.share(views.features(stages, key))
+    sure = is_print(Beside.looked(looked)) if looked is not None else torch.zeros(())
+    return torch.stack([share.float(), sure.float().to(share.device)])

@@ -105,7 +105,7 @@ class LayerHooks:
             return kwargs
         self.runtime.assumptions.check_tower(call)
         stages.to(hidden.device)
-        enter_prompt(call, hidden)
+        enter_prompt(call, hidden, len(self.runtime.layers))
         first = call.config.cuts[0].layer
         if first == 0:
             if call.config.scores and call.config.needs_at(0).ahead is not None:

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenprune.budget import Cut, Keep, plan_counts
+from tokenprune.budget import Cut, Keep, average_kept, plan_counts, scaled_shares
 from tokenprune.config import PruneConfig
 from tokenprune.errors import BudgetError
 from tokenprune.runtime.forced import check_keep_lists
@@ -17,6 +17,9 @@ from tokenprune.tokens import Image, IntArray
 
 Key = tuple[int, int]  # (row, image)
 SMALL = "kept another share than asked: too few tokens for it"
+PRINT = "dense print: keeps text_floor"
+AGAIN = "prefilled again with a larger budget: the first token was unsure"
+LOW = "some frames keep fewer than frame_floor: too few tokens for it"
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,30 @@ class Plan:
                 most = cut[key] = max(1, min(most, wanted))
         return replace(self, counts=counts)
 
+    def with_shares(self, told: Mapping[Key, Sequence[float]], num_layers: int) -> Plan:
+        """The plan with a budget of its own for each image: its cuts' shares are scaled to it, the last solved anew.
+
+        Args:
+            told: by image, the share that its adaptive budget says, and how sure it is that it is print.
+            num_layers: decoder layers.
+        """
+        asked = self.config.arguments
+        counts: list[dict[Key, int]] = [{} for _ in self.counts]
+        notes = dict(self.notes)
+        for key, image in self.images.items():
+            said, sure = told[key]
+            assert isinstance(asked.keep, float)
+            share = asked.keep if asked.adaptive_keep is None else asked.adaptive_keep.bounded(said)
+            share = max(share, self.config.rows_at.get(key[0], 0.0))
+            raised = asked.text_floor is not None and sure > 0.5 and share < asked.text_floor
+            if raised and asked.text_floor is not None:
+                share = asked.text_floor
+            planned, missed = _counts(image, _at(self.config, share), num_layers, key in self.ends_row)
+            for kept, k in zip(counts, planned, strict=True):
+                kept[key] = k
+            notes[key] = {**notes.get(key, {}), **missed, **({PRINT: 1} if raised else {})}
+        return replace(self, counts=counts, notes=notes)
+
     def losing(self, cut: int) -> list[Key]:
         """Images that lose tokens at a cut."""
         images = self.images
@@ -127,13 +154,30 @@ def make_plan(
         counts = [{} for _ in config.cuts]
         for key, image in images.items():
             notes[key] = _note_small(image, config)
-            planned, missed = _counts(image, config, num_layers, key in ends_row)
-            if missed:
-                notes[key][SMALL] = 1
+            again = config.rows_at.get(key[0])
+            own = config if again is None else _at(config, again)
+            planned, told = _counts(image, own, num_layers, key in ends_row)
+            notes[key] |= told if again is None else {**told, AGAIN: 1}
             for kept, k in zip(counts, planned, strict=True):
                 kept[key] = k
     text = [_text_columns(row, length, None if mask is None else mask[r]) for r, row in enumerate(rows)]
     return Plan(config, rows, length, counts, text, ends, ends_row, notes)
+
+
+def _at(config: PruneConfig, share: float) -> PruneConfig:
+    """What is asked, at another budget."""
+    asked = config.arguments
+    assert isinstance(asked.keep, float)
+    cuts = config.cuts
+    if len(cuts) > 1:
+        scaled = scaled_shares([cut.keep for cut in cuts[:-1]], share, asked.keep)
+        assert scaled is not None  # `Arguments` lets cuts say no numbers of tokens beside an adaptive budget
+        cuts = (*(Cut(cut.layer, own) for cut, own in zip(cuts, scaled, strict=False)), Cut(cuts[-1].layer))
+    return replace(
+        config,
+        arguments=replace(asked, keep=share, adaptive_keep=None, text_floor=None, strict=False),
+        cuts=cuts,
+    )
 
 
 def _pools(config: PruneConfig) -> bool:
@@ -146,29 +190,38 @@ def _keyed(rows: list[list[Image]]) -> dict[Key, Image]:
     return {(r, i): image for r, row in enumerate(rows) for i, image in enumerate(row)}
 
 
-def _counts(image: Image, config: PruneConfig, num_layers: int, ends_row: bool) -> tuple[list[int], bool]:
-    """Tokens an image keeps after each cut; and whether it has too few for what the budget says.
+def _counts(
+    image: Image, config: PruneConfig, num_layers: int, ends_row: bool
+) -> tuple[list[int], dict[str, int]]:
+    """Tokens an image keeps after each cut; and what is to be told of it where it has too few for the budget.
 
     Raises:
-        BudgetError: a number of tokens that cannot be met; a share, too, where `strict` wants it met.
+        BudgetError: a number of tokens below what the cuts can reach; with `strict` whatever cannot be met.
     """
     asked, own = config.arguments, len(image.parts) or 1  # a number of tokens is one per image
     cuts = tuple(Cut(cut.layer, _times(cut.keep, own)) for cut in config.cuts)
-    keep, missed = _times(asked.keep, own), False
+    keep, notes = _times(asked.keep, own), {}
     try:
         planned = plan_counts(image.n, num_layers, cuts, keep, asked.meaning)
     except BudgetError:
-        # A larger image could: `settle` has made sure of it.
-        if asked.strict or isinstance(keep, int) or any(isinstance(cut.keep, int) for cut in cuts):
+        if asked.strict:
             raise
-        planned, missed = plan_counts(image.n, num_layers, cuts, keep, asked.meaning, nearest=True), True
+        planned = plan_counts(image.n, num_layers, cuts, keep, asked.meaning, nearest=True)
+        # A share a larger image could meet: `settle` has made sure of it. Of a number of tokens only this is known: an
+        # image that keeps fewer than asked is too small for it, one that keeps more is not.
+        counted = isinstance(keep, int) or any(isinstance(cut.keep, int) for cut in cuts)
+        if counted and keep is not None and average_kept(image.n, num_layers, cuts, planned) > keep:
+            raise
+        notes[SMALL] = 1
     frames = sum(grid.frames for grid in image.grids)
     if asked.frame_floor and asked.frame_floor * frames > planned[-1] - ends_row:
-        raise BudgetError(
-            f"frame_floor={asked.frame_floor} takes {asked.frame_floor * frames} tokens for the {frames} frames of a "
-            f"{image.kind} that keeps {planned[-1]}; keep more, or lower the floor"
-        )
-    return planned, missed
+        if asked.strict:
+            raise BudgetError(
+                f"frame_floor={asked.frame_floor} takes {asked.frame_floor * frames} tokens for the {frames} frames of "
+                f"a {image.kind} that keeps {planned[-1]}; keep more, or lower the floor"
+            )
+        notes[LOW] = 1
+    return planned, notes
 
 
 def _note_small(image: Image, config: PruneConfig) -> dict[str, int]:

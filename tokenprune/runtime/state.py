@@ -15,7 +15,7 @@ from tokenprune.config import PruneConfig
 from tokenprune.errors import NothingPrunedWarning, TokenPruneError, UnsupportedModeError
 from tokenprune.models.base import Family
 from tokenprune.models.decoders import attention_backend, takes_biases
-from tokenprune.releases import cache_of, checkpoints_forwards, release
+from tokenprune.releases import cache_of, release, repeats_hooks
 from tokenprune.runtime.caches import CacheView, check_is_cache, crop, view_of
 from tokenprune.runtime.masks import local_attention
 from tokenprune.runtime.plan import Key, make_plan
@@ -65,6 +65,7 @@ class Call:
         self.facts: dict[str, VisionFacts] = {}
         self.sizes: list[tuple[Tensor, IntArray]] = []
         self.given: dict[str, Any] | None = None  # what a prompt that is tried brings; see `trial.py`
+        self.again: dict[str, Any] | None = None  # what one brings that may be done again; see `escalate.py`
         self.labels: Tensor | None = None
         self.loss_options: dict[str, Any] = {}
         self.shift: Tensor | None = None
@@ -214,14 +215,14 @@ def _plan(
         return
     text: Any = family.text_model(model).config
     if config.scores:
-        check_facts(call.facts, config.method)
+        check_facts(call.facts, config)
     plan = make_plan(rows, config, call.length, mask, len(family.layers(model)))
     if not plan.prunes:
         call.notes = {key: [own] for key, own in plan.notes.items()}
         if _asked(config, rows):
             _nothing_pruned(call, config, "the budget rounds to all tokens of every image")
         return
-    if not checkpoints_forwards() and model.training and torch.is_grad_enabled() and _checkpoints(model):
+    if model.training and torch.is_grad_enabled() and repeats_hooks(model):
         raise UnsupportedModeError(
             f"gradient checkpointing in {release()} runs layers and their hooks twice, and cannot be combined with "
             f"pruning; switch it off, unwrap, or install transformers 5.23 or later"
@@ -256,10 +257,6 @@ def _asked(config: PruneConfig, rows: list[list[Image]]) -> bool:
     if keep is None:  # forced lists
         return False
     return any(keep < 1 if isinstance(keep, float) else keep < image.n for row in rows for image in row)
-
-
-def _checkpoints(model: nn.Module) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _nothing_pruned(call: Call, config: PruneConfig, reason: str) -> None:

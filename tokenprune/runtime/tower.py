@@ -144,7 +144,8 @@ class TowerTap:
             return
         needs, call, family = tower.needs, tower.call, self.runtime.family
         pixels, sizes = family.tower_input(args, kwargs)
-        facts = VisionFacts(sizes, tower.config.method if tower.config.scores else None, vision=tower.vision)
+        method = tower.config.method if tower.config.scores else None
+        facts = VisionFacts(sizes, method, needs.pixels, vision=tower.vision)
         if needs.digest:
             facts.digests = family.digests(pixels, sizes)
         if needs.pixels is not None:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tokenprune.config import PruneConfig
+from tokenprune.config import Beside, PruneConfig
 from tokenprune.hashing import digest, mix
 from tokenprune.methods.base import ImageTokens, Needs, Text
 from tokenprune.models.base import Family
@@ -77,7 +77,7 @@ class Views:
         if needs.vision is not None:
             shown["vision"] = self._noted("vision", image, raster)
         if needs.pixels is not None:
-            shown["pixels"] = self._noted("pixels", image, raster)
+            shown["pixels"] = self._own_pixels(self._noted("pixels", image, raster))
         if self.embeds is not None and needs.features:
             shown["features"] = self.embeds[key[0]].index_select(
                 0, stages.column_of(key).to(self.embeds.device)
@@ -102,6 +102,18 @@ class Views:
             prompt=self._text(stages, key[0], needs, hidden, caught),
             **shown,
         )
+
+    def looked(self, stages: Stages, key: Key) -> Tensor:
+        """What budgets read of an image's pixels before layer 0, see `Beside`: (n, c)."""
+        own = self._noted("pixels", stages.images[key], stages.raster[key])
+        assert own is not None
+        return own
+
+    def features(self, stages: Stages, key: Key) -> Tensor:
+        """What adaptive budgets read else: its projected features (n, D)."""
+        assert self.embeds is not None
+        columns = stages.column_of(key).to(self.embeds.device)
+        return self.embeds[key[0]].index_select(0, columns)
 
     def joined(
         self,
@@ -193,6 +205,11 @@ class Views:
             parts = weights.split([len(own) for own in places], dim=1)
             self._rows = {at: dict(zip(visual, parts[1:], strict=True))}  # of the row that is being looked at
         return self._rows[at][key].clone()
+
+    def _own_pixels(self, noted: Tensor | None) -> Tensor | None:
+        """What the method itself asked for: what budgets read is no business of it."""
+        reader = self.config.needs.pixels
+        return reader.for_method(noted) if isinstance(reader, Beside) and noted is not None else noted
 
     def _noted(self, what: str, image: Image, raster: Tensor) -> Tensor | None:
         """What the vision tower's hook noted of an image's patches, token by token."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tokenprune.config import PruneConfig
 from tokenprune.errors import UnsupportedModeError
 from tokenprune.methods import Method
 from tokenprune.models.base import Family
@@ -28,6 +29,7 @@ class VisionFacts:
     Attributes:
         sizes: (N, k), see `Family.sizes`.
         method: whose needs were looked for; None where nobody scored.
+        reader: what looked at the pixels; None where nothing did.
         digests: (items,) int64 hashes of the pixels, or None when no method asked.
         vision: what `Needs.vision` made of each picture's attention, (patches,) or (patches, c) each.
         pixels: what `Needs.pixels` made of its pixels, likewise.
@@ -35,6 +37,7 @@ class VisionFacts:
 
     sizes: Tensor
     method: Method | None = None
+    reader: Callable[[Tensor], Tensor] | None = None
     digests: Tensor | None = None
     vision: list[Tensor] = field(default_factory=list)
     pixels: list[Tensor] = field(default_factory=list)
@@ -55,16 +58,17 @@ def attach_facts(output: Any, facts: VisionFacts) -> None:
     object.__setattr__(output, _ATTRIBUTE, facts)
 
 
-def check_facts(facts: Mapping[str, VisionFacts], method: Method) -> None:
+def check_facts(facts: Mapping[str, VisionFacts], config: PruneConfig) -> None:
     """Refuse features encoded ahead of a call while other settings were in force.
 
     Raises:
-        UnsupportedModeError: what the method wants of the vision tower was not looked for, or by another method.
+        UnsupportedModeError: what the method, or the budget, wants of the tower was not looked for, or by another.
     """
-    needs = method.needs()
+    needs, method = config.needs, config.method
     for kind, own in facts.items():
         looked = needs.vision is None and needs.pixels is None
-        if (not looked and own.method != method) or (needs.digest and own.digests is None):
+        other = own.method != method or own.reader != needs.pixels
+        if (not looked and other) or (needs.digest and own.digests is None):
             raise UnsupportedModeError(
                 f"the {kind} features were encoded while other settings were in force, and {method.name!r} looks into "
                 f"the vision tower; encode them again, or pass the pixels"

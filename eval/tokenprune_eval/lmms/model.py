@@ -22,14 +22,13 @@ from tokenprune.api import runtime_of
 from tokenprune.arguments import AUTO, Arguments
 from tokenprune.cli.loading import load_model
 from tokenprune.errors import ConfigError
+from tokenprune.images import limit_pixels
 from tokenprune.models import stock_model
 from tokenprune.reporting import Report
 from tokenprune_eval.lmms.conversation import Message, from_messages, user_turn, videos_as_frames, with_system
 from tokenprune_eval.lmms.meter import FirstToken, Meter, now
 
 Made = TypeVar("Made")
-# In the processors' `size` these edges are numbers of pixels.
-_EDGES = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
 _MOST_NEW_TOKENS = 1024  # where a task does not say
 
 
@@ -449,34 +448,6 @@ def _check_hash(profile: Any, expected: str | float | None) -> None:
     # lmms-eval makes a number of digits, and of 12e3, too.
     elif not any(handle_arg_string(profile.hash[:n]) == expected for n in range(1, len(profile.hash) + 1)):
         raise ConfigError(f"the profile's hash is {profile.hash}, not {expected}")
-
-
-def limit_pixels(processor: Any, least: int | None, most: int | None) -> None:
-    """Have a processor scale pictures to within a number of pixels, as tables at a fixed resolution ask for.
-
-    Raises:
-        ConfigError: its pictures have one size whatever they are, or a limit is no number of pixels.
-    """
-    given = {"min_pixels": least, "max_pixels": most}
-    given = {name: value for name, value in given.items() if value is not None}
-    if not given:
-        return
-    for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name} takes a number of pixels, not {value!r}")
-    images = getattr(processor, "image_processor", None)
-    size = getattr(images, "size", None)
-    if images is None or size is None or "longest_edge" not in size or not hasattr(images, "merge_size"):
-        raise ConfigError(
-            f"a {type(images).__name__} takes no {' or '.join(given)}: only Qwen-VL's scale to a number of pixels"
-        )
-    least, most = (given.get(name, size[edge]) for name, edge in _EDGES)
-    if least is None or most is None or least > most:
-        raise ConfigError(f"min_pixels={least} is more than max_pixels={most}")
-    images.size = type(size)(shortest_edge=least, longest_edge=most)
-    for name, value in (("min_pixels", least), ("max_pixels", most)):
-        if hasattr(images, name):
-            setattr(images, name, value)
 
 
 def _batch_size(given: int | str, most: int | None = None) -> int:
