@@ -337,6 +337,17 @@ def test_the_threshold_of_a_share() -> None:
             tokenprune.Arguments.from_text({"keep": "30%", "escalate": wrong})
 
 
+def test_an_adaptive_budget_as_text() -> None:
+    read = tokenprune.Arguments.from_text({"keep": "25%~rank@4.5~8%~75%"})
+    assert read.adaptive_keep == Adaptive(0.25, "rank", 4.5, 0.08, 0.75) and read.keep == 0.25
+    assert tokenprune.Arguments.from_text({"keep": "0.5~energy@0.9"}).adaptive_keep == Adaptive(
+        0.5, "energy", 0.9
+    )
+    for wrong in ("25%~rank", "25%~rank@4~8%", "25%~size@1", "25%~rank@x"):
+        with pytest.raises(ConfigError):
+            tokenprune.Arguments.from_text({"keep": wrong})
+
+
 # -- the guard for text -----------------------------------------------------------------------------------------------
 
 

@@ -483,6 +483,26 @@ def read_keep(text: str) -> Keep:
     return keep
 
 
+def read_budget(text: str) -> Keep | Adaptive:
+    """What `read_keep` reads, or an `Adaptive` around it: `25%~rank@4.5`, with bounds `25%~rank@4.5~8%~75%`.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    mean, *rest = text.split("~")
+    if not rest:
+        return read_keep(text)
+    rule, _, tau = rest[0].partition("@")
+    try:
+        bounds = [float(read_keep(own)) for own in rest[1:]]
+        if len(bounds) in (0, 2):
+            return Adaptive(float(read_keep(mean)), rule, float(tau), *bounds)  # type: ignore[arg-type]
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+    raise ConfigError(f"an adaptive keep is written 25%~rank@4.5 or 25%~rank@4.5~8%~75%, not {text!r}")
+
+
 def read_layer(text: str) -> int | Literal["auto"]:
     """A decoder layer, or "auto".
 
@@ -562,7 +582,7 @@ def _no_text(text: str) -> Any:
 
 
 _READERS: dict[str, Callable[[str], Any]] = {
-    "keep": read_keep,
+    "keep": read_budget,
     "layer": read_layer,
     "cuts": read_cuts,
     "stages": read_stages,

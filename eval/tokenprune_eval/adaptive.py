@@ -44,6 +44,7 @@ COLUMNS = [
 ]
 #: Shares of the prompts that are prefilled again, at three times the budget.
 AGAIN = (0.1, 0.25, 0.5)
+ARMS = (FIXED, *RULES, *(f"again {share:g}" for share in AGAIN))
 
 
 @dataclass
@@ -107,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="small")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.33, 0.22, 0.11])
     parser.add_argument("--questions", type=int, default=1000)
+    parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--csv", type=Path, default=Path("eval/results/adaptive.csv"))
     parser.add_argument("--summary", action="store_true", help="only print what is there")
@@ -115,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results.load()
     bench: Bench | None = None
     for keep in () if options.summary else options.budgets:
-        for arm in (FIXED, *RULES, *(f"again {share:g}" for share in AGAIN)):
+        for arm in options.arms:
             key = f"{options.model} {keep:g} {arm}"
             if key in results.rows:
                 continue
