@@ -14,7 +14,7 @@ run() { # seconds, name, command
   timeout "$1" "${@:3}" 2>&1 | tee -a "$out/log.txt" | tail -n 60
 }
 kernels="$python -m tokenprune_kernels"
-bench="$python -m tokenprune.cli bench --csv $out/bench.csv"
+bench="$python -m tokenprune bench --csv $out/bench.csv"
 
 run 40 dual_gram_entropy $kernels.dual_gram_entropy.bench --shapes 576x32x128 2880x32x128 1024x28x128 --csv "$out/dual_gram_entropy_gpu.csv"
 run 15 growth $kernels.dual_gram_entropy.bench --growth --csv "$out/growth_gpu.csv"

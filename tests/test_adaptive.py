@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 import judge
 import tiny
@@ -301,6 +302,29 @@ def test_later_turns_go_on_with_what_was_done_again() -> None:
             model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=3, do_sample=False).tolist()
         )
     assert both[0] == both[1]
+
+
+@pytest.mark.parametrize(
+    "given", [lambda model: DynamicCache(), lambda model: DynamicCache(config=model.config.text_config)]
+)
+def test_a_cache_of_the_users_own_is_filled_anew(given: Any) -> None:
+    model = tiny.llava("mistral", sliding_window=16)
+    inputs = tiny.inputs(model, [["text:3", "image", "text:4"]])
+    settings = {"method": "uniform", "layer": 2}
+    filled = []
+    for more in ({"keep": 0.5, "escalate": (0.9, 0.0)}, {"keep": 0.9}):
+        cache = given(model)
+        with tokenprune.pruned(model, **settings, **more), torch.no_grad():
+            out = model(**inputs, past_key_values=cache)
+            assert out.past_key_values is cache
+            step = model(
+                input_ids=torch.tensor([[20]]),
+                attention_mask=torch.ones(1, inputs["input_ids"].shape[1] + 1, dtype=torch.long),
+                past_key_values=cache,
+            )
+        filled.append([out.logits, step.logits, *(layer.keys for layer in cache.layers)])
+    for one, other in zip(*filled, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_what_cannot_be_escalated_is_refused_before_any_change() -> None:

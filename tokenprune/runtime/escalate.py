@@ -58,7 +58,10 @@ def escalated(runtime: Wrapped, call: Call, output: Any) -> Any:
         return None
     runtime.outcome = make_outcome(runtime.costs, call)  # it took its time, too
     if call.cache is not None:
-        call.cache.layers = DynamicCache(config=runtime.text_config).layers
+        # Made without a config it grows by the same layer again and again, and with one it has all of them.
+        grows = getattr(call.cache, "layer_class_to_replicate", None) is not None
+        fresh = DynamicCache() if grows else DynamicCache(config=runtime.text_config)
+        call.cache.layers = fresh.layers
         attach(call.cache, None)
     config = replace(
         call.config,
