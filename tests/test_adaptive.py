@@ -424,9 +424,21 @@ def test_pages_and_photographs_are_told_apart() -> None:
         ({"text_floor": 2}, "a share in"),
         ({"text_floor": 0.5, "keep": 12}, "give keep a share"),
         ({"text_floor": 0.5, "allocation": "pooled"}, "image by image"),
+        ({"text_floor": 0.5, "keep": None, "cuts": [(0, 0.5)]}, "say keep, as a share"),
+        ({"escalate": (0.5, 1.0), "keep": None, "cuts": [(0, 0.5)]}, "say keep, as a share"),
     ],
 )
 def test_wrong_floors(arguments: dict[str, Any], text: str) -> None:
     model = tiny.llava()
     with pytest.raises(ConfigError, match=text):
         tokenprune.wrap(model, **{"method": "uniform", "keep": 0.2, **arguments})
+
+
+def test_they_are_arms_of_a_comparison() -> None:
+    from tokenprune.compare.arms import make_arms, read_methods
+
+    texts = ["vflowopt", "vflowopt,text_floor=60%", "vflowopt,escalate=50%@1.5"]
+    read = read_methods(texts)
+    assert read[texts[1]]["text_floor"] == 0.6 and read[texts[2]]["escalate"] == Escalate(0.5, 1.5)
+    arms = make_arms(tiny.llava(), texts, [0.25], 6)
+    assert [arm.arguments["keep"] for arm in arms if arm.name in texts] == [0.25] * 3

@@ -313,7 +313,7 @@ def _check_floor(asked: Arguments) -> None:
     floor: Any = asked.text_floor
     if isinstance(floor, bool) or not isinstance(floor, float) or not 0 < floor <= 1:
         raise ConfigError(f"text_floor is a share in (0, 1], not {floor!r}")
-    if not isinstance(asked.keep, float):
+    if asked.keep is not None and not isinstance(asked.keep, float):
         raise ConfigError("text_floor raises a share: give keep a share, too, not a number of tokens")
     if asked.allocation == "pooled":
         raise ConfigError("text_floor is settled image by image: leave allocation='pooled' out")
@@ -326,7 +326,7 @@ def _check_escalate(asked: Arguments) -> Escalate:
         found = given if isinstance(given, Escalate) else Escalate(*given)
     except TypeError:
         raise ConfigError(f"escalate takes (keep, entropy), such as (0.33, 1.5), not {given!r:.60}") from None
-    if not isinstance(asked.keep, float) or found.keep <= asked.keep:
+    if asked.keep is not None and (not isinstance(asked.keep, float) or found.keep <= asked.keep):
         raise ConfigError(
             f"escalate goes from a smaller share to a larger one, not from {asked.keep} to {found.keep}"
         )

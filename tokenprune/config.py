@@ -143,6 +143,8 @@ def settle(model: nn.Module, family: Family, asked: Arguments) -> PruneConfig:
         raise ConfigError(
             f"method {made.name!r} merges tokens, which allocation='pooled' does not offer; use allocation='image'"
         )
+    if arguments.keep is None and (arguments.text_floor is not None or arguments.escalate is not None):
+        raise ConfigError("text_floor and escalate raise a budget: say keep, as a share")
     if arguments.adaptive_keep is not None or arguments.text_floor is not None:
         _check_adaptive(model, family, arguments, made)
     if isinstance(made, NoPruning):
