@@ -88,7 +88,8 @@ def test_every_point_meets_the_budget(data: Any, layers: int, keep: float, n: in
     found = of.arguments_at(point, setting)
     given_cuts = found.get("cuts") or [(own[0], own[2]) for own in found["stages"]]
     cuts = [Cut(*cut) for cut in given_cuts]
-    counts = plan_counts(n, layers, cuts, keep)
+    # As the runtime plans: what rounding the shares of earlier cuts costs is less than a token.
+    counts = plan_counts(n, layers, cuts, keep, nearest=True)
     assert counts == sorted(counts, reverse=True) and counts[-1] >= 1
     assert average_kept(n, layers, cuts, counts) == pytest.approx(keep * n, abs=1.0)
 

@@ -126,6 +126,27 @@ def main(argv: Sequence[str] | None = None) -> None:
             results.add({"key": key, **row}, correct)
             print(key, row["prefilled"], row["accuracy"], flush=True)
     print(table(results))
+    print(by_kind(results))
+
+
+def by_kind(results: Results) -> str:
+    """Accuracy by kind of question, and in brackets the paired difference to the same mean for all, in points."""
+    lines = ["| | kept | " + " | ".join(KINDS) + " |", "|---|---:|" + "---:|" * len(KINDS)]
+    for key, row in results.rows.items():
+        fixed = f"{row['model']} {row['keep']} {FIXED}"
+        kinds = [sample.family for sample in evaluation_set(int(row["questions"]), seed=0)]
+        cells = []
+        for kind in KINDS:
+            own = np.array([other == kind for other in kinds])
+            cell = f"{100 * float(row[kind]):.0f}" if row[kind] else ""
+            if row["arm"] != FIXED and fixed in results.bits and own.any():
+                points = 100 * (results.correct(key)[own].mean() - results.correct(fixed)[own].mean())
+                cell += f" ({points:+.0f})"
+            cells.append(cell)
+        lines.append(
+            f"| {row['model']}, {row['arm']} | {float(row['keep']):.0%} | " + " | ".join(cells) + " |"
+        )
+    return "\n".join(lines)
 
 
 def table(results: Results) -> str:

@@ -232,7 +232,9 @@ class _Watch:
 
     def __call__(self, phase: str, info: Mapping[str, int]) -> None:
         calls = self._calls()
-        if calls is not None and phase == "start" and info["generation"]:
+        if calls is None:  # its thread, or the model, has ended in the middle of a call
+            self.end()
+        elif phase == "start" and info["generation"]:
             calls.drop_interrupted(unknown=False)
 
 
