@@ -110,6 +110,35 @@ def test_one_copy_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [3]  # ids, mask, grids
 
 
+@pytest.mark.parametrize("budget", ["energy", "rank", "grey", "floor"])
+def test_adaptive_budgets_cost_one_copy_more(budget: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before layer 0, for all pictures of the batch at once; nothing in layers, nothing at decode steps."""
+    from tokenprune.runtime import layers
+
+    model = tiny.qwen2_5_vl()
+    settings: dict[str, Any] = {"keep": 0.4, "text_floor": 0.6}
+    if budget != "floor":
+        settings = {"keep": tokenprune.Adaptive(0.4, budget, 0.9)}  # type: ignore[arg-type]
+    copies: list[int] = []
+    enter, to_list = layers.enter_prompt, torch.Tensor.tolist
+
+    def counted(tensor: torch.Tensor) -> Any:
+        copies.append(tensor.numel())
+        return to_list(tensor)
+
+    def guarded(*args: Any) -> None:
+        with monkeypatch.context() as patch, Refuse():
+            patch.setattr(torch.Tensor, "tolist", counted)
+            enter(*args)
+
+    monkeypatch.setattr(layers, "enter_prompt", guarded)
+    inputs = tiny.inputs(model, judge.ROWS, pad="left")
+    with refusing(monkeypatch, "_enter_layer", "_enter_attention", "_catch_state") as ran:
+        with tokenprune.pruned(model, "entropyprune", layer=2, **settings):
+            model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert copies == [2 * 5] and "_enter_layer" in ran  # two numbers of each of five pictures
+
+
 def test_refuse_can_fail() -> None:
     with pytest.raises(AssertionError, match="_local_scalar_dense"), Refuse():
         torch.ones(3).sum().item()
