@@ -15,7 +15,7 @@ from tokenprune.fingerprint import fingerprint
 from tokenprune.models.base import Family
 from tokenprune.models.decoders import attention_backend, takes_biases
 
-# Reads no attention and drifts least of what does not, on both testbeds (README).
+# Reads no attention and drifts least of what does not, on both testbeds (docs/results.md).
 _BLIND: dict[str, Any] = {"method": "uniform", "cuts": (Cut(0),)}
 
 

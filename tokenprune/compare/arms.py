@@ -14,7 +14,7 @@ from tokenprune.profiles.known import known_profile
 
 NONE = "none"
 RANDOM, UNIFORM, DEEP, DOWNSAMPLE = "random", "uniform", "random deep", "downsample"
-# Before the LLM random tokens and an even grid lose least, on what was measured (README).
+# Before the LLM random tokens and an even grid lose least, on what was measured (docs/results.md).
 CONTROLS = (UNIFORM, RANDOM, DEEP, DOWNSAMPLE)
 METHODS = (AUTO, "vflowopt", "entropyprune", "fastv")
 ALL = "all"  # that there are, but the controls

@@ -209,7 +209,7 @@ def search(
     Args:
         model: stock, not wrapped.
         calls: inputs of one prompt each; no answers are needed. About 100: with the paper's 30 the best
-            setting fitted the samples (README).
+            setting fitted the samples (docs/results.md).
         keep: the budget, an average over layers; with `cost` a range (low, high) that is searched too.
         fresh: other prompts. The best few are measured on them too, and the least drift over both is chosen: what a
             hundred settings were chosen by flatters the best. The profile says what was measured on these.
