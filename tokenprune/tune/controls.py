@@ -21,7 +21,8 @@ def control_drifts(
 ) -> dict[str, NDArray[np.float64]]:
     """Each control's drift of each prompt at an average budget, cut before the LLM; for arguments see `measure`.
 
-    There they lose least, on what was measured (docs/results.md); a control the model or budget does not allow is left out.
+    There they lose least, on what was measured (docs/results.md); a control that the model or budget does not allow is
+    left out.
     """
     found = {}
     for method in CONTROLS:
