@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import ConfigError
+from tokenprune.estimators.base import density, entropy
 
 Rule = Literal["energy", "rank", "grey"]
 RULES: tuple[str, ...] = get_args(Rule)
@@ -104,8 +105,7 @@ def statistic(rule: Rule, shown: Tensor) -> Tensor:
     squares = _squares(shown)
     if rule == "energy":
         return squares.cumsum(0) / squares.sum()
-    p = squares / squares.sum()
-    return torch.exp(-torch.special.xlogy(p, p).sum()) / len(p)
+    return entropy(density(squares)).exp() / len(squares)
 
 
 def _squares(features: Tensor) -> Tensor:

@@ -161,6 +161,18 @@ class Arguments:
         """Whether anything is to be dropped."""
         return any(given is not None for given in (self.keep, self.cuts, self.stages, self.keep_lists))
 
+    @property
+    def settles_per_picture(self) -> bool:
+        """Whether how much of a picture stays depends on what it shows."""
+        return self.adaptive_keep is not None or self.text_floor is not None
+
+    @property
+    def reads_pixels(self) -> bool:
+        """Whether it depends on its pixels."""
+        return self.text_floor is not None or (
+            self.adaptive_keep is not None and self.adaptive_keep.reads_pixels
+        )
+
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Arguments:
         """From keyword arguments as `wrap` takes them: names that are none of ours are the method's parameters."""

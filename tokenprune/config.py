@@ -50,15 +50,9 @@ class PruneConfig:
             return needs
         if adaptive is not None and not adaptive.reads_pixels:
             needs = replace(needs, features=True)
-        if self.reads_pixels:
+        if self.arguments.reads_pixels:
             needs = replace(needs, pixels=Beside(needs.pixels))
         return needs
-
-    @property
-    def reads_pixels(self) -> bool:
-        """Whether budgets depend on pixels."""
-        adaptive = self.arguments.adaptive_keep
-        return self.arguments.text_floor is not None or (adaptive is not None and adaptive.reads_pixels)
 
     def needs_at(self, cut: int) -> Needs:
         """What is wanted at a cut."""
@@ -145,7 +139,7 @@ def settle(model: nn.Module, family: Family, asked: Arguments) -> PruneConfig:
         )
     if arguments.keep is None and (arguments.text_floor is not None or arguments.escalate is not None):
         raise ConfigError("text_floor and escalate raise a budget: say keep, as a share")
-    if arguments.adaptive_keep is not None or arguments.text_floor is not None:
+    if arguments.settles_per_picture:
         _check_adaptive(model, family, arguments, made)
     if isinstance(made, NoPruning):
         if arguments.says_how_much:
@@ -171,8 +165,7 @@ def _check_adaptive(model: nn.Module, family: Family, arguments: Arguments, meth
         UnsupportedModelError: the family does not offer pixels.
         ConfigError: the method has a say in the counts itself.
     """
-    adaptive = arguments.adaptive_keep
-    if arguments.text_floor is not None or (adaptive is not None and adaptive.reads_pixels):
+    if arguments.reads_pixels:
         family.pixel_scale(model)
     if method.needs().counts:
         raise ConfigError(f"method {method.name!r} settles counts itself: give it a plain keep")

@@ -72,9 +72,7 @@ def draw_kept(
                 f"token {index} is outside the {size[0]} x {size[1]} x {size[2]} grid; pass raster indices from 0 "
                 f"to {total - 1}"
             )
-    frames = np.arange(total).reshape(size)
-    views = [View(p, t) for p, t in zip(spread(image, size[0]), frames, strict=True)]
-    picture = _draw_views(views, keep, stands_for([pairs]), scale)
+    picture = _draw_views(_frames(image, size), keep, stands_for([pairs]), scale)
     return picture if caption is None else add_caption(picture, caption)
 
 
@@ -200,7 +198,7 @@ def _draw_views(views: Sequence[View], keep: set[int], mass: dict[int, float], s
                 {place: strength[token] for place, token in enumerate(flat) if token in strength},
             )
         )
-    return panels[0] if len(panels) == 1 else tile(panels, columns=min(len(panels), COLUMNS))
+    return _abreast(panels)
 
 
 def draw_heat(
@@ -226,9 +224,7 @@ def draw_heat(
         raise ConfigError(
             f"a {size[0]} x {size[1]} x {size[2]} grid takes {math.prod(size)} values, not {len(numbers)}"
         )
-    frames = np.arange(len(numbers)).reshape(size)
-    views = [View(p, t) for p, t in zip(spread(image, size[0]), frames, strict=True)]
-    return draw_heat_views(views, numbers, caption, scale)
+    return draw_heat_views(_frames(image, size), numbers, caption, scale)
 
 
 def draw_heat_views(
@@ -247,8 +243,19 @@ def draw_heat_views(
             small.resize(picture.size, Image.Resampling.NEAREST), *_HEAT[::2], mid=_HEAT[1]
         )
         panels.append(Image.blend(ImageOps.grayscale(picture).convert("RGB"), heat, _HEAT_SHARE))
-    drawn = panels[0] if len(panels) == 1 else tile(panels, columns=min(len(panels), COLUMNS))
+    drawn = _abreast(panels)
     return drawn if caption is None else add_caption(drawn, caption)
+
+
+def _frames(image: Picture | Sequence[Picture], size: tuple[int, int, int]) -> list[View]:
+    """A view per step of a (frames, height, width) grid."""
+    tokens = np.arange(math.prod(size)).reshape(size)
+    return [View(p, t) for p, t in zip(spread(image, size[0]), tokens, strict=True)]
+
+
+def _abreast(panels: Sequence[Picture]) -> Picture:
+    """The views of a picture side by side."""
+    return panels[0] if len(panels) == 1 else tile(panels, columns=min(len(panels), COLUMNS))
 
 
 def tile(pictures: Sequence[Picture], columns: int, title: str | None = None, gap: int = GAP) -> Picture:

@@ -22,7 +22,7 @@ from tokenprune.adaptive import RULES
 from tokenprune.analysis import calibration_calls, load_calibration
 from tokenprune.compare.statistics import difference
 from tokenprune.testbed import evaluate, evaluation_set, load
-from tokenprune_eval.auto import _pictures
+from tokenprune_eval.auto import pictures_of
 from tokenprune_eval.results import Results
 
 FIXED = "fixed"
@@ -162,7 +162,7 @@ def table(results: Results) -> str:
             found = difference(
                 np.asarray(results.correct(key)),
                 np.asarray(results.correct(fixed)),
-                _pictures(int(row["questions"])),
+                pictures_of(int(row["questions"])),
             )
             against = str(found)
         accuracy = f"{100 * float(row['accuracy']):.1f} [{100 * float(row['low']):.1f}, {100 * float(row['high']):.1f}]"

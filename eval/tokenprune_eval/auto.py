@@ -69,7 +69,7 @@ def differences(results: Results) -> list[str]:
     for key, row in results.rows.items():
         if row["arm"] != "auto" or key not in results.bits:
             continue
-        ours, pictures = results.correct(key), _pictures(int(row["questions"]))
+        ours, pictures = results.correct(key), pictures_of(int(row["questions"]))
         for arm in ARMS:
             other = f"{row['model']} {row['keep']} {arm}"
             if (
@@ -83,7 +83,7 @@ def differences(results: Results) -> list[str]:
 
 
 @cache
-def _pictures(questions: int) -> tuple[str, ...]:
+def pictures_of(questions: int) -> tuple[str, ...]:
     """Of the held-out questions; those about one picture stand or fall together."""
     samples = evaluation_set(questions, seed=0)
     return tuple(content_digest(*(torch.from_numpy(i.copy()) for i in s.images)) for s in samples)

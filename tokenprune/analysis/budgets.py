@@ -105,7 +105,7 @@ def calibrate_escalation(
     found: list[float] = []
     with pruned(model, **arguments), torch.inference_mode():
         for inputs in calls:
-            logits = stock_model(model)(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+            logits = stock_model(model)(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
             found += entropy_of(logits).tolist()
     if not found:
         raise ConfigError("there are no prompts to calibrate on")

@@ -66,7 +66,7 @@ def enter_prompt(call: Call, embeds: Tensor, num_layers: int) -> None:
     needs = call.config.needs
     if needs.features or needs.words:
         views.embeds = embeds
-    if call.config.arguments.adaptive_keep is not None or call.config.arguments.text_floor is not None:
+    if call.config.arguments.settles_per_picture:
         with as_written(embeds.device), call.scoring.running(embeds.device):
             told = [_budget(call, key).to(embeds.device) for key in stages.images]
             found = torch.stack(told).tolist()  # the one copy more that such budgets cost
@@ -93,7 +93,7 @@ def _budget(call: Call, key: tuple[int, int]) -> Tensor:
     """(2,) the share that an adaptive budget comes to (NaN where there is none), and how surely it is print."""
     arguments, stages, views = call.config.arguments, call.stages, call.views
     assert stages is not None and views is not None
-    looked = views.looked(stages, key) if call.config.reads_pixels else None
+    looked = views.looked(stages, key) if arguments.reads_pixels else None
     adaptive = arguments.adaptive_keep
     if adaptive is None:
         share = torch.tensor(float("nan"))

@@ -79,9 +79,7 @@ class Views:
         if needs.pixels is not None:
             shown["pixels"] = self._own_pixels(self._noted("pixels", image, raster))
         if self.embeds is not None and needs.features:
-            shown["features"] = self.embeds[key[0]].index_select(
-                0, stages.column_of(key).to(self.embeds.device)
-            )
+            shown["features"] = self.features(stages, key)
         if needs.last_row and caught is not None:
             shown["last_row"] = self._last_row(stages, key, caught)
         if key in stages.plan.ends_row:  # its last token stays anyway: the method is not shown it
@@ -110,7 +108,7 @@ class Views:
         return own
 
     def features(self, stages: Stages, key: Key) -> Tensor:
-        """What adaptive budgets read else: its projected features (n, D)."""
+        """The projected features (n, D) of an image's remaining tokens."""
         assert self.embeds is not None
         columns = stages.column_of(key).to(self.embeds.device)
         return self.embeds[key[0]].index_select(0, columns)
