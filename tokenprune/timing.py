@@ -1,4 +1,7 @@
-"""Paired timing: arms run in turn, round after round, so that a change of the machine's load falls on all of them."""
+"""Paired timing: arms run in turn, round after round, so that a change of the machine's load falls on all of them.
+
+And when the first token of an answer is there.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from transformers import StoppingCriteria
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -108,3 +113,23 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
 
 def milliseconds(seconds: Sequence[float]) -> float:
     return 1e3 * statistics.median(seconds)
+
+
+class FirstToken(StoppingCriteria):
+    """Notes when the first new token is there; stops nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.at: float | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        if self.at is None:
+            self.at = now(self.device)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def now(device: torch.device) -> float:
+    """Seconds; what was asked of a GPU is done by then."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

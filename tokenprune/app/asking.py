@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
-from transformers import StoppingCriteria
 
 from tokenprune.analysis.calibration import make_prompt
 from tokenprune.analysis.memory import Memory, last_state
@@ -18,6 +15,7 @@ from tokenprune.api import pruned, report
 from tokenprune.errors import ConfigError
 from tokenprune.models import find_family, stock_model
 from tokenprune.reporting import Report
+from tokenprune.timing import FirstToken, now
 
 Stages = list[tuple[int, float]]
 
@@ -118,16 +116,17 @@ class Asking:
         return Shown(whole, shorter, drift, told, pictures, self._as_python(question, arguments))
 
     def _answer(self, inputs: Mapping[str, Any]) -> Answer:
-        first = _First()
+        device = inputs["input_ids"].device
+        first = FirstToken(device)
         with torch.inference_mode():
             self.model.generate(
                 **inputs, max_new_tokens=1, do_sample=False
             )  # who goes first must not be the slower
-            began = time.perf_counter()
+            began = now(device)
             output = self.model.generate(
                 **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, stopping_criteria=[first]
             )
-        ended = time.perf_counter()
+        ended = now(device)
         new = output[:, inputs["input_ids"].shape[1] :]
         text = " ".join(self.processor.batch_decode(new, skip_special_tokens=True)[0].split())
         told = report(self.model)
@@ -156,20 +155,6 @@ class Asking:
             f'print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))\n'
             f"print(tokenprune.report(model))\n"
         )
-
-
-class _First(StoppingCriteria):
-    """Notes when the first token is there; stops nothing."""
-
-    def __init__(self) -> None:
-        self.at: float | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        if self.at is None:
-            if input_ids.device.type == "cuda":
-                torch.cuda.synchronize(input_ids.device)
-            self.at = time.perf_counter()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _arguments(method: str, keep: float, stages: Stages) -> dict[str, Any]:
