@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
 # What only an NVIDIA GPU can show, in under ten minutes: benchmarks of the kernels and of whole models, then the tests.
 #
-#   eval/gpu.sh FOLDER      # CSVs and logs go into FOLDER; nothing needs to be installed but torch, triton, transformers
+#   eval/gpu.sh FOLDER [NAME ...]   # CSVs and logs go into FOLDER; torch, triton, transformers, typer, pydantic are needed
+#                                   # with names: these of the runs below only
 set -uo pipefail
-out=${1:?usage: eval/gpu.sh FOLDER}
+out=${1:?usage: eval/gpu.sh FOLDER [NAME ...]}
+only=" ${*:2} "
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
 export PYTHONPATH=.:kernels:eval:tests PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 python=${PYTHON:-python3}
 
 run() { # seconds, name, command
+  [[ $only == "  " || $only == *" $2 "* ]] || return 0
   echo "== $2 ($(date +%T))"
   timeout "$1" "${@:3}" 2>&1 | tee -a "$out/log.txt" | tail -n 60
 }

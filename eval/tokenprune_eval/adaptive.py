@@ -21,11 +21,14 @@ import tokenprune
 from tokenprune.adaptive import RULES
 from tokenprune.analysis import calibration_calls, load_calibration
 from tokenprune.compare.statistics import difference
-from tokenprune.testbed import evaluate, evaluation_set, load
+from tokenprune.testbed import Sample, evaluate, evaluation_set, load, pages
+from tokenprune.testbed.evaluate import MAX_NEW_TOKENS
+from tokenprune.testbed.language import make_inputs
+from tokenprune.testbed.pages import evaluation_pages
 from tokenprune_eval.auto import pictures_of
 from tokenprune_eval.results import Results
 
-FIXED = "fixed"
+FIXED, PAGES = "fixed", "pages"
 KINDS = (
     "attribute",
     "identity",
@@ -37,6 +40,8 @@ KINDS = (
     "ground",
     "region",
     "tint",
+    "line",
+    "page",
 )
 COLUMNS = [
     *("key", "model", "keep", "arm", "tau", "questions", "prefilled", "again"),
@@ -44,12 +49,24 @@ COLUMNS = [
 ]
 #: Shares of the prompts that are prefilled again, at three times the budget.
 AGAIN = (0.1, 0.25, 0.5)
-ARMS = (FIXED, *RULES, *(f"again {share:g}" for share in AGAIN))
+#: Floors of pages under the guard for text.
+FLOORS = (0.5, 0.75)
+ARMS = (FIXED, *RULES, *(f"again {share:g}" for share in AGAIN), *(f"floor {share:g}" for share in FLOORS))
+
+
+def questions_to(model: str, count: int) -> list[Sample]:
+    """Held-out questions of the kind that a testbed model was trained on."""
+    return evaluation_pages(count) if model == PAGES else evaluation_set(count, seed=0)
+
+
+def longest_answer(model: str) -> int:
+    """In new tokens."""
+    return pages.MAX_NEW_TOKENS if model == PAGES else MAX_NEW_TOKENS
 
 
 @dataclass
 class Bench:
-    """A testbed model, its questions, and unlabelled training scenes to calibrate on."""
+    """A testbed model, its questions, and unlabelled training pictures to calibrate on."""
 
     name: str
     questions: int
@@ -57,8 +74,12 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.model, self.processor = load(self.name)
-        self.samples = evaluation_set(self.questions, seed=0)
-        self.calls = list(calibration_calls(self.processor, load_calibration("testbed", 96)))
+        self.samples = questions_to(self.name, self.questions)
+        if self.name == PAGES:
+            shown = evaluation_pages(96, seed=2, split="train")
+            self.calls = [dict(make_inputs(self.processor, [sample])) for sample in shown]
+        else:
+            self.calls = list(calibration_calls(self.processor, load_calibration("testbed", 96)))
 
     def settings(self, arm: str, keep: float) -> dict[str, Any]:
         """Arguments of `wrap`."""
@@ -67,7 +88,10 @@ class Bench:
         if arm in RULES:
             asked = tokenprune.Adaptive(keep, arm, low=keep / 3, high=min(1.0, 3 * keep))  # type: ignore[arg-type]
             return {"keep": tokenprune.calibrate(self.model, self.calls, asked)}
-        share = float(arm.removeprefix("again "))
+        name, _, number = arm.partition(" ")
+        share = float(number)
+        if name == "floor":
+            return {"keep": keep, "text_floor": share}
         return {
             "keep": keep,
             "escalate": tokenprune.calibrate_escalation(
@@ -81,7 +105,9 @@ class Bench:
         with tokenprune.pruned(self.model, **settings):
             # One by one where prompts are done again: a batch is done again as a whole, which says nothing of rows.
             size = 1 if "escalate" in settings else self.batch_size
-            result = evaluate(self.model, self.processor, self.samples, size)
+            result = evaluate(
+                self.model, self.processor, self.samples, size, max_new_tokens=longest_answer(self.name)
+            )
             total = tokenprune.report(self.model, total=True)
         tokens = 144 * sum(len(sample.images) for sample in self.samples)
         budget = settings["keep"]
@@ -134,7 +160,7 @@ def by_kind(results: Results) -> str:
     lines = ["| | kept | " + " | ".join(KINDS) + " |", "|---|---:|" + "---:|" * len(KINDS)]
     for key, row in results.rows.items():
         fixed = f"{row['model']} {row['keep']} {FIXED}"
-        kinds = [sample.family for sample in evaluation_set(int(row["questions"]), seed=0)]
+        kinds = [sample.family for sample in questions_to(row["model"], int(row["questions"]))]
         cells = []
         for kind in KINDS:
             own = np.array([other == kind for other in kinds])
@@ -162,7 +188,9 @@ def table(results: Results) -> str:
             found = difference(
                 np.asarray(results.correct(key)),
                 np.asarray(results.correct(fixed)),
-                pictures_of(int(row["questions"])),
+                tuple(range(int(row["questions"])))
+                if row["model"] == PAGES
+                else pictures_of(int(row["questions"])),
             )
             against = str(found)
         accuracy = f"{100 * float(row['accuracy']):.1f} [{100 * float(row['low']):.1f}, {100 * float(row['high']):.1f}]"

@@ -1,9 +1,9 @@
 """The guard for text: rendered pages against photographs, fitted and judged: ``python -m tokenprune_eval.guard``.
 
 Pages are made here: six fonts, sizes from 7 to 30 pixels, prose, tables, receipts and screenshots, black on white,
-light on dark and on tinted paper. Photographs are those that scikit-image and scikit-learn bring, in crops. Fonts
-and photographs of the held-out half appear nowhere in the other. It prints the constants of `tokenprune/printed.py`
-(--fit) and writes error rates of both kinds.
+light on dark and on tinted paper. Photographs are those that scikit-image and scikit-learn bring, in crops. Then
+the testbed's own pages and scenes, in its patches of 8 pixels. Fonts and photographs of the held-out half appear
+nowhere in the other. It prints the constants of `tokenprune/printed.py` (--fit) and writes error rates of both kinds.
 """
 
 from __future__ import annotations
@@ -20,9 +20,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from tokenprune.printed import is_print, look, summary
+from tokenprune.testbed.grounds import Split
+from tokenprune.testbed.pages import make_page
+from tokenprune.testbed.scenes import make_scene
 
-PATCH = 14
+PATCH, TESTBED_PATCH = 14, 8
 KINDS = ("prose", "table", "receipt", "screenshot")
+PAGE, SCENE = "testbed page", "testbed scene"
+PRINT = (*KINDS, PAGE)
 WORDS = (
     "the of and to in is that for it as was with be by on not he this are or his from at which but have an had they "
     "you were their one all we can her has there been if more when will would who so no invoice total amount date "
@@ -121,12 +126,17 @@ def crop(rng: np.random.Generator, image: NDArray[np.uint8]) -> Image.Image:
     return part.resize((max(28, round(w * scale)), max(28, round(h * scale))), Image.Resampling.BICUBIC)
 
 
-def looked(picture: Image.Image) -> torch.Tensor:
+def looked(picture: Image.Image, patch: int = PATCH) -> torch.Tensor:
     """What a tower's patches show of it: (patches, columns)."""
-    height, width = (n // PATCH * PATCH for n in (picture.height, picture.width))
+    height, width = (n // patch * patch for n in (picture.height, picture.width))
     x = torch.from_numpy(np.asarray(picture.convert("RGB"))[:height, :width].copy()).permute(2, 0, 1)
-    patches = x.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).permute(1, 2, 0, 3, 4).flatten(0, 1)
+    patches = x.unfold(1, patch, patch).unfold(2, patch, patch).permute(1, 2, 0, 3, 4).flatten(0, 1)
     return look(patches)
+
+
+def judged(kind: str, picture: Image.Image) -> torch.Tensor:
+    """`looked`, in the patches in which pictures of this kind are read."""
+    return looked(picture, TESTBED_PATCH if kind in (PAGE, SCENE) else PATCH)
 
 
 def pictures(half: int, count: int, seed: int) -> list[tuple[str, Image.Image]]:
@@ -138,6 +148,9 @@ def pictures(half: int, count: int, seed: int) -> list[tuple[str, Image.Image]]:
         kind = KINDS[i % len(KINDS)]
         found.append((kind, page(rng, own[int(rng.integers(len(own)))], kind)))
         found.append(("photograph", crop(rng, photos[int(rng.integers(len(photos)))])))
+        split: Split = "test" if half else "train"
+        found.append((PAGE, Image.fromarray(make_page(rng, split).image)))
+        found.append((SCENE, Image.fromarray(make_scene(rng, split, scenes="mosaic").image)))
     return found
 
 
@@ -153,9 +166,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     rows = []
     held = pictures(1, options.count, 0)
-    for kind in (*KINDS, "photograph"):
-        own = [float(is_print(looked(picture))) > 0.5 for name, picture in held if name == kind]
-        wrong = sum(own) if kind == "photograph" else len(own) - sum(own)
+    for kind in (*PRINT, "photograph", SCENE):
+        own = [float(is_print(judged(kind, picture))) > 0.5 for name, picture in held if name == kind]
+        wrong = len(own) - sum(own) if kind in PRINT else sum(own)
         rows.append({"kind": kind, "pictures": len(own), "wrong": wrong, "share": f"{wrong / len(own):.4f}"})
         print(rows[-1])
     with options.csv.open("w", newline="") as file:
@@ -168,8 +181,8 @@ def _fit(count: int) -> None:
     from sklearn.linear_model import LogisticRegression
 
     found = pictures(0, count, 0)
-    x = torch.stack([summary(looked(picture)) for _, picture in found]).double().numpy()
-    y = np.array([kind != "photograph" for kind, _ in found])
+    x = torch.stack([summary(judged(kind, picture)) for kind, picture in found]).double().numpy()
+    y = np.array([kind in PRINT for kind, _ in found])
     mean, scale = x.mean(0), x.std(0)
     model = LogisticRegression(C=0.5, max_iter=2000).fit((x - mean) / scale, y)
     for name, values in (("_MEAN", mean), ("_SCALE", scale), ("_WEIGHTS", model.coef_[0])):

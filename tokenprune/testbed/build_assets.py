@@ -1,4 +1,4 @@
-"""Developers only: rebuild ``assets.npz`` and ``grounds.npz`` from scikit-learn and scikit-image.
+"""Developers only: rebuild the .npz files from scikit-learn, scikit-image and matplotlib.
 
 python -m tokenprune.testbed.build_assets
 """
@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from tokenprune.testbed.grounds import GROUND_ASSETS, UInt8Array
+from tokenprune.testbed.pages import CHARACTERS, FONTS, LETTERS, SIZES
 from tokenprune.testbed.scenes import ASSETS
 
 SHORT_SIDE = 160
@@ -78,7 +79,32 @@ def build_grounds() -> dict[str, npt.NDArray[Any]]:
     return arrays
 
 
+def build_letters() -> dict[str, npt.NDArray[Any]]:
+    """Of each font and size a strip of all characters, each as wide as its advance, and where each ends."""
+    from pathlib import Path
+
+    import matplotlib
+
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    arrays = {}
+    for font in (*FONTS["train"], *FONTS["test"]):
+        for size in SIZES:
+            own = ImageFont.truetype(str(folder / f"{font}.ttf"), size)
+            top = min(own.getbbox(c, anchor="ls")[1] for c in CHARACTERS)
+            bottom = max(own.getbbox(c, anchor="ls")[3] for c in CHARACTERS)
+            strips = []
+            for c in CHARACTERS:
+                left, _, right, _ = own.getbbox(c, anchor="ls")
+                width = max(round(own.getlength(c)), int(right - min(left, 0)))
+                glyph = Image.new("L", (width, int(bottom - top)))
+                ImageDraw.Draw(glyph).text((-min(left, 0), -top), c, fill=255, font=own, anchor="ls")
+                strips.append(np.asarray(glyph))
+            arrays[f"{font}_{size}"] = np.concatenate(strips, axis=1)
+            arrays[f"{font}_{size}_ends"] = np.cumsum([s.shape[1] for s in strips]).astype(np.int32)
+    return arrays
+
+
 if __name__ == "__main__":
-    for path, arrays in ((ASSETS, build()), (GROUND_ASSETS, build_grounds())):
+    for path, arrays in ((ASSETS, build()), (GROUND_ASSETS, build_grounds()), (LETTERS, build_letters())):
         np.savez_compressed(path, allow_pickle=False, **arrays)
         print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")

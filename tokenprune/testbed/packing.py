@@ -24,7 +24,7 @@ from tokenprune.testbed.questions import ask, ask_mixed, auxiliary_differences, 
 from tokenprune.testbed.scenes import Scene, SceneKind, make_scene
 
 IGNORE = -100
-_PADDING = -1  # question number of padding
+PADDING = -1  # question number of padding
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Batch:
     questions: Tensor
     labels: Tensor
     chained: bool
-    targets: DenseTargets
+    targets: DenseTargets | None
 
     def to(self, device: torch.device) -> Batch:
         moved = {k: v.to(device) for k, v in vars(self).items() if hasattr(v, "to")}
@@ -116,7 +116,7 @@ def make_batch(
     images = 2 if two_images else 1
     start = len(language.prefix) + images * NUM_VISUAL_TOKENS
     ids, positions, questions, labels = (
-        torch.full((batch_size, text_tokens), fill) for fill in (language.pad, start, _PADDING, IGNORE)
+        torch.full((batch_size, text_tokens), fill) for fill in (language.pad, start, PADDING, IGNORE)
     )
     for row, turns in enumerate(texts):
         used = 0
@@ -130,7 +130,7 @@ def make_batch(
             questions[row, span] = number
             labels[row, used + len(question) - 1 : used + length - 1] = torch.tensor(answer)
             used += length
-    longest = int((questions != _PADDING).sum(1).max())
+    longest = int((questions != PADDING).sum(1).max())
     ids, positions, questions, labels = (t[:, :longest] for t in (ids, positions, questions, labels))
     frames = [f for s in drawn for f in ([s.image] if s.previous is None else [s.previous, s.image])]
     kept = keep_visual_tokens(drawn, images * visual_tokens, images, rng)

@@ -420,7 +420,7 @@ def _answer_step(
         with torch.set_grad_enabled(learn_tower):
             hidden = model.model.vision_tower(batch.pixels).last_hidden_state
         extra: Tensor | float = 0.0
-        if not two_images and options.dense_weight:
+        if batch.targets is not None and not two_images and options.dense_weight:
             projected = model.model.multi_modal_projector(hidden[:, 1:])
             words = SMALL.word_space(model.get_input_embeddings().weight)
             extra = options.dense_weight * word_loss(words, projected, batch.targets)[0]

@@ -184,7 +184,7 @@ def _answer_step(
         with torch.no_grad():
             features = model.model.vision_tower(batch.pixels).last_hidden_state[:, 1:]
         loss, right, labels = answer_loss(model, batch, features)
-        if not two_images and options.dense_weight:
+        if batch.targets is not None and not two_images and options.dense_weight:
             projected = model.model.multi_modal_projector(features)
             loss = loss + options.dense_weight * word_loss(words, projected, batch.targets)[0]
     optimizer.zero_grad()
