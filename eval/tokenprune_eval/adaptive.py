@@ -164,7 +164,7 @@ def by_kind(results: Results) -> str:
         cells = []
         for kind in KINDS:
             own = np.array([other == kind for other in kinds])
-            cell = f"{100 * float(row[kind]):.0f}" if row[kind] else ""
+            cell = f"{100 * float(row[kind]):.0f}" if row.get(kind) else ""
             if row["arm"] != FIXED and fixed in results.bits and own.any():
                 points = 100 * (results.correct(key)[own].mean() - results.correct(fixed)[own].mean())
                 cell += f" ({points:+.0f})"

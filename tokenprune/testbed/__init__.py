@@ -1,7 +1,7 @@
-"""Two vision-language models that were really trained, and questions they need their eyes for.
+"""Three vision-language models that were really trained, and questions they need their eyes for.
 
 "small" (3.9 M parameters) was trained from nothing for these pictures and lies in the package; "smol" is a LLaVA whose
-decoder, SmolLM2-135M-Instruct, others have pretrained on text.
+decoder, SmolLM2-135M-Instruct, others have pretrained on text; "pages" reads pages of print.
 """
 
 from tokenprune.testbed.evaluate import Result, evaluate
