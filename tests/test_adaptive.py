@@ -19,7 +19,7 @@ from tokenprune.analysis.budgets import mean_share, read_pictures
 from tokenprune.budget import Cut, plan_counts
 from tokenprune.models import find_family
 from tokenprune.printed import is_print
-from tokenprune.testbed.pages import make_page
+from tokenprune_testbed.pages import make_page
 
 FAMILIES = {"llava": tiny.llava, "qwen2_5_vl": tiny.qwen2_5_vl, "internvl": tiny.internvl}
 

@@ -16,8 +16,8 @@ from PIL import Image
 import tokenprune
 from tokenprune.app.asking import Asking
 from tokenprune.errors import ConfigError
-from tokenprune.testbed import evaluation_set, load
-from tokenprune.testbed.questions import known_words
+from tokenprune_testbed import evaluation_set, load
+from tokenprune_testbed.questions import known_words
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
 SAMPLE = [sample for sample in evaluation_set(40) if len(sample.images) == 1][8]

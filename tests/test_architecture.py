@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1] / "tokenprune"
 # type checkers count.
 FLOORS = (
     ("errors", "releases", "tensors", "hashing", "cache", "machine", "timing"),
-    ("files", "budget", "named", "tokens", "estimators"),
+    ("files", "budget", "named", "tokens", "estimators", "testbeds"),
     ("space",),
     ("images", "tiling", "draw"),
     ("adaptive", "printed"),
@@ -28,11 +28,11 @@ FLOORS = (
     ("runtime",),
     ("reporting",),
     ("api",),
-    ("testbed",),
     ("analysis",),
     ("tune",),
     ("compare", "bench", "serving", "app"),
     ("cli", "__main__"),
+    ("lmms",),
 )
 # `import tokenprune` names what is further in at its first use; that is its purpose.
 ENTRY = "tokenprune"

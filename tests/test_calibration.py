@@ -101,14 +101,14 @@ def test_testbed_is_its_training_split():
     assert len({s.prompt.split()[0] for s in samples}) >= 4  # of several families
     assert [s.prompt for s in load_calibration("testbed", 18)] == [s.prompt for s in samples]
     assert [s.prompt for s in load_calibration("testbed", 18, seed=1)] != [s.prompt for s in samples]
-    from tokenprune.testbed import evaluation_set
+    from tokenprune_testbed import evaluation_set
 
     trained = {np.asarray(s.images[0]).tobytes() for s in samples}
     assert not trained & {i.tobytes() for s in evaluation_set(70) for i in s.images}
 
 
 def test_calls_are_what_the_model_takes():
-    from tokenprune.testbed.modeling import IMAGE, build_processor
+    from tokenprune_testbed.modeling import IMAGE, build_processor
 
     calls = list(calibration_calls(build_processor(), load_calibration("testbed", 3)))
     assert len(calls) == 3
@@ -209,7 +209,7 @@ def test_paths_that_cannot_even_be_looked_up(source):
 
 
 def test_text_that_holds_the_placeholder():
-    from tokenprune.testbed.modeling import build_processor
+    from tokenprune_testbed.modeling import build_processor
 
     processor = build_processor()
     with pytest.raises(ConfigError, match="stands for the picture"):
@@ -217,7 +217,7 @@ def test_text_that_holds_the_placeholder():
 
 
 def test_a_broken_chat_template():
-    from tokenprune.testbed.modeling import build_processor
+    from tokenprune_testbed.modeling import build_processor
 
     processor = build_processor()
     for template in ("{% for x in %}", "{{ messages[7].nothing.more }}", "{{ 1 / 0 }}"):

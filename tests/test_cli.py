@@ -22,19 +22,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import tokenprune
-from tokenprune import testbed
 from tokenprune.arguments import Arguments, read_keep
 from tokenprune.cli import app
-from tokenprune.cli import demo as demo_module
-from tokenprune.cli.loading import load_model, load_testbed
-from tokenprune.cli.shell import InputError, short_warnings
+from tokenprune.cli.loading import load_model
+from tokenprune.cli.shell import short_warnings
 from tokenprune.errors import ConfigError, NothingPrunedWarning
 from tokenprune.estimators import ESTIMATORS
 from tokenprune.fingerprint import fingerprint
 from tokenprune.images import as_seen
 from tokenprune.methods import METHODS
 from tokenprune.models import FAMILIES
-from tokenprune.testbed import loading
+from tokenprune_eval import demo as demo_module
+from tokenprune_testbed import loading, questions
 
 QUESTION = "where is the seven ?"
 
@@ -44,7 +43,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model's folder, or one of random weights where the checkpoint is not there."""
     if (loading.MODEL_DIR / "config.json").is_file():
         return loading.MODEL_DIR
-    from tokenprune.testbed.modeling import build_model, build_processor
+    from tokenprune_testbed.modeling import build_model, build_processor
 
     folder = tmp_path_factory.mktemp("testbed")
     torch.manual_seed(0)
@@ -350,7 +349,7 @@ def test_demo_questions_are_the_seeds_and_of_the_test_split() -> None:
     assert [s.question for s in once] == [s.question for s in again]
     assert any((a.images[0] != b.images[0]).any() for a, b in zip(once, other, strict=False))
     assert len({id(s.images) for s in once}) == 20
-    assert {s.family for s in once} == set(testbed.FAMILIES)
+    assert {s.family for s in once} == set(questions.FAMILIES)
 
 
 # -- refusals: one line that says what to do, exit code 2 -------------------------------------------------------------
@@ -443,7 +442,7 @@ def _nonsense(folder: Path) -> None:
 
 
 def _no_processor(folder: Path) -> None:
-    from tokenprune.testbed.modeling import build_config
+    from tokenprune_testbed.modeling import build_config
 
     build_config(1).save_pretrained(folder)
 
@@ -452,7 +451,7 @@ def _damaged(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], No
     def make(folder: Path) -> None:
         import shutil
 
-        from tokenprune.testbed.modeling import build_model, build_processor
+        from tokenprune_testbed.modeling import build_model, build_processor
 
         torch.manual_seed(0)
         build_model().save_pretrained(folder)
@@ -560,8 +559,8 @@ def test_missing_models(image: Path, name: str) -> None:
 
 def test_a_missing_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "MODEL_DIR", tmp_path)
-    with pytest.raises(InputError, match="reinstall"):
-        load_testbed("small")
+    with pytest.raises(ConfigError, match="reinstall"):
+        load_model("small")
     assert "reinstall" in refused("demo", "--model", "small", "--out", tmp_path / "out")
 
 
@@ -744,7 +743,7 @@ def test_tune_refuses(model: Path, cache: Path, options: list[str], advice: str)
 
 def test_drift_shows_controls_and_the_worst_cases(model: Path, tmp_path: Path, cache: Path) -> None:
     common = ("drift", "small", "--data", "testbed", "--samples", 6)
-    profile = tokenprune.Profile(method="vflowopt", keep=0.25, model=fingerprint(load_testbed("small")[0]))
+    profile = tokenprune.Profile(method="vflowopt", keep=0.25, model=fingerprint(load_model("small")[0]))
     profile.save(tmp_path / "p.json")
     found = read(*common, "--profile", tmp_path / "p.json", "--pictures", tmp_path / "pictures", "--worst", 2)
     assert set(found["spreads"]) == {"vflowopt", "random", "uniform"} and len(found["drift"]) == 6

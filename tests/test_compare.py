@@ -35,8 +35,8 @@ from tokenprune.compare.store import ASKED, LINES
 from tokenprune.files import csv_text
 from tokenprune.methods import METHODS
 from tokenprune.models import find_family, stock_model
-from tokenprune.testbed import evaluate, evaluation_set, load
 from tokenprune.tune import measure
+from tokenprune_testbed import evaluate, evaluation_set, load
 
 pytestmark = [pytest.mark.usefixtures("cache"), pytest.mark.xdist_group("compare")]
 OPTIONS: dict[str, Any] = {
@@ -109,7 +109,7 @@ def test_what_reads_the_question_is_said(found: Any, bed: Any, questions: Any) -
 
 
 def test_auto_is_left_out_where_nothing_is_known(bed: Any) -> None:
-    from tokenprune.testbed.modeling import build_model
+    from tokenprune_testbed.modeling import build_model
 
     torch.manual_seed(0)
     assert all(arm.name != "auto" for arm in make_arms(build_model(), ["auto"], [0.5], 16))

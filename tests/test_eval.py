@@ -12,13 +12,13 @@ import torch
 
 import tokenprune
 from tokenprune.compare.statistics import difference
-from tokenprune.testbed import evaluation_set
-from tokenprune.testbed.evaluate import wilson_interval
-from tokenprune.testbed.language import make_inputs
-from tokenprune.testbed.modeling import build_model, build_processor
 from tokenprune_eval import early, separation, table
 from tokenprune_eval.cells import SOURCES, Cell, grid
 from tokenprune_eval.results import Results, pack, unpack
+from tokenprune_testbed import evaluation_set
+from tokenprune_testbed.evaluate import wilson_interval
+from tokenprune_testbed.language import make_inputs
+from tokenprune_testbed.modeling import build_model, build_processor
 
 # -- formulas ------------------------------------------------------------------------------------------------------
 

@@ -20,9 +20,9 @@ import tokenprune
 from tokenprune import ConfigError
 from tokenprune.cli.shell import InputError
 from tokenprune.profiles.profile import Profile
-from tokenprune.testbed import evaluate, evaluation_set
-from tokenprune.testbed.language import make_inputs
 from tokenprune_eval.checkpoints import write_llava
+from tokenprune_testbed import evaluate, evaluation_set
+from tokenprune_testbed.language import make_inputs
 
 pytest.importorskip("lmms_eval")
 with warnings.catch_warnings():
@@ -32,10 +32,10 @@ with warnings.catch_warnings():
     from lmms_eval.tasks import TaskManager
     from lmms_eval.utils import simple_parse_args_string
 
-from tokenprune_eval.lmms import manifest
-from tokenprune_eval.lmms.conversation import from_messages, sample_frames, user_turn, videos_as_frames
-from tokenprune_eval.lmms.meter import Meter
-from tokenprune_eval.lmms.model import (
+from tokenprune.lmms import manifest
+from tokenprune.lmms.conversation import from_messages, sample_frames, user_turn, videos_as_frames
+from tokenprune.lmms.meter import Meter
+from tokenprune.lmms.model import (
     Chat,
     Simple,
     _check_hash,
@@ -429,7 +429,7 @@ def test_wrong_arguments(given: dict[str, Any], advice: str) -> None:
 
 
 def test_a_profile_and_its_hash(tmp_path: Path) -> None:
-    from tokenprune.testbed import load
+    from tokenprune_testbed import load
 
     known = next(iter(Path(tokenprune.profiles.__file__).parent.glob("bundled/*.json")))
     profile = Profile.load(known)

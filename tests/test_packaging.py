@@ -1,4 +1,4 @@
-"""The wheel holds what it must and nothing else, every way of importing works, and no import is heavier than needed.
+"""The wheels hold what they must and nothing else, every way of importing works, and no import is heavier than needed.
 
 Each import is made by a fresh interpreter: this one has long imported everything.
 """
@@ -18,7 +18,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (ROOT, ROOT / "kernels", ROOT / "eval")
-PACKAGES = ("tokenprune", "tokenprune_kernels", "tokenprune_eval")
+HOMES = (*SOURCES, ROOT / "eval")  # of PACKAGES
+PACKAGES = ("tokenprune", "tokenprune_kernels", "tokenprune_eval", "tokenprune_testbed")
 DISTRIBUTION = "tokenprune-vlm"
 # Absent on many machines that can prune: `import tokenprune` must neither need them nor pay for them.
 LAZY = (
@@ -53,60 +54,99 @@ def installed_editable() -> bool:
 WHERE = (
     f"import json, {', '.join(PACKAGES)}; print(json.dumps([m.__file__ for m in ({', '.join(PACKAGES)})]))"
 )
-EXPECTED = [str(source / package / "__init__.py") for source, package in zip(SOURCES, PACKAGES, strict=True)]
+EXPECTED = [str(source / package / "__init__.py") for source, package in zip(HOMES, PACKAGES, strict=True)]
 
 
-# -- the wheel
+# -- the wheels
+
+HELD = {"library": {"tokenprune", "tokenprune_kernels"}, "testbed": {"tokenprune_testbed", "tokenprune_eval"}}
+DATA = {".npz", ".safetensors", ".json", ".jinja", ".csv", ".html", ".yaml"}
+LARGEST = 1_500_000  # bytes of the library's wheel
+
+
+def build(project: Path, out: Path) -> Path:
+    """A project's wheel, from a copy: setuptools leaves build/ behind, and takes stale files from it."""
+    copy = out / "source"
+    ignored = shutil.ignore_patterns(
+        "__pycache__", "*.egg-info", "results", ".*", "build", "docs", "tokenprune-demo"
+    )
+    shutil.copytree(project, copy, ignore=ignored)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    words = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(out), "."]
+    done = subprocess.run(words, cwd=copy, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = out.glob("*.whl")
+    return path
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """The wheel, built from a copy: setuptools leaves build/ behind, and takes stale files from it."""
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, zipfile.ZipFile]:
     if util.find_spec("setuptools") is None:
         pytest.skip("needs setuptools")
-    copy, out = tmp_path_factory.mktemp("source") / "tokenprune", tmp_path_factory.mktemp("wheel")
-    copy.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    for name in ("tokenprune", "kernels", "eval", "tests"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(out), "."]
-    done = subprocess.run(build, cwd=copy, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = out.glob("*.whl")
-    return zipfile.ZipFile(path)
+    projects = {"library": ROOT, "testbed": ROOT / "eval"}
+    return {name: zipfile.ZipFile(build(p, tmp_path_factory.mktemp(name))) for name, p in projects.items()}
+
+
+@pytest.fixture(scope="module")
+def wheel(wheels: dict[str, zipfile.ZipFile]) -> zipfile.ZipFile:
+    return wheels["library"]
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("packaging")
-def test_wheel_holds_the_three_packages_and_nothing_else(wheel: zipfile.ZipFile) -> None:
-    top = {name.split("/")[0] for name in wheel.namelist()}
-    (info,) = [name for name in top if name.endswith(".dist-info")]
-    assert info.startswith("tokenprune_vlm-")
-    assert top == {*PACKAGES, info}  # so no importable kernels, eval or tests
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("packaging")
-def test_wheel_holds_every_module_and_data_file(wheel: zipfile.ZipFile) -> None:
-    names = set(wheel.namelist())
-    for source, package in zip(SOURCES, PACKAGES, strict=True):
+@pytest.mark.parametrize("name", HELD)
+def test_a_wheel_holds_its_packages_and_nothing_else(wheels: dict[str, zipfile.ZipFile], name: str) -> None:
+    names = set(wheels[name].namelist())
+    top = {own.split("/")[0] for own in names}
+    assert {own for own in top if not own.endswith(".dist-info")} == HELD[name]
+    for package in HELD[name]:
+        (folder,) = [s / package for s in SOURCES if (s / package).is_dir()]
         assert f"{package}/py.typed" in names
-        modules = {path.relative_to(source).as_posix() for path in (source / package).rglob("*.py")}
-        assert modules <= names, f"missing (a folder without __init__.py?): {sorted(modules - names)}"
-    testbed = ROOT / "tokenprune" / "testbed"
-    data = [
-        path
-        for path in testbed.rglob("*")
-        if path.suffix in {".npz", ".safetensors", ".json", ".jinja", ".md", ".csv"}
-    ]
-    missing = {path.relative_to(ROOT).as_posix() for path in data} - names
-    assert not missing, f"not in package-data: {sorted(missing)}"
-    assert "tokenprune/testbed/assets.npz" in names
-    assert any(
-        name.startswith("tokenprune/testbed/model") and name.endswith(".safetensors") for name in names
-    )
+        files = [path for path in folder.rglob("*") if path.suffix in DATA | {".py"}]
+        missing = {path.relative_to(folder.parent).as_posix() for path in files} - names
+        assert not missing, f"no __init__.py beside it, or not in package-data: {sorted(missing)}"
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("packaging")
+def test_the_librarys_wheel_is_small(wheel: zipfile.ZipFile) -> None:
+    assert Path(str(wheel.filename)).stat().st_size <= LARGEST
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("packaging")
+def test_the_library_alone(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """Where nothing of ours but the wheel is: it prunes, answers on the command line, and is found by others."""
+    site = tmp_path / "site"
+    wheel.extractall(site)
+    for folder in map(Path, third_party()):
+        for found in folder.iterdir() if folder.name == "site-packages" else ():
+            if "tokenprune" not in found.name and not (site / found.name).exists():
+                (site / found.name).symlink_to(found)
+    path = [site, *(folder for folder in third_party() if Path(folder).name != "site-packages")]
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
+from importlib.metadata import entry_points
+import torch, tiny, tokenprune
+assert tokenprune.__file__.startswith({str(tmp_path)!r})
+model = tiny.llava()
+with tokenprune.pruned(model, "uniform", keep=0.5), torch.no_grad():
+    model(**tiny.inputs(model, [["text:2", "image", "text:3"]]))
+    assert tokenprune.report(model).kept
+for group in ("lmms_eval.models", "vllm.general_plugins"):
+    (own,) = [e for e in entry_points(group=group) if e.name == "tokenprune"]
+    own.load()
+from tokenprune import testbeds
+assert testbeds.names() == ()
+from typer.testing import CliRunner
+from tokenprune.cli import app
+run = CliRunner().invoke
+assert run(app, ["methods"]).exit_code == 0
+for words in (["demo", "--quick"], ["bench", "small"], ["drift", "x", "--keep", "25%", "--data", "testbed"]):
+    print(run(app, words).output.strip().splitlines()[-1])
+"""
+    said = run_python(code, cwd=tmp_path, path=path, site=False).splitlines()
+    assert len(said) == 3 and all("not installed: pip install './eval'" in line for line in said)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from tokenprune_eval.protocols.table import NONE, TABLES, Table, load_table, tab
 from tokenprune_eval.protocols.verdict import verdict
 
 pytest.importorskip("lmms_eval")
-from tokenprune_eval.lmms.model import read_arguments
+from tokenprune.lmms.model import read_arguments
 
 pytestmark = [pytest.mark.usefixtures("cache"), pytest.mark.xdist_group("protocols")]
 

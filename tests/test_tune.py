@@ -233,7 +233,7 @@ def test_a_broken_file_in_the_cache_is_named(model: Any, cache: Path) -> None:
 
 def test_bundled_profiles_are_the_testbeds() -> None:
     from tokenprune.profiles.known import BUNDLED
-    from tokenprune.testbed import MODEL_DIR, load
+    from tokenprune_testbed import MODEL_DIR, load
 
     paths = sorted(BUNDLED.glob("*.json"))
     assert paths and all(Profile.load(path).measured is not None for path in paths)

@@ -173,7 +173,7 @@ def test_pixels_of_every_patch(model: Any, inputs: Any) -> None:
 
 def test_pixels_are_the_images_own() -> None:
     """Through a real processor: the very bytes."""
-    from tokenprune.testbed.modeling import build_model, build_processor
+    from tokenprune_testbed.modeling import build_model, build_processor
 
     torch.manual_seed(0)
     model, processor = build_model(4).eval(), build_processor()

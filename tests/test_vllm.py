@@ -23,11 +23,11 @@ from PIL import Image
 from vllm import LLM, SamplingParams
 
 import tokenprune
-from tokenprune.testbed import Sample, evaluate, evaluation_set, load
-from tokenprune.testbed.language import chat_prompt
-from tokenprune.testbed.loading import model_folder
 from tokenprune_eval.checkpoints import CHAT_TEMPLATE, write_llava, write_old_layout
 from tokenprune_eval.server import serving
+from tokenprune_testbed import Sample, evaluate, evaluation_set, load
+from tokenprune_testbed.language import chat_prompt
+from tokenprune_testbed.loading import model_folder
 from vllm_requests import budget, picture, post, words
 
 pytestmark = pytest.mark.timeout(900)

@@ -23,10 +23,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokenprune.testbed.loading import model_folder
 from tokenprune_eval.checkpoints import write_old_layout
 from tokenprune_eval.qwen_checkpoint import write_qwen
 from tokenprune_eval.server import NAME, serving
+from tokenprune_testbed.loading import model_folder
 from vllm_requests import budget, counters, picture, post, words
 
 pytestmark = pytest.mark.timeout(1500)

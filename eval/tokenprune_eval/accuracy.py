@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenprune.compare.arms import CONTROLS, NONE
-from tokenprune.testbed import compared
+from tokenprune_testbed import compared
 
 RESULTS = Path("eval/results")
 MODELS = ("small", "smol")

@@ -21,12 +21,12 @@ import tokenprune
 from tokenprune.adaptive import RULES
 from tokenprune.analysis import calibration_calls, load_calibration
 from tokenprune.compare.statistics import difference
-from tokenprune.testbed import Sample, evaluate, evaluation_set, load, pages
-from tokenprune.testbed.evaluate import MAX_NEW_TOKENS
-from tokenprune.testbed.language import make_inputs
-from tokenprune.testbed.pages import evaluation_pages
 from tokenprune_eval.auto import pictures_of
 from tokenprune_eval.results import Results
+from tokenprune_testbed import Sample, evaluate, evaluation_set, load, pages
+from tokenprune_testbed.evaluate import MAX_NEW_TOKENS
+from tokenprune_testbed.language import make_inputs
+from tokenprune_testbed.pages import evaluation_pages
 
 FIXED, PAGES = "fixed", "pages"
 KINDS = (

@@ -16,9 +16,9 @@ import torch
 
 from tokenprune.analysis.memory import content_digest
 from tokenprune.compare.statistics import difference
-from tokenprune.testbed import evaluation_set
 from tokenprune_eval.results import Results
 from tokenprune_eval.settings import ROW, Bench
+from tokenprune_testbed import evaluation_set
 
 COLUMNS = ["key", "model", "keep", "arm", *ROW]
 ARMS: dict[str, dict[str, Any]] = {

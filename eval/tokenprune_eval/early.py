@@ -18,9 +18,9 @@ import torch
 import tokenprune
 from tokenprune import machine
 from tokenprune.releases import cache_argument, cache_of
-from tokenprune.testbed import evaluate
 from tokenprune_eval.results import Results
 from tokenprune_eval.settings import BATCH, Bench
+from tokenprune_testbed import evaluate
 
 COLUMNS = [
     *("key", "model", "keep", "method", "asked", "compact_early", "questions", "accuracy", "low", "high"),

@@ -25,7 +25,7 @@ from tokenprune.analysis.layers import read_layers
 from tokenprune.analysis.plots import plot_collapse
 from tokenprune.estimators import ESTIMATORS
 from tokenprune.profiles.collapse import Collapse
-from tokenprune.testbed import load
+from tokenprune_testbed import load
 
 CASES = ("trained", "untrained", "trained, images of noise")
 COLUMNS = (

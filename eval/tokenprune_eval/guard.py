@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from tokenprune.printed import is_print, look, summary
-from tokenprune.testbed.grounds import Split
-from tokenprune.testbed.pages import make_page
-from tokenprune.testbed.scenes import make_scene
+from tokenprune_testbed.grounds import Split
+from tokenprune_testbed.pages import make_page
+from tokenprune_testbed.scenes import make_scene
 
 PATCH, TESTBED_PATCH = 14, 8
 KINDS = ("prose", "table", "receipt", "screenshot")

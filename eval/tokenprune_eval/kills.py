@@ -24,10 +24,10 @@ import optuna
 import torch
 
 from tokenprune import machine
-from tokenprune.testbed import load
 from tokenprune.tune.search import search
 from tokenprune.tune.studies import open_storage
 from tokenprune_eval.results import Results
+from tokenprune_testbed import load
 
 STUDY, KEEP, SAMPLES = "kills", 0.22, 12
 COLUMNS = [

@@ -15,8 +15,8 @@ from PIL import Image
 
 import tokenprune
 from tokenprune.draw import add_caption, draw_report, tile
-from tokenprune.testbed import evaluation_set, load
-from tokenprune.testbed.language import make_inputs
+from tokenprune_testbed import evaluation_set, load
+from tokenprune_testbed.language import make_inputs
 
 ARMS: dict[str, dict[str, Any]] = {
     "random": {"method": "random", "layer": 0},

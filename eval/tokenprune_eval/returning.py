@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 import tokenprune
-from tokenprune.testbed import load
-from tokenprune.testbed.language import make_inputs
-from tokenprune.testbed.modeling import EOS, NUM_VISUAL_TOKENS
-from tokenprune.testbed.pages import MAX_NEW_TOKENS, evaluation_pages
+from tokenprune_testbed import load
+from tokenprune_testbed.language import make_inputs
+from tokenprune_testbed.modeling import EOS, NUM_VISUAL_TOKENS
+from tokenprune_testbed.pages import MAX_NEW_TOKENS, evaluation_pages
 
 FIRST = 1  # column of the first visual token: the begin token stands before it
 

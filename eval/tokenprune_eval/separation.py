@@ -22,13 +22,13 @@ from torch import Tensor
 
 from tokenprune.machine import describe
 from tokenprune.methods import EntropyPrune
-from tokenprune.testbed import load
-from tokenprune.testbed.dense import BACKGROUND, patch_objects
-from tokenprune.testbed.language import make_inputs
-from tokenprune.testbed.questions import Sample, ask
-from tokenprune.testbed.scenes import DEFAULT_SCENES, SCENE_KINDS, Scene, make_scene
 from tokenprune_eval.cells import NORMALIZATIONS, SOURCES
 from tokenprune_eval.recorded import images_at
+from tokenprune_testbed import load
+from tokenprune_testbed.dense import BACKGROUND, patch_objects
+from tokenprune_testbed.language import make_inputs
+from tokenprune_testbed.questions import Sample, ask
+from tokenprune_testbed.scenes import DEFAULT_SCENES, SCENE_KINDS, Scene, make_scene
 
 LAYERS = (1, 2, 3, 4, 6, 8, 10, 12, 15)
 COLUMNS = (

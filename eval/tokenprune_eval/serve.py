@@ -35,12 +35,12 @@ import numpy as np
 from PIL import Image
 
 from tokenprune import machine
-from tokenprune.testbed import Sample, evaluation_set
-from tokenprune.testbed.evaluate import MAX_NEW_TOKENS, wilson_interval
-from tokenprune.testbed.loading import model_folder
 from tokenprune_eval.checkpoints import write_old_layout
 from tokenprune_eval.qwen_checkpoint import write_qwen
 from tokenprune_eval.server import NAME, serving
+from tokenprune_testbed import Sample, evaluation_set
+from tokenprune_testbed.evaluate import MAX_NEW_TOKENS, wilson_interval
+from tokenprune_testbed.loading import model_folder
 
 FIELDS = (
     "model",

@@ -15,10 +15,10 @@ from tokenprune import machine
 from tokenprune.analysis.batches import batched
 from tokenprune.analysis.calibration import calibration_calls, load_calibration
 from tokenprune.analysis.memory import Memory
-from tokenprune.testbed import Result, evaluate, evaluation_set, load
-from tokenprune.testbed.language import make_inputs
 from tokenprune.tune import measure
 from tokenprune_eval.cached import CachedProcessor
+from tokenprune_testbed import Result, evaluate, evaluation_set, load
+from tokenprune_testbed.language import make_inputs
 
 BATCH = 50
 DRIFT_BATCH = 8
@@ -26,7 +26,7 @@ DRIFT_BATCH = 8
 
 class Bench:
     """Args:
-    name: of `tokenprune.testbed.load`; of a folder RUN/model, which `tokenprune.testbed.train` wrote, RUN is the name.
+    name: of `tokenprune_testbed.load`; of a folder RUN/model, which `tokenprune_testbed.train` wrote, RUN is the name.
     questions: held-out ones, for accuracy.
     prompts: held-out ones, for drift: the first of those with one image.
     """

@@ -86,8 +86,8 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
 
-    from tokenprune.testbed import evaluation_set, load
-    from tokenprune.testbed.language import make_inputs
+    from tokenprune_testbed import evaluation_set, load
+    from tokenprune_testbed.language import make_inputs
 
     model, processor = load(options.model)
     samples = [s for s in evaluation_set(10 * options.images) if len(s.images) == 1][: options.images]

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tokenprune.compare.statistics import Difference, difference
-from tokenprune.testbed import evaluation_set
-from tokenprune.testbed.questions import families_of
 from tokenprune_eval.results import Results
+from tokenprune_testbed import evaluation_set
+from tokenprune_testbed.questions import families_of
 
 Row = dict[str, str]
 

@@ -26,14 +26,14 @@ import tokenprune
 from tokenprune import machine
 from tokenprune.analysis.memory import Memory
 from tokenprune.budget import average_floor
-from tokenprune.testbed import FAMILIES, evaluate, evaluation_set, load
-from tokenprune.testbed.language import make_inputs
-from tokenprune.testbed.scenes import DEFAULT_SCENES, SCENE_KINDS, SceneKind
 from tokenprune.timing import Arm, interleave, milliseconds, ratio
 from tokenprune_eval.cached import CachedProcessor
 from tokenprune_eval.cells import METHODS, NORMALIZATIONS, SOURCES, Cell, grid
 from tokenprune_eval.results import Results
 from tokenprune_eval.summary import compact, summarise
+from tokenprune_testbed import FAMILIES, evaluate, evaluation_set, load
+from tokenprune_testbed.language import make_inputs
+from tokenprune_testbed.scenes import DEFAULT_SCENES, SCENE_KINDS, SceneKind
 
 QUESTION_SEED = 0
 COLUMNS = [
@@ -57,7 +57,7 @@ class Testbed:
     """A model, its processor and the questions, in one process.
 
     Args:
-        name: of `tokenprune.testbed.load`, or "random": the small model without training.
+        name: of `tokenprune_testbed.load`, or "random": the small model without training.
         scenes: that questions are asked about.
         questions: how many.
         batch_size: prompts per batch.
@@ -154,7 +154,7 @@ class Testbed:
 
 def _load(name: str) -> tuple[Any, Any]:
     if name == "random":
-        from tokenprune.testbed.modeling import build_model, build_processor
+        from tokenprune_testbed.modeling import build_model, build_processor
 
         torch.manual_seed(0)
         return build_model().eval(), build_processor()

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tokenprune.testbed import MODEL_DIR, Sample, evaluate, evaluation_set, load
-from tokenprune.testbed.evaluate import Score, wilson_interval
+from tokenprune_testbed import MODEL_DIR, Sample, evaluate, evaluation_set, load
+from tokenprune_testbed.evaluate import Score, wilson_interval
 
 shipped = pytest.mark.skipif(
     not (MODEL_DIR / "config.json").exists(), reason="no checkpoint in this checkout"
@@ -33,7 +33,7 @@ class _Parrot:
 
 @pytest.fixture
 def parrot():
-    from tokenprune.testbed.modeling import EOS, WORD_IDS, build_processor
+    from tokenprune_testbed.modeling import EOS, WORD_IDS, build_processor
 
     return _Parrot([WORD_IDS["red"], EOS]), build_processor()
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tokenprune.testbed.dense import (
+from tokenprune_testbed.dense import (
     BACKGROUND,
     DenseHead,
     dense_scenes,
@@ -13,12 +13,12 @@ from tokenprune.testbed.dense import (
     patch_objects,
     pixel_values,
 )
-from tokenprune.testbed.grounds import COLUMN_WORDS, GROUNDS, ROW_WORDS, TINT_NAMES
-from tokenprune.testbed.language import PATCH_WORDS
-from tokenprune.testbed.modeling import BOS, IMAGE, NUM_VISUAL_TOKENS, SMALL, build_model
-from tokenprune.testbed.packing import IGNORE, answer_loss, make_batch
-from tokenprune.testbed.scenes import GLYPH_SIZE, make_scene
-from tokenprune.testbed.train import Phase, cosine, grow_depth
+from tokenprune_testbed.grounds import COLUMN_WORDS, GROUNDS, ROW_WORDS, TINT_NAMES
+from tokenprune_testbed.language import PATCH_WORDS
+from tokenprune_testbed.modeling import BOS, IMAGE, NUM_VISUAL_TOKENS, SMALL, build_model
+from tokenprune_testbed.packing import IGNORE, answer_loss, make_batch
+from tokenprune_testbed.scenes import GLYPH_SIZE, make_scene
+from tokenprune_testbed.train import Phase, cosine, grow_depth
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import tokenprune
-from tokenprune.testbed import evaluate, load
-from tokenprune.testbed.language import make_inputs
-from tokenprune.testbed.modeling import PAGE_WORDS, PAGES, WORDS
-from tokenprune.testbed.pages import (
+from tokenprune_testbed import evaluate, load
+from tokenprune_testbed.language import make_inputs
+from tokenprune_testbed.modeling import PAGE_WORDS, PAGES, WORDS
+from tokenprune_testbed.pages import (
     CHARACTERS,
     FONTS,
     MAX_NEW_TOKENS,
@@ -108,7 +108,7 @@ def test_the_guard_knows_its_pages(reader) -> None:
 
 
 def test_training_runs_and_goes_on(tmp_path: Path) -> None:
-    from tokenprune.testbed.train_pages import Options, train
+    from tokenprune_testbed.train_pages import Options, train
 
     options = Options(layers=2, dense_minutes=0.01, minutes=0.02, batch_size=2, workers=0, evaluated=2)
     train(tmp_path / "a", load.__globals__["MODEL_DIR"], options)

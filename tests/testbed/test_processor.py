@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
-from tokenprune.testbed import evaluation_set
-from tokenprune.testbed.dense import pixel_values
-from tokenprune.testbed.language import chat_prompt
-from tokenprune.testbed.modeling import (
+from tokenprune_testbed import evaluation_set
+from tokenprune_testbed.dense import pixel_values
+from tokenprune_testbed.language import chat_prompt
+from tokenprune_testbed.modeling import (
     BOS,
     EOS,
     IMAGE,
@@ -19,8 +19,8 @@ from tokenprune.testbed.modeling import (
     WORD_IDS,
     build_processor,
 )
-from tokenprune.testbed.questions import QA
-from tokenprune.testbed.scenes import make_scene
+from tokenprune_testbed.questions import QA
+from tokenprune_testbed.scenes import make_scene
 
 
 @pytest.fixture(scope="module")

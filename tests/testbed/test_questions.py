@@ -6,9 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tokenprune.testbed import FAMILIES, evaluation_set
-from tokenprune.testbed.grounds import GROUNDS, IMAGE_SIZE
-from tokenprune.testbed.questions import (
+from tokenprune_testbed import FAMILIES, evaluation_set
+from tokenprune_testbed.grounds import GROUNDS, IMAGE_SIZE
+from tokenprune_testbed.questions import (
     GROUND_FAMILIES,
     OBJECT_FAMILIES,
     ask,
@@ -18,7 +18,7 @@ from tokenprune.testbed.questions import (
     scene_for,
     vocabulary,
 )
-from tokenprune.testbed.scenes import COLORS, DIGITS, SHAPES
+from tokenprune_testbed.scenes import COLORS, DIGITS, SHAPES
 
 
 def _truth(question, scene):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tokenprune.testbed.grounds import (
+from tokenprune_testbed.grounds import (
     CELL_SIZE,
     GROUND_ASSETS,
     GROUNDS,
@@ -13,7 +13,7 @@ from tokenprune.testbed.grounds import (
     _textures,
     make_ground,
 )
-from tokenprune.testbed.scenes import (
+from tokenprune_testbed.scenes import (
     ASSETS,
     COLOR_NAMES,
     COLORS,

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 import judge
 import tokenprune
 from tokenprune.errors import ConfigError
-from tokenprune.testbed import evaluate, evaluation_set, load, model_folder, smol
-from tokenprune.testbed.language import make_inputs
-from tokenprune.testbed.modeling import NUM_VISUAL_TOKENS, build_model
-from tokenprune.testbed.questions import QA
+from tokenprune_testbed import evaluate, evaluation_set, load, model_folder, smol
+from tokenprune_testbed.language import make_inputs
+from tokenprune_testbed.modeling import NUM_VISUAL_TOKENS, build_model
+from tokenprune_testbed.questions import QA
 
 
 def _has_decoder() -> bool:
@@ -179,7 +179,7 @@ def test_other_contents_of_the_wheel_are_refused(tmp_path: Path, monkeypatch: py
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"'small' or 'smol'"):
+    with pytest.raises(ConfigError, match=r"give 'small', 'smol', 'pages'"):
         load("nosuch")
     with pytest.raises(ConfigError, match="no testbed model"):
         load("nosuch.safetensors")

@@ -16,7 +16,7 @@ TINY = ["--phases", "1x16:0.01", "2x16:0.01", "--batch-size", "2", "--eval-sampl
 AVERAGING = """
 import sys
 import torch
-from tokenprune.testbed.train import RANK, average_gradients, step_seconds
+from tokenprune_testbed.train import RANK, average_gradients, step_seconds
 torch.distributed.init_process_group("gloo")
 a, b, c = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (4,), (1,)))
 a.grad, b.grad = torch.full((2, 3), RANK + 1.0), torch.full((4,), 10.0 * (RANK + 1))
@@ -50,7 +50,7 @@ def rows(out: Path) -> list[dict[str, str]]:
 @pytest.mark.slow
 def test_both_stages_then_go_on(tmp_path):
     out = tmp_path / "run"
-    train = ("-m", "tokenprune.testbed.train", "--out", str(out), "--dense-minutes", "0.01", *TINY)
+    train = ("-m", "tokenprune_testbed.train", "--out", str(out), "--dense-minutes", "0.01", *TINY)
     run(*train)
     assert [r["layers"] for r in rows(out)] == ["1", "2"]  # one evaluation at the end of each phase
     model = LlavaForConditionalGeneration.from_pretrained(out / "model")
@@ -68,7 +68,7 @@ def test_both_stages_then_go_on(tmp_path):
 
 @pytest.mark.slow
 def test_resume_from_a_model(tmp_path):
-    from tokenprune.testbed.modeling import build_model, build_processor
+    from tokenprune_testbed.modeling import build_model, build_processor
 
     torch.manual_seed(0)
     start = build_model(1).to(torch.bfloat16)
@@ -76,7 +76,7 @@ def test_resume_from_a_model(tmp_path):
     build_processor().save_pretrained(tmp_path / "start")
     out = tmp_path / "run"
     resume = ("--resume-from", str(tmp_path / "start"), "--dense-weight", "0.3", "--focus-share", "0.5")
-    run("-m", "tokenprune.testbed.train", "--out", str(out), *resume, *TINY[3:], "--phases", "1x144:0.02")
+    run("-m", "tokenprune_testbed.train", "--out", str(out), *resume, *TINY[3:], "--phases", "1x144:0.02")
     model = LlavaForConditionalGeneration.from_pretrained(out / "model")
     tower = model.model.vision_tower.state_dict()
     assert all(torch.equal(v, tower[k]) for k, v in start.model.vision_tower.state_dict().items())

@@ -13,10 +13,10 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tokenprune.testbed import smol
-from tokenprune.testbed.modeling import build_model
-from tokenprune.testbed.questions import vocabulary
-from tokenprune.testbed.train_smol import Options, train
+from tokenprune_testbed import smol
+from tokenprune_testbed.modeling import build_model
+from tokenprune_testbed.questions import vocabulary
+from tokenprune_testbed.train_smol import Options, train
 
 SPECIAL = ("<unk>", "<|im_start|>", "<|im_end|>", smol.IMAGE_TOKEN)
 OPTIONS = Options(

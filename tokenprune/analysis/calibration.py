@@ -1,6 +1,6 @@
 """Calibration samples: images with a prompt each, from wherever they are, as inputs for the model.
 
-A source is a folder of images, a JSONL file, a Hugging Face dataset, or "testbed". Nothing of it is executed.
+A source is a folder of images, a JSONL file, a Hugging Face dataset, or a testbed. Nothing of it is executed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenprune import testbeds
 from tokenprune.errors import ConfigError, SkippedFilesWarning
 from tokenprune.files import given_path
 from tokenprune.images import SUFFIXES, as_rgb, open_image
@@ -45,10 +46,10 @@ def load_calibration(source: str | Path, limit: int = 64, *, seed: int = 0) -> l
     """Up to `limit` samples of a source.
 
     Args:
-        source: "testbed" (training scenes of the bundled model); a folder of images; a .jsonl file with {"image":
-            path or list of paths, "prompt": text} per line and perhaps "answer" and "family", paths relative to it; a
-            folder that datasets' save_to_disk wrote; or "hf:OWNER/NAME", "hf:OWNER/NAME:SPLIT" for a dataset on the
-            hub (needs `datasets`).
+        source: "testbed" or "testbed:NAME" (training pictures of a testbed); a folder of images; a .jsonl file with
+            {"image": path or list of paths, "prompt": text} per line and perhaps "answer" and "family", paths relative
+            to it; a folder that datasets' save_to_disk wrote; or "hf:OWNER/NAME", "hf:OWNER/NAME:SPLIT" for a dataset
+            on the hub (needs `datasets`).
         limit: how many.
         seed: which ones, out of a folder, a dataset on disk or the testbed; a file and the hub are read from the start.
 
@@ -58,12 +59,10 @@ def load_calibration(source: str | Path, limit: int = 64, *, seed: int = 0) -> l
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
         raise ConfigError(f"the number of samples must be an int of at least 1, not {limit!r}")
     text = str(source)
-    if text.startswith(_HUB) or text == "testbed":
-        path = Path(text)
-    else:
-        path = given_path(source)
-    if text == "testbed":
-        found = _from_testbed(limit, seed)
+    testbed = testbeds.named_by(text)
+    path = Path(text) if text.startswith(_HUB) or testbed is not None else given_path(source)
+    if testbed is not None:
+        found = _from_testbed(testbed, limit, seed)
     elif text.startswith(_HUB):
         found = _from_hub(text[len(_HUB) :], limit)
     elif path.suffix.lower() == ".jsonl" and path.is_file():
@@ -125,16 +124,11 @@ def make_prompt(processor: Any, images: Sequence[Image.Image], text: str) -> Any
         raise ConfigError(f"this model's processor cannot make a prompt of it: {one_line(error)}") from error
 
 
-def _from_testbed(limit: int, seed: int) -> Iterator[CalibrationSample]:
+def _from_testbed(testbed: testbeds.Testbed, limit: int, seed: int) -> Iterator[CalibrationSample]:
     from PIL import Image
 
-    from tokenprune.testbed import evaluation_set
-
-    # Training scenes: what was calibrated on must not be evaluated on.
-    questions = evaluation_set(2 * limit + 14, seed=seed, split="train", per_scene=1)
-    single = [q for q in questions if len(q.images) == 1]
-    step = max(1, len(single) // limit)
-    for sample in single[::step][:limit]:
+    # Training questions: what was calibrated on must not be evaluated on.
+    for sample in testbed.questions(limit, seed, training=True):
         images = tuple(Image.fromarray(i) for i in sample.images)
         yield CalibrationSample(images, sample.question, name=sample.question)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from tokenprune import testbeds
 from tokenprune.analysis.calibration import make_prompt
 from tokenprune.analysis.memory import Memory, last_state
 from tokenprune.api import pruned, report
@@ -136,8 +137,8 @@ class Asking:
         method = arguments["method"]
         given = "".join(f", {name}={value!r}" for name, value in arguments.items() if name != "method")
         wrap = f"tokenprune.wrap(model{'' if method == 'auto' else f', {method!r}'}{given})"
-        if self.name in ("small", "smol"):
-            load = f"from tokenprune.testbed import load\n\nmodel, processor = load({self.name!r})"
+        if self.name in testbeds.names():
+            load = f"from tokenprune_testbed import load\n\nmodel, processor = load({self.name!r})"
         else:
             load = (
                 f"from transformers import AutoModelForImageTextToText, AutoProcessor\n\nname = {self.name!r}\n"

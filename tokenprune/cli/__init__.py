@@ -1,17 +1,21 @@
-"""The command line: `tokenprune demo`, `app`, `run`, `tune`, `compare` and the rest.
+"""The command line: `tokenprune app`, `run`, `tune`, `compare` and the rest.
+
+Other distributions add commands by entry points, group ``tokenprune.commands``: the testbed's brings `demo`.
 
 Nothing heavy is imported before a command needs it, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from typing import Annotated
 
 import typer
 
+from tokenprune import testbeds
 from tokenprune.cli import app as page
-from tokenprune.cli import bench, catalog, compare, demo, drift, ecl, environment, profiles, run, tune
-from tokenprune.cli.shell import PROGRAM, OneLineErrors
+from tokenprune.cli import bench, catalog, compare, drift, ecl, environment, profiles, run, tune
+from tokenprune.cli.shell import PROGRAM, InputError, OneLineErrors
 
 app = typer.Typer(
     name=PROGRAM,
@@ -20,8 +24,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+_added = {entry.name: entry for entry in entry_points(group="tokenprune.commands")}
+for _name, _entry in _added.items():
+    app.command(_name)(_entry.load())
 for _command in (
-    demo.demo,
     page.app,
     run.run,
     ecl.ecl,
@@ -35,6 +41,14 @@ for _command in (
 ):
     app.command()(_command)
 app.add_typer(profiles.commands, name="profiles")
+
+
+if "demo" not in _added:
+
+    @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, hidden=True)
+    def demo() -> None:
+        """Says where the demo is."""
+        raise InputError(f"the demo comes with the testbed, which is not installed: {testbeds.INSTALL}")
 
 
 @app.callback(invoke_without_command=True)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tokenprune import testbeds
 from tokenprune.cli.loading import load_model
 from tokenprune.cli.options import DeviceOption, Dtype, DtypeOption
 from tokenprune.cli.shell import InputError, console
@@ -38,8 +39,9 @@ def app(
     from tokenprune.app.asking import Asking
     from tokenprune.app.page import build, serve
 
-    asking = Asking(model, loaded, processor, _reader(model), max_new_tokens)
-    page = build(asking, _examples(model))
+    testbed = testbeds.find(model)
+    asking = Asking(model, loaded, processor, testbed.words if testbed else str, max_new_tokens)
+    page = build(asking, _examples(testbed))
     try:
         address = serve(page, host, port)
     except OSError as error:
@@ -48,21 +50,13 @@ def app(
     page.block_thread()
 
 
-def _reader(model: str) -> Any:
-    from tokenprune.testbed.questions import known_words
-
-    return known_words if model == "small" else str
-
-
-def _examples(model: str) -> list[tuple[Any, str]]:
-    """Scenes of the testbed, on which its models were not trained; for other models with a question of their kind."""
+def _examples(testbed: testbeds.Testbed | None) -> list[tuple[Any, str]]:
+    """Pictures that a testbed was not trained on, with a question each; for other models with one of their kind."""
     from PIL import Image
 
-    from tokenprune.testbed import MODELS, evaluation_set
-
-    samples = [sample for sample in evaluation_set(40) if len(sample.images) == 1]
-    own = model in MODELS
+    shown = testbed or (testbeds.find(testbeds.OURS[0]) if testbeds.names() else None)
+    samples = [sample for sample in shown.questions(40, 0) if len(sample.images) == 1] if shown else []
     return [
-        (Image.fromarray(sample.images[0]), sample.question if own else "What is in the picture?")
+        (Image.fromarray(sample.images[0]), sample.question if testbed else "What is in the picture?")
         for sample in samples[8:24:4]
     ]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenprune import testbeds
 from tokenprune.cli.shell import InputError, one_line, quiet_transformers
 from tokenprune.errors import UnsupportedModelError, install_hint
 from tokenprune.files import given_path
@@ -24,31 +25,13 @@ NEEDED = {
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 
 
-def load_testbed(name: str, dtype: Any = None) -> tuple[Any, Any]:
-    """A testbed model, "small" or "smol", and its processor.
-
-    Raises:
-        InputError: this installation has none.
-        MissingDecoderError: the wheel that holds smol's decoder is not installed.
-    """
-    from tokenprune.testbed import loading
-
-    if not (loading.MODEL_DIR / "config.json").is_file():
-        raise InputError(
-            f"the small testbed model is missing from {loading.MODEL_DIR}; reinstall tokenprune-vlm, or train one with "
-            f"'python -m tokenprune.testbed.train'"
-        )
-    quiet_transformers()
-    return loading.load(name, dtype)
-
-
 def load_model(
     name: str, dtype: str = "auto", device: str | None = None, attention: str = "sdpa"
 ) -> tuple[Any, Any]:
     """A model in eval mode on its device, and its processor. Code from the hub is never run.
 
     Args:
-        name: "small" or "smol" (the testbed's), a local folder, or a hub id.
+        name: a testbed's ("small", "smol", "pages"), a local folder, or a hub id.
         dtype: "auto" or the name of a torch dtype.
         device: a torch device, "auto" to spread over GPUs, or None for the first GPU there is.
         attention: "sdpa", "eager" or "flash_attention_2".
@@ -65,10 +48,10 @@ def load_model(
     wanted = None if dtype == "auto" else getattr(torch, dtype, None)
     if dtype != "auto" and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
         raise InputError(f"dtype is auto, float32, bfloat16 or float16, not {dtype!r}")
-    from tokenprune.testbed import MODELS
-
-    if name in MODELS:
-        model, processor = load_testbed(name, wanted)
+    testbed = testbeds.find(name)
+    if testbed is not None:
+        quiet_transformers()
+        model, processor = testbed.load(wanted)
         return model.to("cpu" if device == "auto" else device), processor
     folder = given_path(name)
     if not folder.is_dir() and (folder.exists() or not _HUB_ID.fullmatch(name)):

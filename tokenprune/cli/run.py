@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tokenprune import testbeds
 from tokenprune.cli.loading import load_images, load_model, scale_pictures
 from tokenprune.cli.options import (
     DeviceOption,
@@ -82,10 +83,9 @@ def run(
     arguments = _prune_arguments(method, keep, layer, budget, param or [])
     pictures = load_images(images)
     _check_picture(picture)
-    if model == "small":
-        from tokenprune.testbed.questions import known_words
-
-        question = known_words(question)
+    testbed = testbeds.find(model)
+    if testbed is not None:
+        question = testbed.words(question)
 
     import tokenprune
     from tokenprune.analysis.calibration import make_prompt

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from tokenprune import testbeds
 from tokenprune.analysis.calibration import load_calibration
 from tokenprune.errors import ConfigError
 
@@ -41,15 +42,16 @@ def load_questions(source: str | Path, limit: int, *, seed: int = 0) -> list[Que
     """Up to `limit` questions of a source.
 
     Args:
-        source: as for `load_calibration`, but "testbed" is its held-out questions.
+        source: as for `load_calibration`, but "testbed" and "testbed:NAME" are held-out questions.
         limit: how many.
         seed: which ones.
 
     Raises:
         ConfigError: nothing usable there, or answers to some questions only.
     """
-    if str(source) == "testbed":
-        questions = _held_out(limit, seed)
+    testbed = testbeds.named_by(str(source))
+    if testbed is not None:
+        questions = _held_out(testbed, limit, seed)
     else:
         drawn = load_calibration(source, limit, seed=seed)
         questions = [_question(s.images, s.prompt, s.answers, s.family) for s in drawn]
@@ -61,14 +63,12 @@ def load_questions(source: str | Path, limit: int, *, seed: int = 0) -> list[Que
     return questions
 
 
-def _held_out(limit: int, seed: int) -> list[Question]:
+def _held_out(testbed: testbeds.Testbed, limit: int, seed: int) -> list[Question]:
     from PIL import Image
-
-    from tokenprune.testbed import evaluation_set
 
     return [
         _question([Image.fromarray(i) for i in s.images], s.question, (s.answer,), s.family)
-        for s in evaluation_set(limit, seed=seed)
+        for s in testbed.questions(limit, seed)
     ]
 
 

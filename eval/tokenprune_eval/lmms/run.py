@@ -19,8 +19,8 @@ from tokenprune.arguments import Arguments
 from tokenprune.cli.loading import load_model
 from tokenprune.cli.parse import parse_pairs
 from tokenprune.errors import TokenPruneError
-from tokenprune.testbed import Sample, evaluate
 from tokenprune_eval.lmms.testbed import GROUP, task_name, write_tasks
+from tokenprune_testbed import Sample, evaluate
 
 ARMS = ("method=none", "method=auto,keep=0.25")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from tokenprune.testbed import Sample, evaluation_set
+from tokenprune_testbed import Sample, evaluation_set
 
 TASKS = Path(__file__).with_name("tasks")
 GROUP = "tokenprune_testbed"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tokenprune.errors import ConfigError
-from tokenprune.testbed.grounds import (
+from tokenprune_testbed.grounds import (
     COLUMN_WORDS,
     GROUNDS,
     PLACES,
@@ -20,7 +20,7 @@ from tokenprune.testbed.grounds import (
     Split,
     UInt8Array,
 )
-from tokenprune.testbed.scenes import COLOR_NAMES, DEFAULT_SCENES, DIGITS, KINDS, Scene, SceneKind, make_scene
+from tokenprune_testbed.scenes import COLOR_NAMES, DEFAULT_SCENES, DIGITS, KINDS, Scene, SceneKind, make_scene
 
 OBJECT_FAMILIES = ("attribute", "identity", "position", "counting", "existence", "reading", "difference")
 GROUND_FAMILIES = ("ground", "region", "tint")  # about what the objects stand on; mosaic scenes only
@@ -62,14 +62,17 @@ def vocabulary() -> list[str]:
     return [*sorted(words), *sorted({"ground", "at", *GROUNDS, *TINT_NAMES})]
 
 
-def known_words(question: str) -> str:
+def known_words(question: str, more: Sequence[str] = ()) -> str:
     """A question as the small model reads it: lower-case words it was trained on, a question mark that stands alone.
+
+    Args:
+        more: words that it knows besides `vocabulary`.
 
     Raises:
         ConfigError: names the words it does not know.
     """
     words = re.findall(r"\?|[^\s?]+", question.lower())
-    known = vocabulary()
+    known = {*vocabulary(), *more}
     unknown = [word for word in words if word not in known]
     if unknown or not words:
         raise ConfigError(

@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from tokenprune.testbed.grounds import (
+from tokenprune_testbed.grounds import (
     IMAGE_SIZE,
     FloatArray,
     Ground,

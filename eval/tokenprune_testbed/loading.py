@@ -8,7 +8,7 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from tokenprune.errors import ConfigError
-from tokenprune.testbed import smol
+from tokenprune_testbed import smol
 
 MODELS = ("small", "smol", "pages")
 MODEL_DIR = Path(__file__).with_name("model")  # of the small one
@@ -30,6 +30,8 @@ def load(
         ConfigError: none of the names, nor a folder or file.
     """
     folder = model_folder(model)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"there is no model in {folder}; reinstall tokenprune-testbed, or train one")
     loaded = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype or torch.float32)
     return loaded.eval(), AutoProcessor.from_pretrained(folder)
 

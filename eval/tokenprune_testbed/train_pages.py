@@ -1,7 +1,7 @@
 """Train the model that reads pages: its tower on letters first, then all of it on what the lines say.
 
-    python -m tokenprune.testbed.train_pages --out RUN_DIR
-    python -m tokenprune.testbed.train_pages --out RUN_DIR --start RUN_DIR/model   # longer
+    python -m tokenprune_testbed.train_pages --out RUN_DIR
+    python -m tokenprune_testbed.train_pages --out RUN_DIR --start RUN_DIR/model   # longer
 
 Minutes on a GPU, which it takes when there is one; pages are drawn by worker processes. ``RUN_DIR/model`` is the model,
 ``RUN_DIR/curve.csv`` held-out accuracy on the way.
@@ -23,10 +23,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration
 
-from tokenprune.testbed.dense import pixel_values
-from tokenprune.testbed.evaluate import evaluate
-from tokenprune.testbed.loading import MODEL_DIR
-from tokenprune.testbed.modeling import (
+from tokenprune_testbed.dense import pixel_values
+from tokenprune_testbed.evaluate import evaluate
+from tokenprune_testbed.loading import MODEL_DIR
+from tokenprune_testbed.modeling import (
     EOS,
     GRID,
     NUM_VISUAL_TOKENS,
@@ -39,9 +39,9 @@ from tokenprune.testbed.modeling import (
     build_model,
     build_processor,
 )
-from tokenprune.testbed.packing import IGNORE, PADDING, Batch, answer_loss
-from tokenprune.testbed.pages import CHARACTERS, MAX_NEW_TOKENS, Page, ask_page, evaluation_pages, make_page
-from tokenprune.testbed.train import DEVICE, autocast, cosine
+from tokenprune_testbed.packing import IGNORE, PADDING, Batch, answer_loss
+from tokenprune_testbed.pages import CHARACTERS, MAX_NEW_TOKENS, Page, ask_page, evaluation_pages, make_page
+from tokenprune_testbed.train import DEVICE, autocast, cosine
 
 
 @dataclass(frozen=True)

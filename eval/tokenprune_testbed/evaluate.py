@@ -1,6 +1,6 @@
 """Ask a model the held-out questions and count exact matches.
 
-python -m tokenprune.testbed.evaluate --samples 2100
+python -m tokenprune_testbed.evaluate --samples 2100
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokenprune.testbed.grounds import UInt8Array
-from tokenprune.testbed.language import make_inputs
-from tokenprune.testbed.pages import MAX_NEW_TOKENS as LONGEST_PAGE
-from tokenprune.testbed.pages import PAGE_FAMILIES, evaluation_pages
-from tokenprune.testbed.questions import FAMILIES, Sample, evaluation_set
-from tokenprune.testbed.scenes import DEFAULT_SCENES, SCENE_KINDS
+from tokenprune_testbed.grounds import UInt8Array
+from tokenprune_testbed.language import make_inputs
+from tokenprune_testbed.pages import MAX_NEW_TOKENS as LONGEST_PAGE
+from tokenprune_testbed.pages import PAGE_FAMILIES, evaluation_pages
+from tokenprune_testbed.questions import FAMILIES, Sample, evaluation_set
+from tokenprune_testbed.scenes import DEFAULT_SCENES, SCENE_KINDS
 
 MAX_NEW_TOKENS = 6  # the longest answer is four words and the end token
 
@@ -153,7 +153,7 @@ def evaluate(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate a shipped model, or another, with and without its eyes."""
-    from tokenprune.testbed.loading import load
+    from tokenprune_testbed.loading import load
 
     parser = argparse.ArgumentParser(description="Accuracy of the testbed model on held-out questions.")
     parser.add_argument(

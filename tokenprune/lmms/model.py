@@ -23,11 +23,11 @@ from tokenprune.arguments import AUTO, Arguments
 from tokenprune.cli.loading import load_model
 from tokenprune.errors import ConfigError
 from tokenprune.images import limit_pixels
+from tokenprune.lmms.conversation import Message, from_messages, user_turn, videos_as_frames, with_system
+from tokenprune.lmms.meter import Meter
 from tokenprune.models import stock_model
 from tokenprune.reporting import Report
 from tokenprune.timing import FirstToken, now
-from tokenprune_eval.lmms.conversation import Message, from_messages, user_turn, videos_as_frames, with_system
-from tokenprune_eval.lmms.meter import Meter
 
 Made = TypeVar("Made")
 _MOST_NEW_TOKENS = 1024  # where a task does not say

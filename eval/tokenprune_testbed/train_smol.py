@@ -1,7 +1,7 @@
 """Train what joins the small model's vision tower to the pretrained decoder: a projector and a low-rank adapter.
 
-    python -m tokenprune.testbed.train_smol --out RUN_DIR                        # from nothing
-    python -m tokenprune.testbed.train_smol --out RUN_DIR --start smol.safetensors  # go on from an adapter
+    python -m tokenprune_testbed.train_smol --out RUN_DIR                        # from nothing
+    python -m tokenprune_testbed.train_smol --out RUN_DIR --start smol.safetensors  # go on from an adapter
 
 Stage 1 is the projector alone, in word space (`dense.py`); stage 2 the projector and the adapter, on packed questions.
 A run goes on where it was killed when started again with the same ``--out``, and takes a GPU when there is one.
@@ -23,12 +23,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tokenprune.testbed import smol
-from tokenprune.testbed.dense import dense_scenes, dense_targets, pixel_values, word_loss
-from tokenprune.testbed.packing import answer_loss, make_batch
-from tokenprune.testbed.questions import families_of
-from tokenprune.testbed.scenes import SCENE_KINDS, SceneKind
-from tokenprune.testbed.train import DEVICE, Curve, autocast, cosine, save_state
+from tokenprune_testbed import smol
+from tokenprune_testbed.dense import dense_scenes, dense_targets, pixel_values, word_loss
+from tokenprune_testbed.packing import answer_loss, make_batch
+from tokenprune_testbed.questions import families_of
+from tokenprune_testbed.scenes import SCENE_KINDS, SceneKind
+from tokenprune_testbed.train import DEVICE, Curve, autocast, cosine, save_state
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

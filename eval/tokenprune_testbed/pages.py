@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenprune.testbed.grounds import IMAGE_SIZE, FloatArray, Split, UInt8Array
-from tokenprune.testbed.questions import QA, Sample, vocabulary
-from tokenprune.testbed.scenes import DIGITS
+from tokenprune_testbed.grounds import IMAGE_SIZE, FloatArray, Split, UInt8Array
+from tokenprune_testbed.questions import QA, Sample, vocabulary
+from tokenprune_testbed.scenes import DIGITS
 
 LETTERS = Path(__file__).with_name("letters.npz")
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789"

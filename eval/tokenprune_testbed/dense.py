@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
-from tokenprune.testbed.grounds import COLUMN_WORDS, IMAGE_SIZE, ROW_WORDS, UInt8Array
-from tokenprune.testbed.language import PATCH_WORDS
-from tokenprune.testbed.modeling import (
+from tokenprune_testbed.grounds import COLUMN_WORDS, IMAGE_SIZE, ROW_WORDS, UInt8Array
+from tokenprune_testbed.language import PATCH_WORDS
+from tokenprune_testbed.modeling import (
     GRID,
     IMAGE_MEAN,
     IMAGE_STD,
@@ -28,7 +28,7 @@ from tokenprune.testbed.modeling import (
     SMALL,
     WIDTH,
 )
-from tokenprune.testbed.scenes import COLOR_NAMES, KINDS, Scene, SceneKind, make_scene
+from tokenprune_testbed.scenes import COLOR_NAMES, KINDS, Scene, SceneKind, make_scene
 
 BACKGROUND, IGNORE = -1, -100
 _MIN_COVER = 0.3  # share of a patch's pixels under an object's box from which the patch must name the object

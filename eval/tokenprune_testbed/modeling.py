@@ -20,10 +20,10 @@ try:  # the name of the PIL variant in Transformers 5; earlier versions call it 
 except ImportError:
     from transformers import CLIPImageProcessor
 
-from tokenprune.testbed.grounds import IMAGE_SIZE
-from tokenprune.testbed.language import Language
-from tokenprune.testbed.pages import page_vocabulary
-from tokenprune.testbed.questions import QA, vocabulary
+from tokenprune_testbed.grounds import IMAGE_SIZE
+from tokenprune_testbed.language import Language
+from tokenprune_testbed.pages import page_vocabulary
+from tokenprune_testbed.questions import QA, vocabulary
 
 PATCH_SIZE = 8
 GRID = IMAGE_SIZE // PATCH_SIZE

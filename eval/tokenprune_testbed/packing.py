@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
-from tokenprune.testbed.dense import DenseTargets, dense_targets, patch_objects, pixel_values
-from tokenprune.testbed.language import Language
-from tokenprune.testbed.modeling import NUM_VISUAL_TOKENS
-from tokenprune.testbed.questions import ask, ask_mixed, auxiliary_differences, families_of
-from tokenprune.testbed.scenes import Scene, SceneKind, make_scene
+from tokenprune_testbed.dense import DenseTargets, dense_targets, patch_objects, pixel_values
+from tokenprune_testbed.language import Language
+from tokenprune_testbed.modeling import NUM_VISUAL_TOKENS
+from tokenprune_testbed.questions import ask, ask_mixed, auxiliary_differences, families_of
+from tokenprune_testbed.scenes import Scene, SceneKind, make_scene
 
 IGNORE = -100
 PADDING = -1  # question number of padding

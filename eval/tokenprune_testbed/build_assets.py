@@ -1,6 +1,6 @@
 """Developers only: rebuild the .npz files from scikit-learn, scikit-image and matplotlib.
 
-python -m tokenprune.testbed.build_assets
+python -m tokenprune_testbed.build_assets
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from tokenprune.testbed.grounds import GROUND_ASSETS, UInt8Array
-from tokenprune.testbed.pages import CHARACTERS, FONTS, LETTERS, SIZES
-from tokenprune.testbed.scenes import ASSETS
+from tokenprune_testbed.grounds import GROUND_ASSETS, UInt8Array
+from tokenprune_testbed.pages import CHARACTERS, FONTS, LETTERS, SIZES
+from tokenprune_testbed.scenes import ASSETS
 
 SHORT_SIDE = 160
 TRAIN_PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")

@@ -1,9 +1,9 @@
 """Train the testbed model: dense labels first (stage 1), then question answering (stage 2).
 
-    python -m tokenprune.testbed.train --out RUN_DIR
-    python -m tokenprune.testbed.train --out RUN_DIR --resume-from MODEL_DIR   # stage 2 on saved weights
-    python -m tokenprune.testbed.train --out RUN_DIR --resume-from MODEL_DIR --dense-minutes 15   # both stages on them
-    torchrun --nproc-per-node 2 -m tokenprune.testbed.train --out RUN_DIR      # a process per core or GPU
+    python -m tokenprune_testbed.train --out RUN_DIR
+    python -m tokenprune_testbed.train --out RUN_DIR --resume-from MODEL_DIR   # stage 2 on saved weights
+    python -m tokenprune_testbed.train --out RUN_DIR --resume-from MODEL_DIR --dense-minutes 15   # both stages on them
+    torchrun --nproc-per-node 2 -m tokenprune_testbed.train --out RUN_DIR      # a process per core or GPU
 
 A run goes on where it was killed when started again with the same ``--out``, and takes a GPU when there is one.
 Under torchrun every process draws batches of its own, and gradients are averaged.
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, distributed, nn
 from transformers import LlavaForConditionalGeneration
 
-from tokenprune.testbed.dense import (
+from tokenprune_testbed.dense import (
     DenseHead,
     dense_scenes,
     dense_targets,
@@ -36,11 +36,11 @@ from tokenprune.testbed.dense import (
     rescale_to_decoder,
     word_loss,
 )
-from tokenprune.testbed.evaluate import evaluate
-from tokenprune.testbed.modeling import EOS, NUM_VISUAL_TOKENS, SMALL, build_model, build_processor
-from tokenprune.testbed.packing import answer_loss, make_batch
-from tokenprune.testbed.questions import evaluation_set, families_of
-from tokenprune.testbed.scenes import SCENE_KINDS, SceneKind
+from tokenprune_testbed.evaluate import evaluate
+from tokenprune_testbed.modeling import EOS, NUM_VISUAL_TOKENS, SMALL, build_model, build_processor
+from tokenprune_testbed.packing import answer_loss, make_batch
+from tokenprune_testbed.questions import evaluation_set, families_of
+from tokenprune_testbed.scenes import SCENE_KINDS, SceneKind
 
 RANK = int(os.environ.get("RANK", 0))
 DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
