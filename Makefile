@@ -13,7 +13,6 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 BENCH_CSV ?= eval/results/bench.csv
-TABLE_ARGS ?=
 EVAL_ARGS ?=
 SERVE_ARGS ?=
 FUZZ_OUT ?= eval/results/fuzz.txt
@@ -36,7 +35,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: wheel test-vllm serve docs matrix eval help demo test check format bench table fuzz clean
+.PHONY: wheel test-vllm serve docs matrix eval help demo test check format bench fuzz clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -112,13 +111,10 @@ format: $(STAMP) ## Fix formatting and what lint can fix
 
 bench: $(STAMP) ## Time pruning on this machine, add it to the CSV, README and docs (BENCH_ARGS=...)
 	$(BIN)/tokenprune bench --csv $(BENCH_CSV) $(BENCH_ARGS)
-	$(BIN)/python -m tokenprune_eval.speed --csv $(BENCH_CSV)
+	$(BIN)/python -m tokenprune_eval.publish speed --bench $(BENCH_CSV)
 
 eval: $(STAMP) ## Run lmms-eval over the testbed, unpruned and pruned, and check its numbers (EVAL_ARGS=...)
 	$(BIN)/python -m tokenprune_eval.lmms.run $(EVAL_ARGS)
-
-table: $(STAMP) ## Make the table method x retention x accuracy (TABLE_ARGS=...)
-	$(BIN)/python -m tokenprune_eval.table $(TABLE_ARGS)
 
 matrix: $(STAMP) $(OVERLAY) ## Make the table of what works, family by family, and put it into docs/models.md (MATRIX_ARGS=...)
 	$(BIN)/python -m tokenprune_eval.matrix --csv eval/results/matrix.csv --page docs/models.md $(MATRIX_ARGS)

@@ -409,7 +409,7 @@ def test_print_keeps_its_floor_and_photographs_do_not(method: str) -> None:
 
 
 def test_pages_and_photographs_are_told_apart() -> None:
-    guard = pytest.importorskip("tokenprune_eval.guard")
+    guard = pytest.importorskip("tokenprune_eval.studies.guard")
     pytest.importorskip("skimage")
     wrong = [
         kind

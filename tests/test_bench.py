@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 import tokenprune
-from tokenprune import testbed
+
 from tokenprune.bench.geometry import (
     GEOMETRIES,
     Subject,
@@ -28,7 +28,7 @@ from tokenprune.bench.peak import peak_bytes
 from tokenprune.cli import app
 from tokenprune.cli import bench as bench_command
 from tokenprune.timing import Arm, interleave, ratio
-from tokenprune_eval import speed
+from tokenprune_eval.publish import __main__ as publish
 
 TINY = GEOMETRIES["tiny"]
 PLAN = Plan("entropyprune", keep=0.6, layer=2, rounds=3, steps=2, totals=(32,))
@@ -184,14 +184,15 @@ def test_table_and_figure(rows: list[dict[str, str]], tmp_path: Path) -> None:
 
 
 def test_documents_are_made_from_the_rows(rows: list[dict[str, str]], tmp_path: Path) -> None:
-    path, readme, page = (tmp_path / name for name in ("bench.csv", "README.md", "page.md"))
+    path, readme, page = (tmp_path / name for name in ("bench.csv", "README.md", "docs/performance.md"))
+    page.parent.mkdir()
     for row in [*rows, {**rows[0], "method": "auto: x"}, {**rows[0], "gpu": "H200", "geometry": "huge"}]:
         append(path, row)
     for document in (readme, page):
         marks = "<!-- summary: begin -->\nold\n<!-- summary: end -->\n<!-- speed: begin -->\nold\n<!-- speed: end -->\n"
         document.write_text(f"before\n{marks}after\n")
-    words = ["--csv", str(path), "--readme", str(readme), "--page", str(page)]
-    speed.main(words)
+    words = ["speed", "--results", str(tmp_path), "--root", str(tmp_path)]
+    publish.main(words)
     for document in (readme, page):
         text = (
             document.read_text().replace("<!-- summary: begin -->\nold\n", "")
@@ -209,7 +210,7 @@ def test_documents_are_made_from_the_rows(rows: list[dict[str, str]], tmp_path: 
     }
     readme.write_text("no marks")
     with pytest.raises(SystemExit, match="speed: begin"):
-        speed.main(words)
+        publish.main(words)
 
 
 def test_latest_row_of_a_machine_counts(rows: list[dict[str, str]]) -> None:
@@ -234,7 +235,7 @@ def test_methods_that_look_at_pictures_have_a_tower(
 
 @pytest.mark.slow
 def test_a_model_of_ones_own() -> None:
-    model, processor = testbed.load("small")
+    model, processor = tokenprune_testbed.load("small")
     bench = Bench(own_subject("small", model, processor), 2, False, replace(PLAN, keep=0.4, totals=()))
     row = measure(bench)
     assert row["geometry"] == "small" and float(row["logits_error"]) <= 1e-4 and row["ideal/ours"]

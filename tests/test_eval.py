@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ import torch
 
 import tokenprune
 from tokenprune.compare.statistics import difference
-from tokenprune_eval import early, separation, table
-from tokenprune_eval.cells import SOURCES, Cell, grid
-from tokenprune_eval.results import Results, pack, unpack
-from tokenprune_testbed import evaluation_set
+from tokenprune_eval.experiments import __main__ as command
+from tokenprune_eval.experiments.base import Experiment
+from tokenprune_eval.experiments.rows import Rows, pack, unpack
+from tokenprune_eval.studies import separation
+from tokenprune_eval.studies.recorded import SOURCES
 from tokenprune_testbed.evaluate import wilson_interval
 from tokenprune_testbed.language import make_inputs
 from tokenprune_testbed.modeling import build_model, build_processor
@@ -50,17 +50,7 @@ def test_difference_resamples_clusters() -> None:
     assert difference(theirs, ours, range(400)).word == "loses to"
 
 
-# -- the table -----------------------------------------------------------------------------------------------------
-
-
-def test_grid() -> None:
-    cells = grid([0.5, 0.11], [1, 2], seeds=5)
-    assert len(cells) == len({cell.key for cell in cells}) == 1 + 2 * 2 * (5 + 1 + 8)
-    assert cells[0].arguments() == {"method": "none"}
-    last = cells[-1]
-    assert last.key == "entropyprune source=hidden normalization=trace layer=2 keep=0.11"
-    assert last.label == "entropyprune (hidden, trace)"
-    assert cells[1].label == cells[2].label == "random"
+# -- experiments ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, 8, 2002])
@@ -69,99 +59,93 @@ def test_pack_and_unpack(n: int) -> None:
     assert unpack(pack(correct), n).tolist() == correct
 
 
-def _row(key: str, **values: str) -> dict[str, str]:
-    return {**dict.fromkeys(table.COLUMNS, ""), "key": key, "status": "ok", "questions": "7", **values}
+COLUMNS = ["key", "questions", "accuracy"]
 
 
-def test_results_survive_a_kill(tmp_path: Path) -> None:
+def _row(key: str) -> dict[str, str]:
+    return {"key": key, "questions": "7", "accuracy": "0.5"}
+
+
+def test_rows_survive_a_kill(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
-    results = Results(path, table.COLUMNS)
+    results = Rows(path, COLUMNS)
     correct = [True, False, True, True, False, False, True]
     results.add(_row("a"), correct)
     results.add(_row("b"), correct)
     whole = path.read_text()
     for cut in (1, 5, len("b,") + 3):
         path.write_text(whole[:-cut])  # the kill came while b was written
-        again = Results(path, table.COLUMNS)
+        again = Rows(path, COLUMNS)
         again.load()
         assert list(again.rows) == ["a"]
         assert again.correct("a").tolist() == correct
-    again.write()
-    again.add(_row("c", status="unreachable"))
-    final = Results(path, table.COLUMNS)
+    again.add(_row("c"))
+    final = Rows(path, COLUMNS)
     final.load()
     assert list(final.rows) == ["a", "c"]
-    final.write(["c", "a"])
-    assert [line.split(",")[0] for line in path.read_text().splitlines()] == ["key", "c", "a"]
     with pytest.raises(SystemExit, match="other columns"):
-        Results(path, ["key"]).load()
+        Rows(path, ["key"]).load()
 
 
-class _FakeTestbed:
-    def __init__(self, name: str, scenes: Any, questions: int, batch_size: int) -> None:
-        self.digest, self.scenes, self.samples = name, scenes, evaluation_set(questions, scenes=scenes)
+class _FakeBench:
+    name = "m"
+    model = build_model(2)
 
 
-def _fake_row(cell: Cell, model: str) -> tuple[dict[str, str], list[bool]]:
-    shares = [name for name in table.COLUMNS if name.split()[-1] in ("accuracy", "low", "high")]
-    values = {
-        **dict.fromkeys(shares, "0.5"),
-        "method": cell.method,
-        "parameters": " ".join(f"{name}={value}" for name, value in cell.parameters),
-        "layer": str(cell.layer or ""),
-        "keep": str(cell.keep or ""),
-        "model": model,
-        "question_seed": "0",
-        "scenes": "plain",
-        "kv_bytes_per_prompt": "2048",
-    }
-    return _row(cell.key, **values), [cell.method == "entropyprune"] * 7
-
-
-def test_table_resumes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_experiment_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     asked: list[str] = []
 
-    def rows(cells: Sequence[Cell], model: str, *rest: Any) -> Iterator[tuple[dict[str, str], list[bool]]]:
-        for done, cell in enumerate(cells):
-            if done == limit:
-                raise KeyboardInterrupt
-            asked.append(cell.key)
-            yield _fake_row(cell, model)
+    def measure(bench: Any, arm: str, setting: Any) -> tuple[dict[str, str], list[bool]]:
+        if len(asked) == limit:
+            raise KeyboardInterrupt
+        asked.append(f"{arm} {setting['keep']}")
+        return {"questions": "7", "accuracy": "0.5"}, [True] * 7
 
-    monkeypatch.setattr(table, "rows", rows)
-    monkeypatch.setattr(table, "Testbed", _FakeTestbed)
-    path = str(tmp_path / "table.csv")
-    options = [
-        "--csv",
-        path,
-        *"--questions 7 --budgets 0.5 --layers 1 --seeds 2 --rounds 0 --model m --scenes plain".split(),
-    ]
+    def arms(bench: Any, keep: float | None) -> dict[str, Any]:
+        return {"whole": {"keep": None}} if keep is None else {"a": {"keep": keep}, "b": {"keep": keep}}
+
+    experiment = Experiment("mine", "", arms, columns=("questions", "accuracy"), measure=measure)
+
+    def go(only: Any = None) -> Rows:
+        rows = Rows(tmp_path / "mine.csv", experiment.header())
+        rows.load()
+        command.run(experiment, _FakeBench(), rows, (0.5, 0.25), only)  # type: ignore[arg-type]
+        return rows
+
     limit = 3
     with pytest.raises(KeyboardInterrupt):
-        table.main(options)
+        go()
     assert len(asked) == 3
     limit = 100
-    table.main([*options, "--resume"])
-    assert asked == [cell.key for cell in grid([0.5], [1], 2)], "each cell once"
-    made = capsys.readouterr().out
-    assert "EntropyPrune (query, none) against random: better at 50 % (+100.0 [+100.0, +100.0])." in made
-    table.main(["--csv", path, "--summary", "--layers", "1"])
-    assert capsys.readouterr().out in made, "--summary prints what the run printed"
-    with pytest.raises(SystemExit, match="holds rows with model m, not other"):
-        table.main([*options, "--resume", "--model", "other"])
+    rows = go()
+    assert asked == ["whole None", "a 0.5", "b 0.5", "a 0.25", "b 0.25"], "each arm once"
+    assert list(rows.rows) == ["m whole", "m 0.5 a", "m 0.5 b", "m 0.25 a", "m 0.25 b"]
+    assert go().correct("m 0.5 a").all()
 
 
-def test_unreachable_budget_is_a_row() -> None:
-    testbed = table.Testbed("random", "mosaic", 10, 10)
-    row, correct = testbed.evaluate(Cell("uniform", (), 2, 0.11))
-    assert correct is None
-    assert row["status"] == "unreachable"
-    assert float(row["floor"]) == pytest.approx((2 * 144 + 14) / (16 * 144), abs=1e-4)
+@pytest.mark.parametrize("name", sorted(set(command.EXPERIMENTS) - {"adaptive"}))
+def test_arms_are_what_wrap_takes(name: str) -> None:
+    experiment = command.EXPERIMENTS[name]
+    bench: Any = _FakeBench()
+    bench.model = build_model(16)
+    for keep in (None, *experiment.budgets):
+        for arm, setting in experiment.arms(bench, keep).items():
+            given = {own: value for own, value in setting.items() if own != "later"}
+            with tokenprune.pruned(bench.model, **given):
+                assert tokenprune.is_wrapped(bench.model), arm
 
 
-# -- how well scores tell objects from ground -------------------------------------------------------------------------
+@pytest.mark.parametrize("name", command.EXPERIMENTS)
+def test_committed_rows_are_shown(name: str) -> None:
+    """With the columns that the command writes: it could go on with them."""
+    experiment = command.EXPERIMENTS[name]
+    rows = Rows(Path(__file__).parents[1] / "eval" / "results" / f"{name}.csv", experiment.header())
+    rows.load()
+    assert rows.rows
+    assert not experiment.show(rows) or "|" in experiment.show(rows)
+
+
+# -- formulas of studies -------------------------------------------------------------------------------------------
 
 
 def test_auc_counts_pairs() -> None:
@@ -199,14 +183,34 @@ def test_separation_reads_the_states_a_method_sees() -> None:
 
 
 @pytest.mark.slow
-def test_answers_with_and_without_compact_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_with_and_without_compact_early(tmp_path: Path) -> None:
     """Asked later, a question behind its picture is answered as in one prompt; and the cache is smaller."""
-    monkeypatch.setattr(early, "METHODS", {"uniform": {"method": "uniform", "layer": 2}})
-    early.main(["--models", "small", "--questions", "24", "--csv", str(tmp_path / "early.csv")])
-    results = Results(tmp_path / "early.csv", early.COLUMNS)
-    results.load()
-    rows = list(results.rows.values())
-    assert [row["asked"] for row in rows] == ["at once", "later", "at once", "at once", "later", "later"]
-    assert rows[0]["accuracy"] == rows[1]["accuracy"], "nothing pruned: one call or two"
-    for whole, short in (rows[2:4], rows[4:6]):
+    path = tmp_path / "early.csv"
+    words = [
+        "early",
+        "--models",
+        "small",
+        "--questions",
+        "24",
+        "--csv",
+        str(path),
+        "--only",
+        "none",
+        "uniform",
+    ]
+    command.main(words)
+    rows = Rows(path, command.EXPERIMENTS["early"].header())
+    rows.load()
+    found = list(rows.rows.values())
+    asked = [("none", "at once"), ("none", "later"), ("uniform", "at once"), ("uniform", "later")]
+    plain = [f"{name}, {when}" for name, when in asked]
+    assert [row["arm"] for row in found] == [
+        *plain[:2],
+        plain[2],
+        f"{plain[2]}, compact_early",
+        plain[3],
+        f"{plain[3]}, compact_early",
+    ]
+    assert found[0]["accuracy"] == found[1]["accuracy"], "nothing pruned: one call or two"
+    for whole, short in (found[2:4], found[4:6]):
         assert float(short["kv_mib"]) < float(whole["kv_mib"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny
-from tokenprune_eval.spectrum import describe_spectrum, record, spearman
+from tokenprune_eval.studies.spectrum import describe_spectrum, record, spearman
 
 ROWS = (["text:5", "image", "text:3", "image", "text:4"],)
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 #: Per patch: saturation, contrast, strength of edges, lightness, share of pixels near the patch's lightest or darkest.
 COLUMNS = 5
-# A logistic regression on means and spreads of these over a picture's patches, fitted by `tokenprune_eval.guard` on
-# rendered pages, tables, receipts, screenshots and the testbed's pages against photographs and scenes; error rates on
-# held-out ones stand in docs.
+# A logistic regression on means and spreads of these over a picture's patches, fitted by
+# `tokenprune_eval.studies.guard` on rendered pages, tables, receipts, screenshots and the testbed's pages against
+# photographs and scenes; error rates on held-out ones stand in docs.
 _MEAN = (0.1415, 0.1907, 0.0875, 0.5222, 0.5606, 0.0518, 0.1405, 0.0677, 0.0929, 0.2078)
 _SCALE = (0.1130, 0.1002, 0.0559, 0.2684, 0.2704, 0.0657, 0.0698, 0.0420, 0.0644, 0.1021)
 _WEIGHTS = (0.2475, -0.3574, 0.4413, 0.6296, 1.4340, -1.0939, 2.2742, 2.8319, -1.3437, -0.6368)

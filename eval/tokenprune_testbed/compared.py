@@ -1,6 +1,6 @@
 """What `tokenprune compare` measured on the testbeds' models, for those who show a few questions only.
 
-`python -m tokenprune_eval.accuracy --demo` copies it out of the committed comparisons.
+`python -m tokenprune_eval.publish accuracy` copies it out of the committed comparisons.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectra import DTYPES, FAMILIES, SHAPES, normal, unit_trace
+from tokenprune_kernels import bench as runner
 from tokenprune_kernels.dual_gram_entropy import bench, dual_gram_entropy
 from tokenprune_kernels.dual_gram_entropy.plain import CPU_CHUNK_BYTES, dual_gram_entropy_plain
 from tokenprune_kernels.dual_gram_entropy.reference import error_scale, matrix_entropy, spectrum
@@ -365,7 +366,21 @@ def test_bench_writes_its_table(
 ) -> None:
     monkeypatch.setattr(bench, "GROWTH", ["5x3x17", "9x3x17"])
     path = tmp_path / "new" / "numbers.csv"
-    bench.main(["--csv", str(path), "--repeats", "1", "--shapes", "7x3x17", "--device", "cpu", *more])
+    runner.main(
+        [
+            "--op",
+            "dual_gram_entropy",
+            "--csv",
+            str(path),
+            "--repeats",
+            "1",
+            "--shapes",
+            "7x3x17",
+            "--device",
+            "cpu",
+            *more,
+        ]
+    )
     assert "x3x17" in capsys.readouterr().out
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tokenprune_kernels import bench as runner
 from tokenprune_kernels.backend import VARIABLE
 from tokenprune_kernels.kv_compact import bench, kv_compact
 from tokenprune_kernels.kv_compact.arguments import groups
@@ -164,7 +165,7 @@ def test_bench_writes_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv(VARIABLE, "plain")
     monkeypatch.setitem(bench.SHAPES, "cpu", (2, 2, 3, 16, 8))
     path = tmp_path / "new" / "numbers.csv"
-    bench.main(["--csv", str(path), "--device", "cpu"])
+    runner.main(["--op", "kv_compact", "--csv", str(path), "--device", "cpu"])
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["in_place"] for row in rows] == ["False", "True"] * 2

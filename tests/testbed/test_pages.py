@@ -123,7 +123,7 @@ def test_training_runs_and_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep", [1.0, 0.4])
 def test_masks_of_the_returning_experiment_are_the_librarys_cut(reader, keep) -> None:
-    from tokenprune_eval.returning import Rule, Sight, kept_by, read_pages
+    from tokenprune_eval.studies.returning import Rule, Sight, kept_by, read_pages
 
     model, processor = reader
     samples = evaluation_pages(3, least=64)

@@ -28,7 +28,7 @@ class DiffusionSpectralEntropy(Estimator):
 
     Args:
         t: diffusion time, > 0. Powers drop small eigenvalues, and with them noise and, when t is large, the finer
-            clusters. At t = 1 noise moves it as much as the others (`python -m tokenprune_eval.noise`).
+            clusters. At t = 1 noise moves it as much as the others (`python -m tokenprune_eval.studies.noise`).
         sigma: bandwidth of the kernel, > 0; prepared tokens are on the unit sphere, unrelated ones sqrt(2) apart.
     """
 

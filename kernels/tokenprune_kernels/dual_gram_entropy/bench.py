@@ -1,21 +1,16 @@
-"""Times the backends against the released form: ``python -m tokenprune_kernels.dual_gram_entropy.bench``.
+"""Times the backends against the released form.
 
 The released form is ``reference.matrix_entropy``: float64 throughout, all tokens in one piece, always the dual Gram, by
-``torch.linalg.eigvalsh``. On a CPU runs alternate (A B A B ...), so that a change in the machine's load falls on both,
-and times are processor time of the one thread used. On CUDA times are between events, medians, the L2 cache flushed
-before each; ``graph_us`` is a replay from a graph, which leaves launch costs out. ``--growth`` times more and more
-tokens instead.
+``torch.linalg.eigvalsh``. ``graph_us`` is a replay from a graph, which leaves launch costs out.
 """
 
-import argparse
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from ..machine import describe_device
-from ..results import write_csv
 from ..timing import cuda_ms, interleaved_ms
 from . import dual_gram_entropy
 from .arguments import Normalization, Order
@@ -72,44 +67,14 @@ def measure(
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table and, with ``--csv``, write it."""
-    parser = argparse.ArgumentParser(description="Time the matrix entropy; one thread on a CPU.")
-    parser.add_argument("--csv", type=Path, help="also write the table here")
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=15, help="measured runs of each side on a CPU (default: 15)"
-    )
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NxHxD", help="tokens, heads, columns")
-    parser.add_argument("--growth", action="store_true", help="512 to 32,768 tokens, without the reference")
-    options = parser.parse_args(argv)
+def rows(options: Namespace) -> Iterator[dict[str, str]]:
+    """Of `tokenprune_kernels.bench`: every shape, both normalisations and orders; with `growth` one form, longer."""
     normalizations: tuple[Normalization, ...] = ("none", "trace")
     orders: tuple[Order, ...] = (1, 2)
-    cells = [(s, norm, order) for s in options.shapes for norm in normalizations for order in orders]
+    cells = [
+        (s, norm, order) for s in options.shapes or SHAPES for norm in normalizations for order in orders
+    ]
     if options.growth:
         cells = [(s, "none", 1) for s in GROWTH]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    rows = []
-    try:
-        for shape, normalization, order in cells:
-            row = measure(
-                shape,
-                normalization,
-                order,
-                options.repeats,
-                options.device,
-                with_reference=not options.growth,
-            )
-            print(", ".join(f"{name} {value}" for name, value in row.items() if value), flush=True)
-            rows.append(row)
-    finally:
-        torch.set_num_threads(threads)
-    if options.csv is not None:
-        write_csv(options.csv, rows)
-
-
-if __name__ == "__main__":
-    main()
+    for cell in cells:
+        yield measure(*cell, options.repeats, options.device, with_reference=not options.growth)

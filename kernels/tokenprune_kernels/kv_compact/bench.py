@@ -1,4 +1,4 @@
-"""Times compaction against a plain copy: ``python -m tokenprune_kernels.kv_compact.bench``.
+"""Times compaction against a plain copy.
 
 On CUDA: all K and V of a cache in one launch, as bytes read and written over time, and the share of what a large copy
 reaches on the same GPU. On a CPU: a smaller cache, against the copy of as many bytes.
@@ -6,15 +6,13 @@ reaches on the same GPU. On a CPU: a smaller cache, against the copy of as many 
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from pathlib import Path
+from argparse import Namespace
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..machine import describe_device
-from ..results import write_csv
 from ..timing import copy_bandwidth, cuda_ms, interleaved_ms
 from . import kv_compact
 
@@ -54,22 +52,8 @@ def measure(shape: tuple[int, ...], kept: float, inplace: bool, device: str) -> 
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table and, with ``--csv``, write it."""
-    parser = argparse.ArgumentParser(description="Time the compaction of a KV cache, bf16, random rows.")
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=list(SHAPES), default=default)
-    parser.add_argument("--kept", nargs="+", type=float, default=[0.25, 0.1], help="shares of the entries")
-    parser.add_argument("--csv", type=Path, help="also write the table here")
-    arguments = parser.parse_args(argv)
-    rows = []
-    for kept in arguments.kept:
+def rows(options: Namespace) -> Iterator[dict[str, str]]:
+    """Of `tokenprune_kernels.bench`: every share, beside and in place."""
+    for kept in options.kept:
         for inplace in (False, True):
-            rows.append(measure(SHAPES[arguments.device], kept, inplace, arguments.device))
-            print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
-    if arguments.csv is not None:
-        write_csv(arguments.csv, rows)
-
-
-if __name__ == "__main__":
-    main()
+            yield measure(SHAPES[options.device], kept, inplace, options.device)

@@ -1,4 +1,4 @@
-"""What a search costs: ``python -m tokenprune_eval.cost``.
+"""What a search costs: ``python -m tokenprune_eval.studies.cost``.
 
 One pass is one prompt's decoder prefill, pruned or not. The recipe of VFlowOpt's release (300 trials on 30 samples, the
 unpruned reference computed at every trial, a box that is not all feasible, R3 clamped; its optimiser replaced by
@@ -25,7 +25,7 @@ from tokenprune.analysis.memory import Memory
 from tokenprune.analysis.plots import new_figure, save_figure
 from tokenprune.tune import measure
 from tokenprune.tune.search import search
-from tokenprune_eval.settings import DRIFT_BATCH, Bench, setting
+from tokenprune_eval.experiments.bench import DRIFT_BATCH, Bench, setting
 
 COLUMNS = ["model", "keep", "arm", "seed", "passes", "seconds", "best_drift", "setting", *machine.FIELDS]
 Point = tuple[int, float, float, str]  # passes, seconds, best drift so far, its setting

@@ -1,15 +1,12 @@
-"""The accuracy section of docs/results.md from committed comparisons.
+"""The accuracy sections of docs/results.md from committed comparisons.
 
-``python -m tokenprune_eval.accuracy --page docs/results.md``
-
-A comparison comes from `tokenprune compare`; its compare.csv is committed as eval/results/compare_MODEL.csv. With
-``--demo`` the same numbers are written for `tokenprune demo`, which asks too few questions to tell methods apart. With
-``--results docs/results.md`` the tables of every method, from eval/results/methods_MODEL.csv, are put there.
+A comparison comes from `tokenprune compare`; its compare.csv is committed as eval/results/compare_MODEL.csv, that of
+every method as methods_MODEL.csv. The same numbers are written for `tokenprune demo`, which asks too few questions to
+tell methods apart.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +14,7 @@ from pathlib import Path
 from tokenprune.compare.arms import CONTROLS, NONE
 from tokenprune_testbed import compared
 
-RESULTS = Path("eval/results")
 MODELS = ("small", "smol")
-MARKS = ("<!-- accuracy: begin -->", "<!-- accuracy: end -->")
-METHOD_MARKS = ("<!-- methods: begin -->", "<!-- methods: end -->")
 Row = dict[str, str]
 
 
@@ -158,7 +152,7 @@ def _title(name: str) -> str:
     return f"*{name}*" if name in CONTROLS else f"**{name}**" if name == "auto" else name
 
 
-def shown(comparisons: dict[str, list[Row]]) -> list[Row]:
+def shown(comparisons: dict[str, list[Row]], results: Path) -> list[Row]:
     """What `tokenprune demo` shows of them: a row per model, method and budget."""
     found = [
         {"model": model, "method": _form(row["arm"]), **{name: row[name] for name in compared.COPIED}}
@@ -166,7 +160,7 @@ def shown(comparisons: dict[str, list[Row]]) -> list[Row]:
         for row in rows
         if _form(row["arm"]) in compared.METHODS and not row["refused"]
     ]
-    with (RESULTS / "auto.csv").open(newline="") as file:
+    with (results / "auto.csv").open(newline="") as file:
         told = [row for row in csv.DictReader(file) if row["arm"] == "auto" and row["model"] in MODELS]
     known = {(row["model"], row["method"]) for row in found}
     bounds = {"accuracy low": "low", "accuracy high": "high"}
@@ -182,41 +176,12 @@ def shown(comparisons: dict[str, list[Row]]) -> list[Row]:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the section, or put it between its marks."""
-    parser = argparse.ArgumentParser(description="The accuracy section of docs/results.md.")
-    parser.add_argument("--page", type=Path, help="put it between its marks in this file")
-    parser.add_argument("--demo", action="store_true", help="write what `tokenprune demo` shows, too")
-    parser.add_argument(
-        "--results", type=Path, help="put the tables of every method between their marks there"
-    )
-    options = parser.parse_args(argv)
-    comparisons = _read("compare")
-    if options.demo:
-        compared.write(shown(comparisons))
-    if options.page is None:
-        print(section(comparisons))
-    else:
-        _put(options.page, MARKS, section(comparisons))
-    if options.results is not None:
-        _put(options.results, METHOD_MARKS, every_method(_read("methods")))
-
-
-def _read(what: str) -> dict[str, list[Row]]:
+def read(results: Path, what: str) -> dict[str, list[Row]]:
     """Committed comparisons, by model."""
     found = {}
     for model in MODELS:
-        path = RESULTS / f"{what}_{model}.csv"
+        path = results / f"{what}_{model}.csv"
         if path.exists():
             with path.open(newline="") as file:
                 found[model] = list(csv.DictReader(file))
     return found
-
-
-def _put(path: Path, marks: tuple[str, str], text: str) -> None:
-    before, _, rest = path.read_text().partition(marks[0])
-    path.write_text(f"{before}{marks[0]}\n{text}\n{marks[1]}{rest.partition(marks[1])[2]}")
-
-
-if __name__ == "__main__":
-    main()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import csv
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from tokenprune.files import write_whole
+
 BoolArray = npt.NDArray[np.bool_]
 
 
-class Results:
+class Rows:
     """Rows by key.
 
     A row's outcomes are written before the row itself, so that a row that is there is complete. A line that a
@@ -54,14 +55,6 @@ class Results:
         self.rows[row["key"]] = row
         _append(self.path, self.columns, row)
 
-    def write(self, order: Iterable[str] = ()) -> None:
-        """Write both files anew, rows named in `order` first; a kill leaves the old ones or the new ones."""
-        keys = [key for key in dict.fromkeys([*order, *self.rows]) if key in self.rows]
-        self.rows = {key: self.rows[key] for key in keys}
-        bits = ({"key": key, "correct": self.bits[key]} for key in keys if key in self.bits)
-        _replace(self.correct_path, ["key", "correct"], bits)
-        _replace(self.path, self.columns, (self.rows[key] for key in keys))
-
     def correct(self, key: str) -> BoolArray:
         """Per-question outcomes of a row."""
         return unpack(self.bits[key], int(self.rows[key]["questions"]))
@@ -78,29 +71,22 @@ def unpack(text: str, n: int) -> BoolArray:
 
 
 def _complete(path: Path) -> list[dict[str, str]]:
+    """Rows of a file; what follows its last newline was cut short by a kill, and is taken off."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
         text = file.read()
-    lines = text[: text.rfind("\n") + 1].splitlines()  # what follows the last newline was cut short
-    return [row for row in csv.DictReader(lines) if None not in row and None not in row.values()]
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        write_whole(path, whole)
+    return [row for row in csv.DictReader(whole.splitlines()) if None not in row and None not in row.values()]
 
 
 def _append(path: Path, columns: Sequence[str], row: dict[str, str]) -> None:
-    fresh = not path.exists()
+    fresh = not path.exists() or not path.stat().st_size
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n", restval="")
         if fresh:
             writer.writeheader()
         writer.writerow(row)
-
-
-def _replace(path: Path, columns: Sequence[str], rows: Iterable[dict[str, str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.tmp")
-    with scratch.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(scratch, path)

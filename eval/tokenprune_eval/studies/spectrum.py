@@ -1,6 +1,6 @@
 """What EntropyPrune's score sees on real inputs: the spread of the eigenvalues, and how far H is just a norm.
 
-    python -m tokenprune_eval.spectrum --layers 1 2 4 --csv eval/results/testbed_spectrum.csv
+    python -m tokenprune_eval.studies.spectrum --layers 1 2 4 --csv eval/results/testbed_spectrum.csv
 
 Without trace normalisation H falls with a token's scale once eigenvalues exceed 1/e and rises with it below, so
 which tokens "largest H" keeps depends on the scale of a layer's states. Read these numbers beside every comparison.
@@ -18,8 +18,7 @@ from torch import Tensor
 
 from tokenprune.machine import describe
 from tokenprune.tokens import State
-from tokenprune_eval.cells import SOURCES
-from tokenprune_eval.recorded import images_at
+from tokenprune_eval.studies.recorded import SOURCES, images_at
 from tokenprune_kernels.dual_gram_entropy.reference import matrix_entropy, spectrum
 
 QUANTILES = (0.05, 0.5, 0.95, 1.0)

@@ -1,4 +1,4 @@
-"""Times the diversity of token sets, as the ECL takes it: ``python -m tokenprune_eval.token_sets``."""
+"""Times the diversity of token sets, as the ECL takes it: ``python -m tokenprune_eval.studies.token_sets``."""
 
 from __future__ import annotations
 

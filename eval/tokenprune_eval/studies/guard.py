@@ -1,4 +1,6 @@
-"""The guard for text: rendered pages against photographs, fitted and judged: ``python -m tokenprune_eval.guard``.
+"""The guard for text, fitted on rendered pages against photographs, and judged.
+
+``python -m tokenprune_eval.studies.guard``
 
 Pages are made here: six fonts, sizes from 7 to 30 pixels, prose, tables, receipts and screenshots, black on white,
 light on dark and on tinted paper. Photographs are those that scikit-image and scikit-learn bring, in crops. Then

@@ -1,4 +1,6 @@
-"""The report that README and quickstart show, of a model of LLaVA-1.5-7B's size: ``python -m tokenprune_eval.sample``.
+"""The report that README and quickstart show, of a model of LLaVA-1.5-7B's size.
+
+``python -m tokenprune_eval.publish.sample``
 
 Weights are random and all layers share one layer's, so that it takes 2 GB and half a minute on a CPU: tokens, bytes
 and FLOPs are those of the real one; times are not, and are left out.

@@ -12,6 +12,9 @@ from tokenprune.methods import ImageTokens
 from tokenprune.runtime.states import LayerStates, picked
 from tokenprune.tokens import State
 
+SOURCES: tuple[State, ...] = ("query", "key", "value", "hidden")  # of EntropyPrune
+NORMALIZATIONS = ("none", "trace")
+
 
 def images_at(
     model: Any, calls: Iterable[Mapping[str, Any]], states: tuple[State, ...], layer: int

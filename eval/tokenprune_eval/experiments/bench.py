@@ -16,9 +16,10 @@ from tokenprune.analysis.batches import batched
 from tokenprune.analysis.calibration import calibration_calls, load_calibration
 from tokenprune.analysis.memory import Memory
 from tokenprune.tune import measure
-from tokenprune_eval.cached import CachedProcessor
-from tokenprune_testbed import Result, evaluate, evaluation_set, load
+from tokenprune_testbed import MODELS, Result, Sample, evaluate, evaluation_set, load, pages
+from tokenprune_testbed.evaluate import MAX_NEW_TOKENS
 from tokenprune_testbed.language import make_inputs
+from tokenprune_testbed.pages import evaluation_pages
 
 BATCH = 50
 DRIFT_BATCH = 8
@@ -31,12 +32,13 @@ class Bench:
     prompts: held-out ones, for drift: the first of those with one image.
     """
 
-    def __init__(self, name: str, questions: int, prompts: int = 96) -> None:
+    def __init__(self, name: str, questions: int, prompts: int = 96, batch_size: int = BATCH) -> None:
         self.name = Path(name).parent.name if Path(name).is_dir() else name
-        self.model, self.templates = load(name)
-        self.processor = CachedProcessor(self.templates)
+        self.model, self.processor = load(name)
+        self.batch_size = batch_size
+        self.longest = pages.MAX_NEW_TOKENS if name == "pages" else MAX_NEW_TOKENS
         self.memory = Memory()
-        self.samples = evaluation_set(questions, seed=0)
+        self.samples = questions_to(self.name, questions)
         one = [sample for sample in self.samples if len(sample.images) == 1][:prompts]
         self.held_out = list(
             batched([dict(make_inputs(self.processor, [sample])) for sample in one], DRIFT_BATCH)
@@ -45,8 +47,9 @@ class Bench:
 
     def calibration(self, count: int, seed: int) -> list[Any]:
         """Inputs of training scenes, one prompt each."""
-        samples = load_calibration("testbed", count, seed=seed)
-        return list(calibration_calls(self.templates, samples))
+        name = self.name if self.name in MODELS else "small"
+        samples = load_calibration(f"testbed:{name}", count, seed=seed)
+        return list(calibration_calls(self.processor, samples))
 
     def drift(self, arguments: Mapping[str, Any]) -> npt.NDArray[np.float64]:
         """Of the held-out prompts."""
@@ -57,24 +60,35 @@ class Bench:
         key = setting(arguments)
         if key not in self.answered:
             with tokenprune.pruned(self.model, **arguments), self.memory.features(self.model):
-                self.answered[key] = evaluate(self.model, self.processor, self.samples, BATCH)
+                self.answered[key] = evaluate(
+                    self.model, self.processor, self.samples, self.batch_size, max_new_tokens=self.longest
+                )
         return self.answered[key]
 
     def row(self, arguments: Mapping[str, Any]) -> dict[str, str]:
         """Held-out drift and accuracy as columns of a CSV, with the machine."""
-        overall, drift = self.answers(arguments).overall, self.drift(arguments)
         return {
-            "held_out_drift": f"{drift.mean():.6g}",
-            "questions": str(overall.total),
-            "accuracy": f"{overall.accuracy:.4f}",
-            "low": f"{overall.low:.4f}",
-            "high": f"{overall.high:.4f}",
+            "held_out_drift": f"{self.drift(arguments).mean():.6g}",
+            **self.accuracy(self.answers(arguments)),
             "setting": setting(arguments),
             **machine.describe(),
         }
 
+    @staticmethod
+    def accuracy(result: Result) -> dict[str, str]:
+        """`ACCURACY` of answers."""
+        score = result.overall
+        shares = {"accuracy": score.accuracy, "low": score.low, "high": score.high}
+        return {"questions": str(score.total), **{name: f"{value:.4f}" for name, value in shares.items()}}
 
-ROW = ("held_out_drift", "questions", "accuracy", "low", "high", "setting", *machine.FIELDS)
+
+ACCURACY = ("questions", "accuracy", "low", "high")
+ROW = ("held_out_drift", *ACCURACY, "setting", *machine.FIELDS)
+
+
+def questions_to(model: str, count: int) -> list[Sample]:
+    """Held-out questions of the kind that a testbed model was trained on."""
+    return evaluation_pages(count) if model == "pages" else evaluation_set(count, seed=0)
 
 
 def setting(arguments: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Decoding steps of generate(), growing and static caches, pruned and not: ``python -m tokenprune_eval.steps``.
+"""Decoding steps of generate(), growing and static caches, pruned and not: ``python -m tokenprune_eval.studies.steps``.
 
 With a static cache generate() compiles its steps on a GPU, CUDA graphs included. A wrapped and a stock model of the
 same random weights stand side by side and answer in turn (A B A B); a step is what an answer takes beyond its first

@@ -1,4 +1,4 @@
-"""What `wrap(model, keep=...)` is worth on the testbeds: ``python -m tokenprune_eval.auto``.
+"""What `wrap(model, keep=...)` is worth on the testbeds: ``python -m tokenprune_eval.experiments auto``.
 
 "auto" with the bundled profiles against the controls at the same average retention, on held-out questions; and its
 difference to them, paired question by question, where both rows have their outcomes (auto_correct.csv).
@@ -6,21 +6,18 @@ difference to them, paired question by question, where both rows have their outc
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from tokenprune.analysis.memory import content_digest
 from tokenprune.compare.statistics import difference
-from tokenprune_eval.results import Results
-from tokenprune_eval.settings import ROW, Bench
+from tokenprune_eval.experiments.base import Experiment
+from tokenprune_eval.experiments.bench import Bench
+from tokenprune_eval.experiments.rows import Rows
 from tokenprune_testbed import evaluation_set
 
-COLUMNS = ["key", "model", "keep", "arm", *ROW]
 ARMS: dict[str, dict[str, Any]] = {
     "auto": {},
     "uniform": {"method": "uniform", "layer": 0},
@@ -31,39 +28,16 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run what is not in the CSV yet, and print it as Markdown."""
-    parser = argparse.ArgumentParser(description="The default against the controls.")
-    parser.add_argument("--models", nargs="+", default=["small", "smol"])
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.33, 0.22, 0.11])
-    parser.add_argument("--questions", type=int, default=1000)
-    parser.add_argument("--arms", nargs="+", choices=["none", *ARMS], default=["none", *ARMS])
-    parser.add_argument("--csv", type=Path, default=Path("eval/results/auto.csv"))
-    parser.add_argument("--summary", action="store_true", help="only print what is there")
-    options = parser.parse_args(argv)
-    results = Results(options.csv, COLUMNS)
-    results.load()
-    for model in () if options.summary else options.models:
-        bench = Bench(model, options.questions)
-        cells = [(f"{bench.name} none", "none", None, {"method": "none"})]
-        cells += [
-            (f"{bench.name} {keep} {arm}", arm, keep, {**own, "keep": keep})
-            for keep in options.budgets
-            for arm, own in ARMS.items()
-        ]
-        for key, arm, keep, arguments in cells:
-            if key in results.rows or arm not in options.arms:
-                continue
-            row = bench.row(arguments)
-            row |= {"key": key, "model": bench.name, "keep": str(keep or ""), "arm": arm}
-            results.add(row, bench.answers(arguments).correct)
-            print(f"{key}: {float(row['accuracy']):.1%}, drift {row['held_out_drift']}", flush=True)
-    print(table(results))
-    for line in differences(results):
-        print(line)
+def arms(bench: Bench, keep: float | None) -> dict[str, dict[str, Any]]:
+    """Arguments of `wrap` by name."""
+    return (
+        {"none": {"method": "none"}}
+        if keep is None
+        else {n: {**own, "keep": keep} for n, own in ARMS.items()}
+    )
 
 
-def differences(results: Results) -> list[str]:
+def differences(results: Rows) -> list[str]:
     """How many points "auto" is above each other arm, with the 95 % bootstrap interval over pictures."""
     lines = []
     for key, row in results.rows.items():
@@ -89,7 +63,7 @@ def pictures_of(questions: int) -> tuple[str, ...]:
     return tuple(content_digest(*(torch.from_numpy(i.copy()) for i in s.images)) for s in samples)
 
 
-def table(results: Results) -> str:
+def table(results: Rows) -> str:
     """Accuracy in % with 95 % Wilson intervals, by model and retention."""
     rows = list(results.rows.values())
     columns = sorted({(r["model"], r["keep"]) for r in rows if r["keep"]}, key=lambda c: (c[0], -float(c[1])))
@@ -111,5 +85,9 @@ def _cell(row: dict[str, str] | None) -> str:
     return f"{accuracy:.1f} [{low:.1f}, {high:.1f}]"
 
 
-if __name__ == "__main__":
-    main()
+EXPERIMENT = Experiment(
+    "auto",
+    "The default against the controls, at the same average retention.",
+    arms,
+    show=lambda rows: "\n".join([table(rows), *differences(rows)]),
+)

@@ -1,6 +1,6 @@
 """The Entropy Collapse Layer of the testbed: of the trained model, of an untrained one, and on images of noise.
 
-    python -m tokenprune_eval.ecl --csv eval/results/testbed_ecl.csv --figure eval/results/testbed_ecl.png
+    python -m tokenprune_eval.studies.ecl --csv eval/results/testbed_ecl.csv --figure eval/results/testbed_ecl.png
 
 The claim (EntropyPrune, arXiv 2602.17196) is that visual tokens' diversity drops sharply at one layer because of what
 the model has learned. So an untrained model and meaningless images are measured beside it.

@@ -1,6 +1,6 @@
 """Tokens that come back: an experiment on answers of 64 words and more.
 
-``python -m tokenprune_eval.returning``
+``python -m tokenprune_eval.studies.returning``
 
 What a cut at layer K dropped still lies in the cache of the layers before it. A step's attention in layer K - 1 says
 which of it the step wants; the best of that comes back into the layers behind the cut, for this step and later ones

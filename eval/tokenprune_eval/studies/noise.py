@@ -1,4 +1,6 @@
-"""How far noise moves each estimator of diversity: ``python -m tokenprune_eval.noise --figure estimators_noise.png``.
+"""How far noise moves each estimator of diversity.
+
+``python -m tokenprune_eval.studies.noise --figure estimators_noise.png``
 
 Clusters of tokens on the unit sphere with growing isotropic noise: the number of clusters, which is what a reader of
 "diversity" has in mind, does not change. Shown is each estimator's value over its value without noise.

@@ -1,20 +1,14 @@
-"""What stages read, at equal budgets, on a testbed: ``python -m tokenprune_eval.stages``.
+"""What stages read, at equal budgets, on a testbed: ``python -m tokenprune_eval.experiments stages``.
 
 The map of VFlowOpt before the LLM in all of them; behind it the map, the prompt's last token, or all of the question's.
-A row is written as soon as it is known; what is in the CSV already is left out.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from tokenprune_eval.results import Results
-from tokenprune_eval.settings import ROW, Bench
+from tokenprune_eval.experiments.base import Experiment
 
-COLUMNS = ["key", "model", "keep", "stages", *ROW]
 #: How the budget is spent: cut layers by thirds of the decoder, and shares in multiples of the budget.
 SCHEDULES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "0 1/3 2/3": ((0, 1 / 3, 2 / 3), (1.2, 1.08)),
@@ -56,29 +50,13 @@ def arms(layers: int, keep: float) -> dict[str, dict[str, Any]]:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run what is not in the CSV yet."""
-    parser = argparse.ArgumentParser(description="What later cuts read.")
-    parser.add_argument("--model", default="smol")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.11])
-    parser.add_argument("--questions", type=int, default=400)
-    parser.add_argument("--prompts", type=int, default=96)
-    parser.add_argument("--only", default="", help="arms whose names contain this")
-    parser.add_argument("--csv", type=Path, default=Path("eval/results/stages.csv"))
-    options = parser.parse_args(argv)
-    results = Results(options.csv, COLUMNS)
-    results.load()
-    bench = Bench(options.model, options.questions, options.prompts)
-    layers = bench.model.config.get_text_config().num_hidden_layers
-    for keep in options.budgets:
-        for name, arguments in arms(layers, keep).items():
-            key = f"{options.model} {keep} {name}"
-            if key in results.rows or options.only not in name:
-                continue
-            row = bench.row(arguments)
-            results.add({"key": key, "model": options.model, "keep": str(keep), "stages": name, **row})
-            print(f"{key}: drift {row['held_out_drift']}, accuracy {float(row['accuracy']):.1%}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+EXPERIMENT = Experiment(
+    "stages",
+    "What later cuts read, at equal budgets.",
+    lambda bench, keep: (
+        {} if keep is None else arms(bench.model.config.get_text_config().num_hidden_layers, keep)
+    ),
+    models=("smol",),
+    budgets=(0.11,),
+    questions=400,
+)

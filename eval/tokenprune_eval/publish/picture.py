@@ -1,6 +1,6 @@
 """The README's picture: what controls and a method keep of one scene, equally many tokens each.
 
-``python -m tokenprune_eval.picture``
+``python -m tokenprune_eval.publish.picture``
 """
 
 from __future__ import annotations

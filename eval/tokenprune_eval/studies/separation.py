@@ -1,6 +1,6 @@
 """How well each score tells objects from ground, by layer: why a method wins or loses on a testbed.
 
-    python -m tokenprune_eval.separation --model smol --csv eval/results/separation_smol.csv
+    python -m tokenprune_eval.studies.separation --model smol --csv eval/results/separation_smol.csv
 
 Per layer K and score: the AUC (the chance that a patch of an object scores higher than one of the ground; 1 keeps
 objects, 0 keeps the ground, 0.5 knows nothing), the median norms of both, and the share of the ground's energy that
@@ -22,8 +22,7 @@ from torch import Tensor
 
 from tokenprune.machine import describe
 from tokenprune.methods import EntropyPrune
-from tokenprune_eval.cells import NORMALIZATIONS, SOURCES
-from tokenprune_eval.recorded import images_at
+from tokenprune_eval.studies.recorded import NORMALIZATIONS, SOURCES, images_at
 from tokenprune_testbed import load
 from tokenprune_testbed.dense import BACKGROUND, patch_objects
 from tokenprune_testbed.language import make_inputs

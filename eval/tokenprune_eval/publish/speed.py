@@ -1,12 +1,7 @@
-"""README's table of speed, those of docs/performance.md and the figures, from the benchmark's CSV.
-
-``python -m tokenprune_eval.speed``
-"""
+"""README's table of speed, those of docs/performance.md and the figures, from the benchmark's CSV."""
 
 from __future__ import annotations
 
-import argparse
-import csv
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -14,9 +9,6 @@ from pathlib import Path
 from tokenprune.arguments import AUTO
 from tokenprune.bench.output import Row, latest, markdown, plot
 
-Marks = tuple[str, str]
-MARKS: Marks = ("<!-- speed: begin -->", "<!-- speed: end -->")
-SUMMARY_MARKS: Marks = ("<!-- summary: begin -->", "<!-- summary: end -->")
 #: Columns of the summary: title, column of a ratio, whether the ratio is turned round (the text is then "x times").
 SUMMARY = (
     ("prefill", "unpruned/ours", False),
@@ -104,34 +96,3 @@ def headline(rows: Sequence[Row]) -> list[Row]:
     return [
         row for row in rows if row["gpu"] or (row["geometry"] == "smol" and row["method"].startswith(AUTO))
     ]
-
-
-def put(path: Path, text: str, marks: Marks = MARKS) -> None:
-    """Between the marks of a file.
-
-    Raises:
-        SystemExit: it has none.
-    """
-    before, mark, rest = path.read_text().partition(marks[0])
-    if not mark:
-        raise SystemExit(f"{path} has no {marks[0]}")
-    path.write_text(f"{before}{mark}\n{text}{marks[1]}{rest.partition(marks[1])[2]}")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Read the CSV, draw the figures, put the tables between the marks."""
-    parser = argparse.ArgumentParser(description="Make what the documents say of speed from measurements.")
-    parser.add_argument("--csv", type=Path, default=Path("eval/results/bench.csv"))
-    parser.add_argument("--readme", type=Path, default=Path("README.md"))
-    parser.add_argument("--page", type=Path, default=Path("docs/performance.md"))
-    options = parser.parse_args(argv)
-    with options.csv.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    put(options.readme, summary(headline(rows)))
-    put(options.page, summary(rows), SUMMARY_MARKS)
-    put(options.page, section(rows, options.csv.parent))
-    print(summary(rows))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What each method leaves of a prefill's time: ``python -m tokenprune_eval.method_speed``.
+"""What each method leaves of a prefill's time: ``python -m tokenprune_eval.studies.method_speed``.
 
 Every method at its default cuts, in turn with the unpruned model (A B C ... A B C ... in one process), medians of
 paired ratios; the tower is remembered, so that what stands here is the decoder's prefill and the method's own work.

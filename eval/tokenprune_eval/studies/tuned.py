@@ -1,4 +1,4 @@
-"""Is a tuned profile better on scenes it has not seen? ``python -m tokenprune_eval.tuned``.
+"""Is a tuned profile better on scenes it has not seen? ``python -m tokenprune_eval.studies.tuned``.
 
 For every seed and budget: VFlowOpt untuned; the best schedule that the search begins with; the best of TPE behind it;
 and what random sampling of the same space finds in as many prefills, without schedules to begin with.
@@ -17,8 +17,8 @@ import numpy as np
 from scipy import stats
 
 from tokenprune.tune.search import Tried, search
-from tokenprune_eval.results import Results
-from tokenprune_eval.settings import ROW, Bench
+from tokenprune_eval.experiments.bench import ROW, Bench
+from tokenprune_eval.experiments.rows import Rows
 
 COLUMNS = ["key", "model", "keep", "seed", "arm", "samples", "passes", "drift", *ROW]
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--csv", type=Path, help="(default: eval/results/tuned_MODEL.csv)")
     options = parser.parse_args(argv)
     bench = Bench(options.model, options.questions)
-    results = Results(options.csv or Path(f"eval/results/tuned_{bench.name}.csv"), COLUMNS)
+    results = Rows(options.csv or Path(f"eval/results/tuned_{bench.name}.csv"), COLUMNS)
     results.load()
     for keep in options.budgets:
         for seed in range(options.seeds):
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def compare(
-    bench: Bench, results: Results, keep: float, seed: int, samples: int, trials: int, spread: int
+    bench: Bench, results: Rows, keep: float, seed: int, samples: int, trials: int, spread: int
 ) -> None:
     """The rows of one budget and seed; the settings that are spread over ranks with the first seed only."""
     place = f"{bench.name} {keep} {seed}"
@@ -93,7 +93,7 @@ def compare(
         add("random search", found.front[0], found.passes)
 
 
-def summarise(results: Results) -> None:
+def summarise(results: Rows) -> None:
     """Medians and ranges over seeds, and the rank correlation."""
     rows = list(results.rows.values())
     for keep in sorted({row["keep"] for row in rows}, reverse=True):

@@ -1,0 +1,1 @@
+"""What stands in README and docs, out of committed measurements: ``python -m tokenprune_eval.publish``."""
