@@ -11,7 +11,6 @@ import torch
 from typer.testing import CliRunner
 
 import tokenprune
-
 from tokenprune.bench.geometry import (
     GEOMETRIES,
     Subject,
@@ -29,6 +28,7 @@ from tokenprune.cli import app
 from tokenprune.cli import bench as bench_command
 from tokenprune.timing import Arm, interleave, ratio
 from tokenprune_eval.publish import __main__ as publish
+from tokenprune_testbed import load
 
 TINY = GEOMETRIES["tiny"]
 PLAN = Plan("entropyprune", keep=0.6, layer=2, rounds=3, steps=2, totals=(32,))
@@ -235,7 +235,7 @@ def test_methods_that_look_at_pictures_have_a_tower(
 
 @pytest.mark.slow
 def test_a_model_of_ones_own() -> None:
-    model, processor = tokenprune_testbed.load("small")
+    model, processor = load("small")
     bench = Bench(own_subject("small", model, processor), 2, False, replace(PLAN, keep=0.4, totals=()))
     row = measure(bench)
     assert row["geometry"] == "small" and float(row["logits_error"]) <= 1e-4 and row["ideal/ours"]
