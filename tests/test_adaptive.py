@@ -379,7 +379,7 @@ def test_an_adaptive_budget_as_text() -> None:
 def print_and_noise(model: Any) -> dict[str, Any]:
     """Two pictures' pixels, normalised as the family's are: a piece of a page, and a smooth shade."""
     inputs = tiny.inputs(model, [["text:2", "image", "text:2", "image", "text:3"]])
-    mean, deviation = find_family(model).pixel_scale(model)
+    mean, deviation = find_family(model).pixel_scale()
     side = inputs["pixel_values"].shape[-1]
     page = make_page(np.random.default_rng(0), numbers=1.0).image[:side, :side]
     page = torch.from_numpy(page.copy()).permute(2, 0, 1).float() / 255

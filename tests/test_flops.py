@@ -14,7 +14,7 @@ from tokenprune.runtime.flops import LayerCost, layer_costs, prefill_flops
 
 
 def costs_of(model: Any) -> list[LayerCost]:
-    return layer_costs(model, find_family(model))
+    return layer_costs(find_family(model))
 
 
 def test_llama_7b() -> None:

@@ -122,7 +122,7 @@ def test_generate_interrupted_anywhere(run: str, monkeypatch: pytest.MonkeyPatch
             answer()
     total, interrupted = count.seen, 0
     assert total > 3 * points
-    layer = find_family(model).layers(model)[0]
+    layer = find_family(model).layers()[0]
     layer.register_forward_pre_hook(note, with_kwargs=True)
     tokenprune.wrap(model, **{"keep": 0.5, "budget": "after_cut", **first})
     for point in range(points):
@@ -169,12 +169,12 @@ def test_nothing_is_left_of_any_method(family: str) -> None:
     inputs = tiny.inputs(model, rows)
     stock = model.generate(**inputs, **GREEDY)  # transformers puts hooks of its own into the tower
     before = held(model)
-    layers, tower = find_family(model).layers(model), find_family(model).vision_tower(model)
+    layers, tower = find_family(model).layers(), find_family(model).vision_tower()
 
     def boom(*_: Any) -> None:
         raise error
 
-    first = find_family(model).attending(model)[0]
+    first = find_family(model).attending()[0]
     for asked in METHODS:
         arguments = {**asked, "layer": asked["layer"] + first} if asked.get("layer") else asked
         if family == "kimi_k25" and asked["method"] in ("fastv", "entropyprune"):

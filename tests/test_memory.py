@@ -37,7 +37,7 @@ def count(tower: Any) -> list[int]:
 def tower_of(model: Any) -> Any:
     from tokenprune.models import find_family
 
-    return find_family(model).vision_tower(model)
+    return find_family(model).vision_tower()
 
 
 @pytest.mark.parametrize("build", FAMILIES, ids=lambda f: f.__name__)

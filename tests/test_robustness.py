@@ -195,7 +195,7 @@ def gradients(model: Any, inputs: Any) -> tuple[float, dict[str, torch.Tensor]]:
 def test_gradients_through_checkpoints_are_those_without(family: str, reentrant: bool) -> None:
     model = tiny.build(family).train()
     inputs = tiny.inputs(model, [["text:4", "image", "text:5"], ["image", "text:6"]])
-    layers: Any = find_family(model).layers(model)
+    layers: Any = find_family(model).layers()
     runs: list[int] = []
     layers[-1].register_forward_hook(lambda *_: None)
     inner = next(m for m in layers[-1].modules() if isinstance(m, torch.nn.Linear))

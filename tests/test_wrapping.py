@@ -392,7 +392,7 @@ def test_a_family_of_the_users_own() -> None:
     tokenprune.unwrap(model)
     with pytest.raises(tokenprune.ConfigError, match="unknown family 'nosuch'; choose one of llava"):
         tokenprune.wrap(model, keep=0.5, family="nosuch")
-    for family in (Mine(), "llava"):
+    for family in (Mine, "llava"):
         with tokenprune.pruned(model, "entropyprune", keep=0.5, family=family), torch.no_grad():
             model(**inputs)
             assert tokenprune.report(model).layers_cut == ((2,) if family == "llava" else (1,))

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, TypeVar, overload
 
 from tokenprune.arguments import Arguments
-from tokenprune.config import check_profile, settle
+from tokenprune.config import settle
 from tokenprune.errors import ConfigError, TokenPruneError, UnsupportedModelError
 from tokenprune.methods import Method
 from tokenprune.models import Family, find_family, stock_model
@@ -59,8 +59,7 @@ def wrap(model: ModelT, method: str | Method = "auto", **arguments: Any) -> Mode
                 )
             asked = Arguments.of({"method": method, **arguments})
             family = find_family(inner, asked.family)
-            check_profile(inner, asked)
-            runtime = Runtime(inner, family, settle(inner, family, asked))
+            runtime = Runtime(family, settle(family, asked))
             runtime.install()
             inner.__dict__[_ATTRIBUTE] = runtime
             LOG.info("wrapped a %s model: %s", family.name, runtime.config.described())
@@ -113,9 +112,7 @@ def override(model: ModelT, **changes: Any) -> Iterator[ModelT]:
     """
     runtime = _runtime(model)
     asked = runtime.settings.asked.changed(changes)
-    if changes.get("profile") is not None:
-        check_profile(runtime.model, asked)
-    config = settle(runtime.model, runtime.family, asked)
+    config = settle(runtime.family, asked, known=changes.get("profile") is None)
     with runtime.overriding(config):
         yield model
 

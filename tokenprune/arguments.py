@@ -76,8 +76,8 @@ class Arguments:
         compact_early: after the prompt, take what was dropped out of the cache of the layers before the last cut, too:
             the whole cache shrinks, and answers no longer see in early layers what later ones have dropped. Layer 0
             stays whole, and so do caches that are quantised or hold a window.
-        family: a `Family` of your own, or the name of another of ours, for a model that is not known or that has a
-            known model's parts; fixed when the model is wrapped.
+        family: a subclass of `Family` of your own, or the name of another of ours, for a model that is not known or
+            that has a known model's parts; fixed when the model is wrapped.
         profile: a `Profile` or the path of one: its method, parameters, cuts and budget are taken, but for what is
             given beside it (another `keep` is solved anew).
         allow_mismatch: take a profile that was made for another model.
@@ -103,7 +103,7 @@ class Arguments:
     allocation: Allocation = "image"
     frame_floor: int = 0
     compact_early: bool = False
-    family: str | Family | None = None
+    family: str | type[Family] | None = None
     profile: Any = None
     allow_mismatch: bool = False
     escalate: Escalate | None = None  # or (keep, entropy)

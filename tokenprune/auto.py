@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Callable
 from typing import Any
-
-from torch import nn
 
 from tokenprune.arguments import AUTO, DEFAULT, Arguments
 from tokenprune.budget import Cut
 from tokenprune.errors import UnsupportedModelError, UntestedWarning
-from tokenprune.fingerprint import fingerprint
 from tokenprune.models.base import Family
 from tokenprune.models.decoders import attention_backend, takes_biases
 
@@ -19,8 +17,13 @@ from tokenprune.models.decoders import attention_backend, takes_biases
 _BLIND: dict[str, Any] = {"method": "uniform", "cuts": (Cut(0),)}
 
 
-def resolve(model: nn.Module, family: Family, asked: Arguments) -> tuple[Arguments, str]:
+def resolve(family: Family, asked: Arguments, identify: Callable[[], str]) -> tuple[Arguments, str]:
     """What is asked with everything filled in that a profile, or "auto", stands for; and what the report says of it.
+
+    Args:
+        family: of the model.
+        asked: by the user.
+        identify: gives the model's fingerprint.
 
     Raises:
         ConfigError: a profile that does not go with what is asked beside it.
@@ -34,10 +37,10 @@ def resolve(model: nn.Module, family: Family, asked: Arguments) -> tuple[Argumen
         return dataclasses.replace(asked, method=DEFAULT), ""
     from tokenprune.profiles.known import known_profile  # pydantic is not needed otherwise
 
-    profile = known_profile(fingerprint(model), asked.keep)
+    profile = known_profile(identify(), asked.keep)
     if profile is not None:
         return asked.under(profile), f"; profile {profile.hash[:8]} for {profile.keep}"
-    settled, what = _untested(model, family, asked)
+    settled, what = _untested(family, asked)
     warnings.warn(
         f"no profile is known for this model: {what} is taken, untested on it; 'tokenprune tune MODEL --data pictures/ "
         f"--budget {asked.keep} --quick' chooses in a minute, 'tokenprune drift MODEL --data pictures/ --keep "
@@ -48,14 +51,14 @@ def resolve(model: nn.Module, family: Family, asked: Arguments) -> tuple[Argumen
     return settled, "; untested on this model: see tokenprune tune and tokenprune drift"
 
 
-def _untested(model: nn.Module, family: Family, asked: Arguments) -> tuple[Arguments, str]:
+def _untested(family: Family, asked: Arguments) -> tuple[Arguments, str]:
     """What is taken where nothing is known, and its name: what won on every model tried, if it can run here."""
     try:
-        family.vision_tap(model)
+        family.vision_tap()
     except UnsupportedModelError:
         what = f"an even grid (uniform, before the LLM), for nobody can look into the tower of {family.name} models,"
         return dataclasses.replace(asked, **_BLIND), what
-    text: Any = family.text_model(model).config
+    text: Any = family.text_model().config
     if takes_biases(text):
         return dataclasses.replace(asked, method=DEFAULT), "VFlowOpt with its defaults"
     what = f"VFlowOpt without its size term, which {attention_backend(text)} does not take,"

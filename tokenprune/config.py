@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenprune.arguments import Arguments
 from tokenprune.auto import resolve
@@ -114,21 +114,29 @@ class Beside:
         return None if self.own is None else rest[:, 0] if rest.shape[1] == 1 else rest
 
 
-def settle(model: nn.Module, family: Family, asked: Arguments) -> PruneConfig:
-    """Fill in what is left open, and check it all against the model, before anything is touched.
+def settle(family: Family, asked: Arguments, *, known: bool = False) -> PruneConfig:
+    """Fill in what is left open, and check it all against the family's model, before anything is touched.
+
+    Args:
+        family: of the model.
+        asked: by the user.
+        known: whether its profile was found to be the model's before.
 
     Raises:
         ConfigError: names the argument and what it may be.
     """
-    num_layers = len(family.layers(model))
-    arguments, note = resolve(model, family, asked)
+    num_layers = len(family.layers())
+    identify = cache(partial(fingerprint, family.model))  # reads every parameter: once, and only if asked for
+    if not known:
+        _check_profile(identify, asked)
+    arguments, note = resolve(family, asked, identify)
     stages: Any = arguments.stages  # made Stages by Arguments
     asked_for = [arguments] if stages is None else stages
     each = [make_method(own.method, dict(own.parameters)) for own in asked_for]
     made = each[0] if stages is None else Staged(tuple(each))
-    made.check(decoder_shape(model, family))
+    made.check(decoder_shape(family))
     for own in each:
-        _check_needs(model, family, own)
+        _check_needs(family, own)
     if arguments.frame_floor and not all(isinstance(own, ScoreMethod) for own in each):
         raise ConfigError(
             f"frame_floor needs a method that scores tokens; {made.name!r} does not: leave it out"
@@ -140,15 +148,15 @@ def settle(model: nn.Module, family: Family, asked: Arguments) -> PruneConfig:
     if arguments.keep is None and (arguments.text_floor is not None or arguments.escalate is not None):
         raise ConfigError("text_floor and escalate raise a budget: say keep, as a share")
     if arguments.settles_per_picture:
-        _check_adaptive(model, family, arguments, made)
+        _check_adaptive(family, arguments, made)
     if isinstance(made, NoPruning):
         if arguments.says_how_much:
             raise ConfigError("method 'none' keeps everything: leave keep, cuts and keep_lists out")
         return PruneConfig(asked, arguments, made, (), "nothing is cut")
-    cuts, reason = _cuts(model, family, arguments, made)
+    cuts, reason = _cuts(family, arguments, made, identify)
     reason += note
     for number, cut in enumerate(cuts):
-        _check_layer(cut.layer, num_layers, made.at(number), family.attending(model))
+        _check_layer(cut.layer, num_layers, made.at(number), family.attending())
     _check_budget(arguments, cuts, num_layers)
     if arguments.positions == "compact" and (family.mrope or any(cut.layer for cut in cuts)):
         raise ConfigError(
@@ -158,7 +166,7 @@ def settle(model: nn.Module, family: Family, asked: Arguments) -> PruneConfig:
     return PruneConfig(asked, arguments, made, cuts, reason)
 
 
-def _check_adaptive(model: nn.Module, family: Family, arguments: Arguments, method: Method) -> None:
+def _check_adaptive(family: Family, arguments: Arguments, method: Method) -> None:
     """Refuse what an adaptive budget, or a floor for text, cannot be read off, or met by.
 
     Raises:
@@ -166,12 +174,12 @@ def _check_adaptive(model: nn.Module, family: Family, arguments: Arguments, meth
         ConfigError: the method has a say in the counts itself.
     """
     if arguments.reads_pixels:
-        family.pixel_scale(model)
+        family.pixel_scale()
     if method.needs().counts:
         raise ConfigError(f"method {method.name!r} settles counts itself: give it a plain keep")
 
 
-def check_profile(model: nn.Module, arguments: Arguments) -> None:
+def _check_profile(identify: Callable[[], str], arguments: Arguments) -> None:
     """Refuse a profile that was made for another model. Asked when one is given, not at every `override`.
 
     Raises:
@@ -180,7 +188,7 @@ def check_profile(model: nn.Module, arguments: Arguments) -> None:
     profile = arguments.profile
     if profile is None or arguments.allow_mismatch:
         return
-    own = fingerprint(model)
+    own = identify()
     if profile.model != own:
         made = f"the model {profile.model}" if profile.model else "no model in particular"
         raise ConfigError(
@@ -188,14 +196,14 @@ def check_profile(model: nn.Module, arguments: Arguments) -> None:
         )
 
 
-def _check_needs(model: nn.Module, family: Family, method: Method) -> None:
+def _check_needs(family: Family, method: Method) -> None:
     """Refuse what the family or its text model has not, by name.
 
     Raises:
         ConfigError: a method asks for something unknown.
         UnsupportedModelError: something that this model does not offer.
     """
-    needs, text = method.needs(), family.text_model(model).config
+    needs, text = method.needs(), family.text_model().config
     unknown = {*needs.states, *needs.prompt} - {*PROJECTED, "hidden"}
     if unknown:
         names = ", ".join(sorted(map(repr, unknown)))
@@ -205,9 +213,9 @@ def _check_needs(model: nn.Module, family: Family, method: Method) -> None:
     if needs.projected:
         check_states(text)
     if needs.vision is not None:
-        family.vision_tap(model)
+        family.vision_tap()
     if needs.pixels is not None:
-        family.pixel_scale(model)
+        family.pixel_scale()
     if needs.bias and not takes_biases(text):
         raise ConfigError(
             f"method {method.name!r} adds biases to attention, which {attention_backend(text)} does not take; load the "
@@ -225,7 +233,7 @@ def _check_needs(model: nn.Module, family: Family, method: Method) -> None:
 
 
 def _cuts(
-    model: nn.Module, family: Family, arguments: Arguments, method: Method
+    family: Family, arguments: Arguments, method: Method, identify: Callable[[], str]
 ) -> tuple[tuple[Cut, ...], str]:
     """The cuts, and where their layers came from."""
     if arguments.stages is not None:
@@ -234,10 +242,10 @@ def _cuts(
     if arguments.cuts is not None:
         return tuple(arguments.cuts), "given"  # type: ignore[arg-type]  # made Cuts by Arguments
     if arguments.layer is None:
-        cuts, reason = method.default_cuts(family.name, len(family.layers(model)), arguments.keep)
-        return _after_attention(cuts, reason, method, family.attending(model))
+        cuts, reason = method.default_cuts(family.name, len(family.layers()), arguments.keep)
+        return _after_attention(cuts, reason, method, family.attending())
     if arguments.layer == "auto":
-        layer, reason = _detected_layer(model)
+        layer, reason = _detected_layer(identify())
     else:
         layer, reason = arguments.layer, "given"
     return (Cut(layer),), reason
@@ -269,12 +277,12 @@ def _check_budget(arguments: Arguments, cuts: tuple[Cut, ...], num_layers: int) 
         raise ConfigError("every cut says its own keep; leave the overall keep out, or the last cut's")
 
 
-def decoder_shape(model: nn.Module, family: Family) -> DecoderShape:
-    text: Any = family.text_model(model).config
+def decoder_shape(family: Family) -> DecoderShape:
+    text: Any = family.text_model().config
     heads = text.num_attention_heads
-    attention: Any = family.attention(family.layers(model)[family.attending(model)[0]])
+    attention: Any = family.attention(family.layers()[family.attending()[0]])
     return DecoderShape(
-        num_layers=len(family.layers(model)),
+        num_layers=len(family.layers()),
         num_heads=heads,
         num_key_value_heads=heads // getattr(attention, "num_key_value_groups", 1),
         head_dim=int(getattr(attention, "head_dim", None) or attention.qk_head_dim),  # latent attention
@@ -315,10 +323,10 @@ def _check_attends(needs: Needs, layer: int, attending: Sequence[int], how: str)
         )
 
 
-def _detected_layer(model: nn.Module) -> tuple[int, str]:
+def _detected_layer(own: str) -> tuple[int, str]:
     from tokenprune.profiles.collapse import detected_layer  # pydantic is not needed otherwise
 
-    found = detected_layer(model)
+    found = detected_layer(own)
     return found.layer, f"{found.source} on {found.images} images by {found.estimator}"
 
 

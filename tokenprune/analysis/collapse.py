@@ -76,7 +76,7 @@ def begin(model: Any, fallback_layer: object, *, save: bool) -> str:
             "the model is wrapped; tokenprune.unwrap(model) before its collapse is looked for"
         )
     inner = stock_model(model)
-    layers = len(find_family(inner).layers(inner))
+    layers = len(find_family(inner).layers())
     good = (
         isinstance(fallback_layer, int)
         and not isinstance(fallback_layer, bool)

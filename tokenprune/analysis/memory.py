@@ -60,7 +60,7 @@ class Memory:
         The tower's weights are looked at once, on entry: what is timed inside is not to pay for them.
         """
         inner = stock_model(model)
-        tower: Any = family_of(model).vision_tower(inner)
+        tower: Any = family_of(model).vision_tower()
         if "forward" in vars(tower):
             raise ConfigError("the vision tower's forward is replaced already; use one memory at a time")
         original, weights, seen = tower.forward, stamp(tower), _LastSeen()
@@ -189,7 +189,7 @@ def last_state(model: Any, inputs: Mapping[str, Any]) -> LastState:
         raise ConfigError("pad prompts on the left: the last column has to be their end")
     inner: Any = stock_model(model)
     seen: list[Tensor] = []
-    norm = family_of(model).final_norm(inner)
+    norm = family_of(model).final_norm()
     handle = norm.register_forward_hook(lambda _module, _args, output: seen.append(output[:, -1]))
     try:
         with torch.inference_mode():

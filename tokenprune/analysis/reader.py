@@ -65,14 +65,12 @@ class Reader:
     ) -> None:
         self.model = stock_model(model)
         self.family = family_of(model)
-        self.layers = list(self.family.layers(self.model))
+        self.layers = list(self.family.layers())
         self.states = states if on_states is not None else ()
         self._hidden, self._on_states = hidden, on_states
         wrapped = runtime_of(model)
         self._own = wrapped is None
-        self._runtime = wrapped or Runtime(
-            self.model, self.family, settle(self.model, self.family, Arguments("none"))
-        )
+        self._runtime = wrapped or Runtime(self.family, settle(self.family, Arguments("none")))
         self._seen: tuple[Call, int] | None = None
         self._prompt: Prompt | None = None
 

@@ -78,7 +78,7 @@ class Asking:
 
     def __post_init__(self) -> None:
         self.inner = stock_model(self.model)
-        self.layers = len(find_family(self.inner).layers(self.inner))
+        self.layers = len(find_family(self.inner).layers())
 
     def ask(
         self, picture: Image.Image | None, question: str, method: str, keep: float, stages: Stages

@@ -164,16 +164,16 @@ def _parameter_line(parameter: dict[str, Any]) -> str:
     return f"{parameter['name']}=" + " | ".join([shown, *others])
 
 
-def _family_facts(family: Family) -> dict[str, Any]:
+def _family_facts(family: type[Family]) -> dict[str, Any]:
     from tokenprune.methods import EntropyPrune
     from tokenprune.models import Family as Base
 
     works = ["cuts before the LLM and at any layer"]
-    if type(family).vision_tap is not Base.vision_tap:
+    if family.vision_tap is not Base.vision_tap:
         works.append("methods that read the vision tower's attention")
     if not family.mrope:
         works.append("compact positions (cuts before the LLM)")
-    module = sys.modules[type(family).__module__]
+    module = sys.modules[family.__module__]
     return {
         "name": family.name,
         "about": (inspect.getdoc(module) or "").partition("\n")[0],

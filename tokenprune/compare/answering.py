@@ -63,7 +63,7 @@ class Asker:
     def __post_init__(self) -> None:
         self.inner = stock_model(self.model)
         self.family = family_of(self.model)
-        self.token = self.family.token_id(self.inner, "image")
+        self.token = self.family.token_id("image")
         self.prompts = [self._to(make_prompt(self.processor, q.images, q.text)) for q in self.questions]
         self.tokens = [int((p["input_ids"] == self.token).sum()) for p in self.prompts]
 
@@ -121,7 +121,7 @@ class Asker:
     def _answers(self, numbers: Sequence[int], inputs: Mapping[str, Any]) -> list[Answer]:
         reference = self._reference(numbers)
         states: list[Tensor] = []
-        norm = self.family.final_norm(self.inner)
+        norm = self.family.final_norm()
         handle = norm.register_forward_hook(lambda _module, _args, output: states.append(output[:, -1]))
         try:
             with torch.inference_mode():
@@ -159,6 +159,6 @@ class Asker:
         """Of the unpruned prompts, which of a smaller picture are not the ones that were run."""
         from tokenprune.runtime.flops import layer_costs, prefill_flops
 
-        costs = layer_costs(self.inner, self.family)
+        costs = layer_costs(self.family)
         length = self.prompts[numbers[0]]["input_ids"].shape[1]
         return len(numbers) * prefill_flops(costs, [length] * len(costs))

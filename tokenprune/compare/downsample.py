@@ -18,7 +18,7 @@ from torch import nn
 
 from tokenprune.analysis.calibration import make_prompt
 from tokenprune.errors import UnsupportedModelError
-from tokenprune.models import Family, stock_model
+from tokenprune.models import Family
 
 _TRIES = 40
 _STEP = 0.95
@@ -37,7 +37,7 @@ def shrunk_prompt(
         UnsupportedModelError: the model's tokens do not follow from the picture's size, and its tower takes one only.
         ConfigError: see `make_prompt`.
     """
-    token = family.token_id(stock_model(model), "image")
+    token = family.token_id("image")
     whole = _tokens(make_prompt(processor, images, text), token)
     most = keep * whole
     quarter = [image.resize(_scaled(image, 0.25)) for image in images]
@@ -61,7 +61,7 @@ def shrunk_prompt(
 @contextmanager
 def interpolated(model: Any, family: Family) -> Iterator[None]:
     """Inside, a tower with learned positions interpolates them for pictures of another size."""
-    tower = family.vision_tower(stock_model(model))
+    tower = family.vision_tower()
     if not _interpolates(tower):
         yield
         return
@@ -76,7 +76,7 @@ def interpolated(model: Any, family: Family) -> Iterator[None]:
 
 def _smaller(model: Any, family: Family, processor: Any, most: float) -> Any:
     """A processor that makes pictures of at most `most` patches, as square as that allows."""
-    tower = family.vision_tower(stock_model(model))
+    tower = family.vision_tower()
     patch = getattr(tower.config, "patch_size", None)
     images: Any = processor.image_processor
     # Pinpoints: it makes tiles, whose number a smaller size would change.

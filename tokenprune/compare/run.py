@@ -108,7 +108,7 @@ def compare(
     """
     asked = CompareOptions(**options)
     asker = Asker(model, processor, questions, asked.batch_size, asked.max_new_tokens)
-    layers = len(asker.family.layers(asker.inner))
+    layers = len(asker.family.layers())
     arms = make_arms(model, asked.methods, asked.budgets, layers, asked.controls)
     data = content_digest([(q.pictures, q.text, q.answers) for q in questions])
     identity = {

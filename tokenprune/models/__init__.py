@@ -29,28 +29,28 @@ from tokenprune.models.qwen3_5 import Qwen35
 from tokenprune.models.qwen3_vl import Qwen3VL
 from tokenprune.models.vipllava import VipLlava
 
-_ALL = (
-    Llava(),
-    LlavaNext(),
-    LlavaOnevision(),
-    VipLlava(),
-    Qwen2VL(),
-    Qwen25VL(),
-    Qwen3VL(),
-    Qwen35(),
-    Glm4v(),
-    Mistral3(),
-    PaddleOCRVL(),
-    KimiK25(),
-    InternVL(),
-    Idefics3(),
-    SmolVLM(),
-    Gemma3(),
-    Gemma4(),
-    PaliGemma(),
-    Llama4(),
+_ALL: tuple[type[Family], ...] = (
+    Llava,
+    LlavaNext,
+    LlavaOnevision,
+    VipLlava,
+    Qwen2VL,
+    Qwen25VL,
+    Qwen3VL,
+    Qwen35,
+    Glm4v,
+    Mistral3,
+    PaddleOCRVL,
+    KimiK25,
+    InternVL,
+    Idefics3,
+    SmolVLM,
+    Gemma3,
+    Gemma4,
+    PaliGemma,
+    Llama4,
 )
-FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
+FAMILIES: dict[str, type[Family]] = {family.name: family for family in _ALL}
 
 # Why a well-known model cannot be served.
 REFUSED = {
@@ -93,8 +93,8 @@ def stock_model(model: object) -> nn.Module:
     return inner
 
 
-def find_family(model: nn.Module, asked: str | Family | None = None) -> Family:
-    """The family of a stock model.
+def find_family(model: nn.Module, asked: str | type[Family] | None = None) -> Family:
+    """The family of a stock model, bound to it.
 
     Args:
         model: stock.
@@ -104,23 +104,16 @@ def find_family(model: nn.Module, asked: str | Family | None = None) -> Family:
         UnsupportedModelError: names the model's type and what is supported.
         ConfigError: no family has the name.
     """
-    if isinstance(asked, Family):
-        _check_fits(asked, model)
-        return asked
     if asked is not None:
-        if asked not in FAMILIES:
-            raise ConfigError(
-                f"unknown family {asked!r}; choose one of {', '.join(FAMILIES)}, or pass a Family"
-            )
-        _check_fits(FAMILIES[asked], model)
-        return FAMILIES[asked]
+        return _asked_for(model, FAMILIES.get(asked, asked) if isinstance(asked, str) else asked)
     config: Any = model.config
     kind = getattr(config, "model_type", type(model).__name__)
     for family in FAMILIES.values():
         if kind in family.model_types:
             _check_head(model)
-            family.check_model(model)
-            return family
+            bound = family(model)
+            bound.check_model()
+            return bound
     if kind in REFUSED:
         raise UnsupportedModelError(
             f"{type(model).__name__} (model_type {kind!r}) is not supported: {REFUSED[kind]}"
@@ -169,28 +162,35 @@ def _unknown(model: nn.Module, kind: str) -> Family:
     return family
 
 
-def misfit(family: Family, model: nn.Module, error: Exception) -> UnsupportedModelError:
+def misfit(name: str, model: nn.Module, error: Exception) -> UnsupportedModelError:
     """What a family raises on a model that is not laid out as it thinks, as an error that says so."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return UnsupportedModelError(
-        f"family={family.name!r} does not fit a {type(model).__name__}: {reason}; leave family out, or pass a Family "
+        f"family={name!r} does not fit a {type(model).__name__}: {reason}; leave family out, or pass a Family "
         f"of your own"
     )
 
 
-def _check_fits(family: Family, model: nn.Module) -> None:
-    """Refuse a family whose parts the model does not have.
+def _asked_for(model: nn.Module, asked: Any) -> Family:
+    """A family that was named or given, bound to the model.
 
     Raises:
-        UnsupportedModelError: names what is missing.
+        ConfigError: it is none.
+        UnsupportedModelError: the model does not have its parts; names what is missing.
     """
+    if not (isinstance(asked, type) and issubclass(asked, Family)):
+        raise ConfigError(
+            f"unknown family {asked!r}; choose one of {', '.join(FAMILIES)}, or pass a subclass of Family"
+        )
     try:
-        first = family.layers(model)[family.attending(model)[0]]
-        family.base(model), family.final_norm(model), family.vision_tower(model), family.attention(first)
-        family.token_id(model, "image"), family.decoder(model)
-        family.check_model(model)
+        family = asked(model)
+        family.base(), family.final_norm(), family.vision_tower()
+        family.attention(family.layers()[family.attending()[0]])
+        family.token_id("image"), family.decoder()
+        family.check_model()
     except Exception as error:  # whatever a foreign layout makes it raise
-        raise misfit(family, model, error) from error
+        raise misfit(asked.name, model, error) from error
+    return family
 
 
 __all__ = ["FAMILIES", "REFUSED", "Family", "find_family", "stock_model"]

@@ -95,7 +95,11 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Family(ABC):
-    """One model family. Subclasses are stateless; one file each under `tokenprune/models/`.
+    """One model family, of one model. Subclasses have one file each under `tokenprune/models/`.
+
+    Args:
+        model: whose parts are asked for; None where only arithmetic is (sizes, layouts, pixels), as inside vLLM.
+        config: of the checkpoint; default: the model's.
 
     Class attributes:
         name: key of the registry.
@@ -118,39 +122,43 @@ class Family(ABC):
     on_trial: ClassVar[bool] = False
     block_kinds: ClassVar[tuple[str, ...]] = ()
 
+    def __init__(self, model: nn.Module | None, config: Any = None) -> None:
+        self.model: Any = model
+        self.config: Any = getattr(model, "config", None) if config is None else config
+
     # -- where things are ---------------------------------------------------------------------------------------
 
-    def base(self, model: nn.Module) -> nn.Module:
+    def base(self) -> nn.Module:
         """The module that merges visual features into the prompt (it receives `input_ids` and pixels).
 
         The model itself where it has no head, as models that embed have not.
         """
-        return getattr(model, "model", model)
+        return getattr(self.model, "model", self.model)
 
-    def text_model(self, model: nn.Module) -> nn.Module:
-        return self.base(model).language_model  # type: ignore[return-value]
+    def text_model(self) -> nn.Module:
+        return self.base().language_model  # type: ignore[return-value]
 
-    def decoder(self, model: nn.Module) -> Decoder:
+    def decoder(self) -> Decoder:
         """The kind of its text model."""
-        return find_decoder(self.text_model(model).config)
+        return find_decoder(self.text_model().config)
 
-    def layers(self, model: nn.Module) -> Sequence[nn.Module]:
-        return self.text_model(model).layers  # type: ignore[return-value]
+    def layers(self) -> Sequence[nn.Module]:
+        return self.text_model().layers  # type: ignore[return-value]
 
-    def final_norm(self, model: nn.Module) -> nn.Module:
+    def final_norm(self) -> nn.Module:
         """The norm after the last decoder layer."""
-        return self.text_model(model).norm  # type: ignore[return-value]
+        return self.text_model().norm  # type: ignore[return-value]
 
     def attention(self, layer: nn.Module) -> nn.Module:
         """The self-attention module of a decoder layer that attends, with `q_proj`, `k_proj`, `v_proj`, `head_dim`."""
         return layer.self_attn  # type: ignore[return-value]
 
-    def attending(self, model: nn.Module) -> list[int]:
+    def attending(self) -> list[int]:
         """The decoder layers that attend: in hybrids the others are recurrent, have no keys and see what is left."""
-        text: Any = self.text_model(model).config
-        return [i for i in range(len(self.layers(model))) if attends(text, i)]
+        text: Any = self.text_model().config
+        return [i for i in range(len(self.layers())) if attends(text, i)]
 
-    def vision_tap(self, model: nn.Module) -> VisionTap:
+    def vision_tap(self) -> VisionTap:
         """Queries and keys of the layer of the vision tower that yields the features.
 
         Raises:
@@ -160,7 +168,7 @@ class Family(ABC):
             f"the vision attention of {self.name} models is not available; use a method that does not need it"
         )
 
-    def check_model(self, model: nn.Module) -> None:  # noqa: B027  # optional
+    def check_model(self) -> None:  # noqa: B027  # optional
         """Refuse a model of one of the family's types that it cannot serve.
 
         Raises:
@@ -170,7 +178,7 @@ class Family(ABC):
     # -- what a call brings -------------------------------------------------------------------------------------
 
     @abstractmethod
-    def vision_tower(self, model: nn.Module) -> nn.Module:
+    def vision_tower(self) -> nn.Module:
         """The module that is called once per kind of visual input, inside the forward or ahead of it by generate()."""
 
     @abstractmethod
@@ -182,28 +190,26 @@ class Family(ABC):
         """Sizes (N, k) of the images ("image") and videos ("video") whose pixels a call of the model brings."""
 
     @abstractmethod
-    def layouts(self, model: nn.Module, kind: str, sizes: IntArray) -> list[Layout]:
+    def layouts(self, kind: str, sizes: IntArray) -> list[Layout]:
         """The placeholders of the images of these sizes, on the host."""
 
     @abstractmethod
     def digests(self, pixels: Tensor, sizes: Tensor) -> Tensor:
         """(items,) int64: a hash of each picture's pixels, computed on their device without copying anything off it."""
 
-    def images(
-        self, model: nn.Module, kind: str, ids: IntArray, layouts: Sequence[Layout]
-    ) -> list[list[Image]]:
+    def images(self, kind: str, ids: IntArray, layouts: Sequence[Layout]) -> list[list[Image]]:
         """The images of each row, found by their placeholders in `ids` (B, L).
 
         Raises:
             ConfigError: placeholders and images do not line up.
         """
-        return locate(ids, self.token_id(model, kind), layouts, kind)
+        return locate(ids, self.token_id(kind), layouts, kind)
 
-    def token_id(self, model: nn.Module, kind: str) -> int:
+    def token_id(self, kind: str) -> int:
         """The placeholder's id in `input_ids`."""
-        return int(getattr(model.config, f"{kind}_token_id"))
+        return int(getattr(self.config, f"{kind}_token_id"))
 
-    def check_call(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:  # noqa: B027  # optional
+    def check_call(self, inputs: Mapping[str, Any]) -> None:  # noqa: B027  # optional
         """Refuse a way of calling the model that the family cannot serve.
 
         Raises:
@@ -222,13 +228,13 @@ class Family(ABC):
         """
         return None
 
-    def to_tokens(self, model: nn.Module, patches: Tensor, image: Image) -> Tensor:
+    def to_tokens(self, patches: Tensor, image: Image) -> Tensor:
         """Numbers (items, m, c) of an image's patches -> (n, c) of its tokens: the mean over those merged."""
         (grid,) = image.grids
         rows = patches.reshape(-1, grid.merge, grid.width, grid.merge, patches.shape[-1])
         return rows.mean((1, 3)).flatten(0, 1) if grid.merge > 1 else patches.flatten(0, 1)
 
-    def pixel_scale(self, model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def pixel_scale(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation by which the family's processors normalise pixels in [0, 1], per channel.
 
         Raises:
@@ -236,7 +242,7 @@ class Family(ABC):
         """
         raise self._no_pixels()
 
-    def patches(self, model: nn.Module, pixels: Tensor, sizes: IntArray | None) -> Iterable[Tensor]:
+    def patches(self, pixels: Tensor, sizes: IntArray | None) -> Iterable[Tensor]:
         """What the vision tower is given, picture by picture (see `Image.items`), as patches (m, 3, h, w).
 
         The patches stand in the order that `to_tokens` takes; a video's patch has the frames it was made of one above
@@ -252,10 +258,10 @@ class Family(ABC):
             f"the pixels of {self.name} models are not available; use a method that does not need them"
         )
 
-    def eight_bit(self, model: nn.Module, patches: Tensor) -> Tensor:
+    def eight_bit(self, patches: Tensor) -> Tensor:
         """Normalised patches (m, 3, h, w) -> uint8 of the same shape, the pixels as they were."""
         mean, deviation = (
-            torch.tensor(part, device=patches.device)[:, None, None] for part in self.pixel_scale(model)
+            torch.tensor(part, device=patches.device)[:, None, None] for part in self.pixel_scale()
         )
         return ((patches.float() * deviation + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 

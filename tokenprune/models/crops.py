@@ -20,11 +20,11 @@ class Crops(Family):
     """Every crop of (H, W) pixels gives (H / patch / merge) x (W / patch / merge) tokens."""
 
     @abstractmethod
-    def merge(self, model: nn.Module) -> int:
+    def merge(self) -> int:
         """Patches per side that are merged into one token."""
 
-    def vision_tower(self, model: nn.Module) -> nn.Module:
-        return self.base(model).vision_tower  # type: ignore[return-value]
+    def vision_tower(self) -> nn.Module:
+        return self.base().vision_tower  # type: ignore[return-value]
 
     def tower_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         pixels = args[0] if args else kwargs["pixel_values"]
@@ -34,21 +34,21 @@ class Crops(Family):
         pixels = inputs.get("pixel_values")
         return {} if pixels is None else {"image": crop_sizes(pixels)}
 
-    def grid(self, model: nn.Module, height: int, width: int) -> Grid:
+    def grid(self, height: int, width: int) -> Grid:
         """The tokens of one crop of so many pixels."""
-        config: Any = model.config
-        patch, merge = side(config.vision_config.patch_size), self.merge(model)
+        config = self.config
+        patch, merge = side(config.vision_config.patch_size), self.merge()
         return Grid(1, height // patch // merge, width // patch // merge, merge)
 
-    def layouts(self, model: nn.Module, kind: str, sizes: IntArray) -> list[Layout]:
-        return [Layout((self.grid(model, int(h), int(w)),)) for h, w in sizes]
+    def layouts(self, kind: str, sizes: IntArray) -> list[Layout]:
+        return [Layout((self.grid(int(h), int(w)),)) for h, w in sizes]
 
     def digests(self, pixels: Tensor, sizes: Tensor) -> Tensor:
         return digest(pixels)
 
-    def vision_tap(self, model: nn.Module) -> VisionTap:
-        tower = self.vision_tower(model)
-        feature = feature_layer(model.config)
+    def vision_tap(self) -> VisionTap:
+        tower = self.vision_tower()
+        feature = feature_layer(self.config)
         try:
             attentions = self.vision_attentions(tower)
             # hidden_states[i] is the output of layer i - 1; entry 0 is the embedding.
@@ -66,9 +66,9 @@ class Crops(Family):
         read = partial(self.attend, attentions[index], has_cls(tower))
         return VisionTap(attentions[index], sources, read)
 
-    def pixel_scale(self, model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def pixel_scale(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """As the tower's own processors have it: CLIP's of OpenAI, 0.5 of SigLIP."""
-        config: Any = model.config
+        config = self.config
         kind = config.vision_config.model_type
         if kind not in SCALES:
             raise UnsupportedModelError(
@@ -76,8 +76,8 @@ class Crops(Family):
             )
         return SCALES[kind]
 
-    def patches(self, model: nn.Module, pixels: Tensor, sizes: IntArray | None) -> list[Tensor]:
-        config: Any = model.config
+    def patches(self, pixels: Tensor, sizes: IntArray | None) -> list[Tensor]:
+        config = self.config
         p = side(config.vision_config.patch_size)
         crops = pixels.flatten(0, -4)
         height, width = crops.shape[-2] // p, crops.shape[-1] // p

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenprune.models.base import runs_of
 from tokenprune.models.crops import Crops, side
@@ -19,8 +19,8 @@ class Gemma3(Crops):
     model_types = ("gemma3",)
     examples = ("google/gemma-3-4b-it", "google/gemma-3-12b-it")
 
-    def merge(self, model: nn.Module) -> int:
-        config: Any = model.config
+    def merge(self) -> int:
+        config = self.config
         vision = config.vision_config
         return side(vision.image_size) // side(vision.patch_size) // math.isqrt(config.mm_tokens_per_image)
 

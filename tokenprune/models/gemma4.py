@@ -28,16 +28,16 @@ class Gemma4(Packed):
     sizes_ahead = True  # its tower does not know videos
     block_kinds = ("sliding_attention",)
 
-    def check_model(self, model: nn.Module) -> None:
-        text: Any = self.text_model(model).config
+    def check_model(self) -> None:
+        text: Any = self.text_model().config
         if text.hidden_size_per_layer_input or text.num_kv_shared_layers:
             raise UnsupportedModelError(
                 "Gemma 4 E2B and E4B are not supported: their layers get an input of their own for every token, and "
                 "the last ones borrow keys of earlier ones, which nobody here shortens; 26B-A4B and 31B are"
             )
 
-    def vision_tower(self, model: nn.Module) -> nn.Module:
-        return self.base(model).vision_tower  # type: ignore[return-value]
+    def vision_tower(self) -> nn.Module:
+        return self.base().vision_tower  # type: ignore[return-value]
 
     def tower_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         places = args[1] if len(args) > 1 else kwargs["pixel_position_ids"]
@@ -52,8 +52,8 @@ class Gemma4(Packed):
             found["video"] = torch.cat([frames[:, None], first[:, 1:]], dim=1)
         return found
 
-    def layouts(self, model: nn.Module, kind: str, sizes: IntArray) -> list[Layout]:
-        config: Any = model.config
+    def layouts(self, kind: str, sizes: IntArray) -> list[Layout]:
+        config = self.config
         merge = config.vision_config.pooling_kernel_size
         return [Layout((Grid(t, h // merge, w // merge, merge),), items=t) for t, h, w in sizes.tolist()]
 
@@ -83,15 +83,15 @@ class Gemma4(Packed):
         parts = ((q[:, :n], k[:, :n]) for q, k, n in zip(query, key, counts, strict=True))
         return [[VisionAttention(q, k, attention.scaling, has_cls=False)] for q, k in parts]
 
-    def pixel_scale(self, model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def pixel_scale(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
-    def patches(self, model: nn.Module, pixels: Tensor, sizes: IntArray | None) -> list[Tensor]:
+    def patches(self, pixels: Tensor, sizes: IntArray | None) -> list[Tensor]:
         assert sizes is not None
-        config: Any = model.config
+        config = self.config
         p = config.vision_config.patch_size
         whole = pixels.flatten(0, -3).unflatten(-1, (p, p, 3)).movedim(-1, 2)
-        return [own[:n] for own, n in zip(whole, self.counts(model, sizes), strict=True)]
+        return [own[:n] for own, n in zip(whole, self.counts(sizes), strict=True)]
 
 
 def _sizes(places: Tensor) -> Tensor:

@@ -37,34 +37,34 @@ class Generic(Family):
     model_types = ()
     on_trial = True
 
-    def __init__(self, model: nn.Module) -> None:
-        self._base = getattr(model, "model", model)
+    def __init__(self, model: nn.Module | None, config: Any = None) -> None:
+        super().__init__(model, config)
+        self._base: nn.Module = getattr(self.model, "model", self.model)
         self._text = _named(self._base, _TEXT_MODELS, "text model")
         self._tower = _named(self._base, _TOWERS, "vision tower")
         self.mrope = hasattr(self._base, "rope_deltas")  # type: ignore[misc]  # of this model
         layers = getattr(self._text, "layers", None)
         if not isinstance(layers, nn.ModuleList) or not hasattr(self._text, "norm"):
             raise UnsupportedModelError(f"its {type(self._text).__name__} has no `layers` and `norm`")
-        if not all(hasattr(layers[i], "self_attn") for i in self.attending(model)):
+        if not all(hasattr(layers[i], "self_attn") for i in self.attending()):
             raise UnsupportedModelError(f"a {type(layers[0]).__name__} has no `self_attn`")
-        config: Any = model.config
-        found = [getattr(config, name, None) for name in _TOKENS]
+        found = [getattr(self.config, name, None) for name in _TOKENS]
         self._token = next((token for token in found if isinstance(token, int)), None)
         if self._token is None:
             raise UnsupportedModelError(f"its config has no {' or '.join(_TOKENS)}")
-        if getattr(config, "is_encoder_decoder", False):
+        if getattr(self.config, "is_encoder_decoder", False):
             raise UnsupportedModelError("it is an encoder and a decoder")
 
-    def base(self, model: nn.Module) -> nn.Module:
+    def base(self) -> nn.Module:
         return self._base
 
-    def text_model(self, model: nn.Module) -> nn.Module:
+    def text_model(self) -> nn.Module:
         return self._text
 
-    def vision_tower(self, model: nn.Module) -> nn.Module:
+    def vision_tower(self) -> nn.Module:
         return self._tower
 
-    def token_id(self, model: nn.Module, kind: str) -> int:
+    def token_id(self, kind: str) -> int:
         assert self._token is not None
         return self._token
 
@@ -75,12 +75,10 @@ class Generic(Family):
     def sizes(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         return {} if inputs.get("pixel_values") is None else {"image": torch.zeros(1, 1, dtype=torch.long)}
 
-    def layouts(self, model: nn.Module, kind: str, sizes: IntArray) -> list[Layout]:
+    def layouts(self, kind: str, sizes: IntArray) -> list[Layout]:
         return []  # the prompt tells
 
-    def images(
-        self, model: nn.Module, kind: str, ids: IntArray, layouts: Sequence[Layout]
-    ) -> list[list[Image]]:
+    def images(self, kind: str, ids: IntArray, layouts: Sequence[Layout]) -> list[list[Image]]:
         rows: list[list[Image]] = []
         order = 0
         for row in ids:

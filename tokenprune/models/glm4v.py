@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import nn
-
 from tokenprune.models.base import Layout
 from tokenprune.models.qwen2_vl import Qwen2VL
 from tokenprune.tokens import IntArray
@@ -20,9 +18,9 @@ class Glm4v(Qwen2VL):
 
     sizes_ahead = True  # its tower does not know videos
 
-    def token_id(self, model: nn.Module, kind: str) -> int:
-        return super().token_id(model, "image")
+    def token_id(self, kind: str) -> int:
+        return super().token_id("image")
 
-    def layouts(self, model: nn.Module, kind: str, sizes: IntArray) -> list[Layout]:
-        made = super().layouts(model, kind, sizes)
+    def layouts(self, kind: str, sizes: IntArray) -> list[Layout]:
+        made = super().layouts(kind, sizes)
         return [replace(one, items=one.grids[0].frames) for one in made] if kind == "video" else made

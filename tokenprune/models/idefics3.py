@@ -21,21 +21,19 @@ class Idefics3(Crops):
     model_types: ClassVar[tuple[str, ...]] = ("idefics3",)
     examples: ClassVar[tuple[str, ...]] = ("HuggingFaceM4/Idefics3-8B-Llama3",)
 
-    def text_model(self, model: nn.Module) -> nn.Module:
-        return self.base(model).text_model  # type: ignore[return-value]
+    def text_model(self) -> nn.Module:
+        return self.base().text_model  # type: ignore[return-value]
 
-    def vision_tower(self, model: nn.Module) -> nn.Module:
-        return self.base(model).vision_model  # type: ignore[return-value]
+    def vision_tower(self) -> nn.Module:
+        return self.base().vision_model  # type: ignore[return-value]
 
-    def merge(self, model: nn.Module) -> int:
-        config: Any = model.config
+    def merge(self) -> int:
+        config = self.config
         return int(config.scale_factor)
 
-    def images(
-        self, model: nn.Module, kind: str, ids: IntArray, layouts: Sequence[Layout]
-    ) -> list[list[Image]]:
+    def images(self, kind: str, ids: IntArray, layouts: Sequence[Layout]) -> list[list[Image]]:
         # Rows with fewer crops are padded with empty ones, which the tower never sees.
-        located = locate(ids, self.token_id(model, kind), layouts, kind, surplus=True)
+        located = locate(ids, self.token_id(kind), layouts, kind, surplus=True)
         return [_place(crops, row) for crops, row in zip(located, ids, strict=True)]
 
     def attend(self, attention: Any, cls: bool, call: VisionCall) -> list[list[VisionAttention]]:

@@ -19,14 +19,12 @@ class InternVL(Crops):
     model_types = ("internvl",)
     examples = ("OpenGVLab/InternVL3-8B-hf", "OpenGVLab/InternVL3_5-8B-HF")
 
-    def merge(self, model: nn.Module) -> int:
-        config: Any = model.config
+    def merge(self) -> int:
+        config = self.config
         return round(1 / config.downsample_ratio)
 
-    def images(
-        self, model: nn.Module, kind: str, ids: IntArray, layouts: Sequence[Layout]
-    ) -> list[list[Image]]:
-        tiles = super().images(model, kind, ids, layouts)
+    def images(self, kind: str, ids: IntArray, layouts: Sequence[Layout]) -> list[list[Image]]:
+        tiles = super().images(kind, ids, layouts)
         return [join(row, lambda a, b: int(b.columns[0]) == int(a.columns[-1]) + 1) for row in tiles]
 
     def vision_attentions(self, tower: Any) -> list[nn.Module]:

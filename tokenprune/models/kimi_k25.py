@@ -20,21 +20,21 @@ class KimiK25(Packed):
     examples = ("moonshotai/Kimi-K2.6",)
     mrope = False
 
-    def vision_tower(self, model: nn.Module) -> nn.Module:
-        return self.base(model).vision_tower  # type: ignore[return-value]
+    def vision_tower(self) -> nn.Module:
+        return self.base().vision_tower  # type: ignore[return-value]
 
     def vision_attentions(self, tower: Any) -> list[nn.Module]:
         return [layer.attn for layer in tower.layers]
 
-    def layouts(self, model: nn.Module, kind: str, sizes: IntArray) -> list[Layout]:
-        config: Any = model.config
+    def layouts(self, kind: str, sizes: IntArray) -> list[Layout]:
+        config = self.config
         merge = int(config.vision_config.merge_kernel_size[0])
         return [Layout((Grid(1, int(h) // merge, int(w) // merge, merge),)) for _, h, w in sizes]
 
-    def pixel_scale(self, model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def pixel_scale(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return SCALES["siglip_vision_model"]
 
-    def to_tokens(self, model: nn.Module, patches: Tensor, image: Image) -> Tensor:
+    def to_tokens(self, patches: Tensor, image: Image) -> Tensor:
         frame = image.grids[0].tokens * image.grids[0].merge ** 2
         whole = patches.reshape(-1, frame, patches.shape[-1]).mean(0, keepdim=True)
-        return super().to_tokens(model, whole, image)
+        return super().to_tokens(whole, image)

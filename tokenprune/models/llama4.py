@@ -21,25 +21,23 @@ class Llama4(Crops):
     model_types = ("llama4",)
     examples = ("meta-llama/Llama-4-Scout-17B-16E-Instruct",)
 
-    def base(self, model: nn.Module) -> nn.Module:
-        return model
+    def base(self) -> nn.Module:
+        return self.model
 
-    def text_model(self, model: nn.Module) -> nn.Module:
-        return model.language_model.model  # type: ignore[union-attr, return-value]
+    def text_model(self) -> nn.Module:
+        return self.model.language_model.model
 
-    def vision_tower(self, model: nn.Module) -> nn.Module:
-        return model.vision_model  # type: ignore[return-value]
+    def vision_tower(self) -> nn.Module:
+        return self.model.vision_model
 
-    def merge(self, model: nn.Module) -> int:
-        config: Any = model.config
+    def merge(self) -> int:
+        config = self.config
         return round(1 / config.vision_config.pixel_shuffle_ratio)
 
-    def images(
-        self, model: nn.Module, kind: str, ids: IntArray, layouts: Sequence[Layout]
-    ) -> list[list[Image]]:
-        config: Any = model.config
+    def images(self, kind: str, ids: IntArray, layouts: Sequence[Layout]) -> list[list[Image]]:
+        config = self.config
         rows = []
-        for row, tiles in zip(ids, super().images(model, kind, ids, layouts), strict=True):
+        for row, tiles in zip(ids, super().images(kind, ids, layouts), strict=True):
             starts = np.cumsum(row == config.boi_token_index)
             rows.append(join(tiles, lambda a, b, s=starts: s[a.columns[0]] == s[b.columns[0]]))  # type: ignore[misc]
         return rows

@@ -18,20 +18,19 @@ class Llava(Crops):
     model_types: ClassVar[tuple[str, ...]] = ("llava",)
     examples: ClassVar[tuple[str, ...]] = ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf")
 
-    def merge(self, model: nn.Module) -> int:
+    def merge(self) -> int:
         return 1
 
-    def check_call(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    def check_call(self, inputs: Mapping[str, Any]) -> None:
         if inputs.get("image_sizes") is not None:
             raise UnsupportedModeError(
                 "llava models are pruned with one fixed-size crop per image; leave image_sizes out"
             )
-        check_features(model, self.vision_tower(model), inputs)
+        check_features(self.config, self.vision_tower(), inputs)
 
 
-def check_features(model: nn.Module, tower: nn.Module, inputs: Mapping[str, Any]) -> None:
+def check_features(config: Any, tower: nn.Module, inputs: Mapping[str, Any]) -> None:
     """Refuse features other than those the config promises."""
-    config: Any = model.config
     for name in ("vision_feature_layer", "vision_feature_layers"):
         feature = inputs.get(name)
         if feature is not None and feature != getattr(config, name, None):

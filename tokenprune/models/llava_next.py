@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from tokenprune.errors import ConfigError
@@ -31,7 +32,7 @@ class LlavaNext(Crops):
     )
     sizes_ahead = True
 
-    def merge(self, model: nn.Module) -> int:
+    def merge(self) -> int:
         return 1
 
     def sizes(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -44,29 +45,37 @@ class LlavaNext(Crops):
             )
         return {"image": torch.as_tensor(sizes)}
 
-    def layouts(self, model: nn.Module, kind: str, sizes: IntArray) -> list[Layout]:
-        return [self.layout(model, torch.from_numpy(size), self.tiles(model, size)) for size in sizes]
+    def layouts(self, kind: str, sizes: IntArray) -> list[Layout]:
+        return [self.layout(torch.from_numpy(size), self.tiles(size)) for size in sizes]
 
-    def tiles(self, model: nn.Module, size: IntArray) -> int:
+    def tiles(self, size: IntArray) -> int:
         """Pictures the tower is given for an image of (height, width) pixels, the base view included."""
-        config: Any = model.config
+        config = self.config
         return image_size_to_num_patches(
             size.tolist(), config.image_grid_pinpoints, config.vision_config.image_size
         )
 
-    def layout(self, model: nn.Module, size: Tensor, tiles: int) -> Layout:
-        config: Any = model.config
+    def layout(self, size: Tensor, tiles: int) -> Layout:
+        config = self.config
         length = config.vision_config.image_size
-        base = self.grid(model, length, length)
-        flags = self.pack(model, torch.zeros(tiles, base.tokens, 1), size, torch.ones(1)).bool().flatten()
+        base = self.grid(length, length)
+        flags = self.pack(torch.zeros(tiles, base.tokens, 1), size, torch.ones(1)).bool().flatten()
         structural: BoolArray = flags.numpy()
         grids = (base, *_rows(structural[base.tokens :]))
         return Layout(grids, structural, tiles, tuple(size.tolist()))
 
-    def pack(self, model: nn.Module, features: Tensor, size: Tensor, newline: Tensor | None) -> Tensor:
+    def packer(self) -> Callable[..., Any]:
+        """The stock class's `pack_image_features`, which reads nothing but a config, and a family has one."""
+        if self.model is not None:
+            return self.base().pack_image_features  # type: ignore[return-value]
+        from transformers import LlavaNextModel
+
+        return partial(LlavaNextModel.pack_image_features, self)
+
+    def pack(self, features: Tensor, size: Tensor, newline: Tensor | None) -> Tensor:
         """Features (tiles, m, d) of one image in the order of the sequence, (columns, d)."""
-        config: Any = model.config
-        packed, _ = self.base(model).pack_image_features(  # type: ignore[operator]
+        config = self.config
+        packed, _ = self.packer()(
             [_FIRST, features],
             size.expand(2, -1),
             config.vision_feature_select_strategy,
@@ -74,11 +83,11 @@ class LlavaNext(Crops):
         )
         return packed[1]
 
-    def to_tokens(self, model: nn.Module, patches: Tensor, image: Image) -> Tensor:
-        return self.pack(model, patches, torch.tensor(image.size), None)
+    def to_tokens(self, patches: Tensor, image: Image) -> Tensor:
+        return self.pack(patches, torch.tensor(image.size), None)
 
-    def check_call(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        check_features(model, self.vision_tower(model), inputs)
+    def check_call(self, inputs: Mapping[str, Any]) -> None:
+        check_features(self.config, self.vision_tower(), inputs)
 
 
 def _rows(structural: BoolArray) -> list[Grid]:

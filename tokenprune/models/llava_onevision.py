@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenprune.models.base import Layout
 from tokenprune.models.llava_next import _FIRST, LlavaNext
@@ -40,24 +40,23 @@ class LlavaOnevision(LlavaNext):
             found["video"] = torch.tensor([[frames, height, width]]).expand(count, -1)
         return found
 
-    def layouts(self, model: nn.Module, kind: str, sizes: IntArray) -> list[Layout]:
+    def layouts(self, kind: str, sizes: IntArray) -> list[Layout]:
         if kind == "image":
             return [
-                self.layout(model, torch.from_numpy(s[:2]), self.tiles(model, s[:2]) if s[2] == 1 else 1)
-                for s in sizes
+                self.layout(torch.from_numpy(s[:2]), self.tiles(s[:2]) if s[2] == 1 else 1) for s in sizes
             ]
         made = []
         for frames, height, width in sizes.tolist():
-            grid = self.grid(model, height, width)
+            grid = self.grid(height, width)
             pooled = Grid(frames, math.ceil(grid.height / 2), math.ceil(grid.width / 2), 2)
             structural = np.zeros(pooled.tokens + 1, dtype=bool)
             structural[-1] = True
             made.append(Layout((pooled,), structural, frames))
         return made
 
-    def pack(self, model: nn.Module, features: Tensor, size: Tensor, newline: Tensor | None) -> Tensor:
-        config: Any = model.config
-        packed, _ = self.base(model).pack_image_features(  # type: ignore[operator]
+    def pack(self, features: Tensor, size: Tensor, newline: Tensor | None) -> Tensor:
+        config = self.config
+        packed, _ = self.base().pack_image_features(  # type: ignore[operator]
             [_FIRST, features],
             size.expand(2, -1),
             image_newline=newline,
@@ -65,7 +64,7 @@ class LlavaOnevision(LlavaNext):
         )
         return packed[1]
 
-    def to_tokens(self, model: nn.Module, patches: Tensor, image: Image) -> Tensor:
+    def to_tokens(self, patches: Tensor, image: Image) -> Tensor:
         if image.kind == "image":
-            return super().to_tokens(model, patches, image)
-        return self.base(model).apply_pooling(patches).flatten(0, 1)  # type: ignore[operator]
+            return super().to_tokens(patches, image)
+        return self.base().apply_pooling(patches).flatten(0, 1)  # type: ignore[operator]

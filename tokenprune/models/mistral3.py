@@ -22,8 +22,8 @@ class Mistral3(Packed):
     examples = ("mistralai/Mistral-Small-3.2-24B-Instruct-2506",)
     mrope = False
 
-    def vision_tower(self, model: nn.Module) -> nn.Module:
-        return self.base(model).vision_tower  # type: ignore[return-value]
+    def vision_tower(self) -> nn.Module:
+        return self.base().vision_tower  # type: ignore[return-value]
 
     def tower_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         named = {**kwargs, **dict(zip(("pixel_values", "image_sizes"), args, strict=False))}
@@ -36,15 +36,15 @@ class Mistral3(Packed):
         # Where nothing is said, the tower takes pictures for whole.
         return {"image": torch.as_tensor([pixels.shape[-2:]] * len(pixels) if given is None else given)}
 
-    def layouts(self, model: nn.Module, kind: str, sizes: IntArray) -> list[Layout]:
-        config: Any = model.config
+    def layouts(self, kind: str, sizes: IntArray) -> list[Layout]:
+        config = self.config
         merge = config.spatial_merge_size
         shapes = (sizes // (config.vision_config.patch_size * merge)).tolist()
         return [Layout((Grid(1, height, width, merge),)) for height, width in shapes]
 
-    def counts(self, model: nn.Module, sizes: IntArray) -> list[int]:
-        config: Any = model.config
-        return super().counts(model, sizes // config.vision_config.patch_size)
+    def counts(self, sizes: IntArray) -> list[int]:
+        config = self.config
+        return super().counts(sizes // config.vision_config.patch_size)
 
     def digests(self, pixels: Tensor, sizes: Tensor) -> Tensor:
         # By place, so that a picture has one hash however far it is padded.
@@ -56,8 +56,8 @@ class Mistral3(Packed):
     def vision_attentions(self, tower: Any) -> list[nn.Module]:
         return [layer.attention for layer in tower.transformer.layers]
 
-    def patches(self, model: nn.Module, pixels: Tensor, sizes: IntArray | None) -> list[Tensor]:
-        config: Any = model.config
+    def patches(self, pixels: Tensor, sizes: IntArray | None) -> list[Tensor]:
+        config = self.config
         p = config.vision_config.patch_size
         assert sizes is not None
         own = (picture[:, :h, :w] for picture, (h, w) in zip(pixels, sizes.tolist(), strict=True))

@@ -24,7 +24,7 @@ class Packed(Qwen2VL):
         """The modules whose outputs are the queries and keys."""
         return attention.q_proj, attention.k_proj
 
-    def counts(self, model: nn.Module, sizes: IntArray) -> list[int]:
+    def counts(self, sizes: IntArray) -> list[int]:
         """Patches of each picture."""
         return sizes.prod(-1).tolist()
 
@@ -32,12 +32,12 @@ class Packed(Qwen2VL):
         pixels = args[0] if args else kwargs["pixel_values"]
         return pixels.flatten(0, -4), kwargs["grid_thw"] if len(args) < 2 else args[1]
 
-    def vision_tap(self, model: nn.Module) -> VisionTap:
-        attention: Any = self.vision_attentions(self.vision_tower(model))[-1]
+    def vision_tap(self) -> VisionTap:
+        attention: Any = self.vision_attentions(self.vision_tower())[-1]
 
         def read(call: VisionCall) -> list[list[VisionAttention]]:
             assert call.sizes is not None
-            return self.attend_each(attention, call, self.counts(model, call.sizes))
+            return self.attend_each(attention, call, self.counts(call.sizes))
 
         return VisionTap(attention, self.vision_sources(attention), read, packed=True)
 
@@ -51,9 +51,9 @@ class Packed(Qwen2VL):
         pairs = zip(query.split(counts, dim=1), key.split(counts, dim=1), strict=True)
         return [[VisionAttention(q, k, attention.scaling, has_cls=False)] for q, k in pairs]
 
-    def patches(self, model: nn.Module, pixels: Tensor, sizes: IntArray | None) -> list[Tensor]:
+    def patches(self, pixels: Tensor, sizes: IntArray | None) -> list[Tensor]:
         assert sizes is not None
         return list(pixels.split(sizes.prod(-1).tolist()))
 
-    def to_tokens(self, model: nn.Module, patches: Tensor, image: Image) -> Tensor:
-        return Family.to_tokens(self, model, patches, image)
+    def to_tokens(self, patches: Tensor, image: Image) -> Tensor:
+        return Family.to_tokens(self, patches, image)

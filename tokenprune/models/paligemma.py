@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenprune.models.crops import Crops
 
@@ -19,7 +19,7 @@ class PaliGemma(Crops):
     examples = ("google/paligemma-3b-mix-224", "google/paligemma2-3b-mix-224")
     first_position = 1
 
-    def merge(self, model: nn.Module) -> int:
+    def merge(self) -> int:
         return 1
 
     def blocks(self, inputs: Mapping[str, Any], total: int) -> Tensor | None:

@@ -27,8 +27,8 @@ class Qwen2VL(Family):
     examples: ClassVar[tuple[str, ...]] = ("Qwen/Qwen2-VL-2B-Instruct", "Qwen/Qwen2-VL-7B-Instruct")
     mrope = True
 
-    def vision_tower(self, model: nn.Module) -> nn.Module:
-        return self.base(model).visual  # type: ignore[return-value]
+    def vision_tower(self) -> nn.Module:
+        return self.base().visual  # type: ignore[return-value]
 
     def tower_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         return args[0] if args else kwargs["hidden_states"], kwargs["grid_thw"] if len(args) < 2 else args[1]
@@ -45,8 +45,8 @@ class Qwen2VL(Family):
             found[kind] = inputs[grid]
         return found
 
-    def layouts(self, model: nn.Module, kind: str, sizes: IntArray) -> list[Layout]:
-        config: Any = model.config
+    def layouts(self, kind: str, sizes: IntArray) -> list[Layout]:
+        config = self.config
         merge = config.vision_config.spatial_merge_size
         return [Layout((Grid(int(t), int(h) // merge, int(w) // merge, merge),)) for t, h, w in sizes]
 
@@ -59,8 +59,8 @@ class Qwen2VL(Family):
         hashes = mix(digest(pixels) + place - starts[image])
         return torch.zeros_like(ends).index_add_(0, image, hashes)
 
-    def vision_tap(self, model: nn.Module) -> VisionTap:
-        tower: Any = self.vision_tower(model)
+    def vision_tap(self) -> VisionTap:
+        tower: Any = self.vision_tower()
         attention = tower.blocks[self.vision_layer(tower)].attn
         return VisionTap(attention, (attention.qkv,), partial(self.attend, tower, attention), packed=True)
 
@@ -68,11 +68,11 @@ class Qwen2VL(Family):
         """The last: its output becomes the features."""
         return -1
 
-    def pixel_scale(self, model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def pixel_scale(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return SCALES["clip_vision_model"]
 
-    def patches(self, model: nn.Module, pixels: Tensor, sizes: IntArray | None) -> list[Tensor]:
-        config: Any = model.config
+    def patches(self, pixels: Tensor, sizes: IntArray | None) -> list[Tensor]:
+        config = self.config
         vision = config.vision_config
         assert sizes is not None
         whole = pixels.unflatten(-1, (3, vision.temporal_patch_size, vision.patch_size, vision.patch_size))
@@ -90,6 +90,6 @@ class Qwen2VL(Family):
         )
         return [list(islice(frames, t)) for t in call.sizes[:, 0].tolist()]
 
-    def to_tokens(self, model: nn.Module, patches: Tensor, image: Image) -> Tensor:
+    def to_tokens(self, patches: Tensor, image: Image) -> Tensor:
         # The patches of a token stand one after the other.
         return patches.reshape(-1, image.grids[0].merge ** 2, patches.shape[-1]).mean(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenprune.models.crops import SCALES
 from tokenprune.models.qwen2_vl import Qwen2VL
@@ -17,7 +17,7 @@ class Qwen3VL(Qwen2VL):
     model_types: ClassVar[tuple[str, ...]] = ("qwen3_vl", "qwen3_vl_moe")
     examples: ClassVar[tuple[str, ...]] = ("Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen3-VL-30B-A3B-Instruct")
 
-    def pixel_scale(self, model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def pixel_scale(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return SCALES["siglip_vision_model"]
 
     def layer_features(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from tokenprune.errors import ConfigError
-from tokenprune.fingerprint import fingerprint
 from tokenprune.profiles.store import Document, Fingerprint, Number, read_document, stored_path
 
 KIND = "ecl"
@@ -102,13 +101,12 @@ def read_collapse(path: Path) -> Collapse:
     return read_document(Collapse, path, "detected layer")
 
 
-def detected_layer(model: Any) -> Collapse:
-    """What `detect_ecl` found for this model before.
+def detected_layer(own: str) -> Collapse:
+    """What `detect_ecl` found for the model of this fingerprint before.
 
     Raises:
         ConfigError: nothing yet, or the file is not one of ours or of another model.
     """
-    own = fingerprint(model)
     path = collapse_path(own)
     try:
         known = path.is_file()

@@ -70,7 +70,7 @@ def _run(runtime: Wrapped, layer: int, states: tuple[str, ...], embeds: Tensor, 
     calls = runtime.calls
     ahead = calls.ahead = Ahead(layer, states)
     try:
-        runtime.family.text_model(runtime.model)(
+        runtime.family.text_model()(
             inputs_embeds=embeds, position_ids=ids, attention_mask=None, use_cache=False
         )
     except EnoughSeen:

@@ -39,7 +39,7 @@ class CallHooks:
 
     def install(self) -> None:
         runtime = self.runtime
-        for module in dict.fromkeys((runtime.model, runtime.family.base(runtime.model))):
+        for module in dict.fromkeys((runtime.model, runtime.family.base())):
             parameters = inspect.signature(type(module).forward).parameters
             self._names[module] = [name for name in parameters if name != "self"]
             runtime.before(module, self._enter, self._step)
@@ -69,7 +69,7 @@ class CallHooks:
         call = self._open(inputs)
         given = inputs
         if call is not None and runtime.family.mrope:
-            inputs = deltas.restore(runtime.family.base(runtime.model), call, inputs)
+            inputs = deltas.restore(runtime.family.base(), call, inputs)
         again = call is not None and module is runtime.model and may_escalate(call, inputs)
         with runtime.gate:
             if not runtime.installed:  # another thread unwraps the model at this moment: it is stock already
@@ -95,11 +95,11 @@ class CallHooks:
     def _open(self, inputs: dict[str, Any]) -> Call | None:
         runtime = self.runtime
         try:
-            return open_call(runtime.model, runtime.family, runtime.settings, inputs, runtime.masks.shortest)
+            return open_call(runtime.family, runtime.settings, inputs, runtime.masks.shortest)
         except (AttributeError, KeyError, IndexError, TypeError) as error:
             if runtime.config.asked.family is None or isinstance(error, TokenPruneError):
                 raise
-            raise misfit(runtime.family, runtime.model, error) from error
+            raise misfit(runtime.family.name, runtime.model, error) from error
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         entry = self.runtime.calls.end(module)
@@ -143,7 +143,7 @@ class CallHooks:
                 )
                 runtime.assumptions.check_cache(call, record)
                 if runtime.family.mrope:
-                    deltas.note(runtime.family.base(runtime.model), call, record)
+                    deltas.note(runtime.family.base(), call, record)
                 attach(call.cache, record)
                 remember(call.cache, record)
             if call.labels is not None:

@@ -29,17 +29,17 @@ class LayerCost:
         return self.token * tokens + self.pair * tokens**2
 
 
-def layer_costs(model: nn.Module, family: Family) -> list[LayerCost]:
+def layer_costs(family: Family) -> list[LayerCost]:
     """Of each decoder layer.
 
     A dense layer of attention is 4 n d (d_q + d_kv) + 4 n^2 d_q + 6 n d m: n tokens, d hidden size, d_q = heads x
     head_dim, d_kv = key-value heads x head_dim, m the width of the gated MLP. With d_kv = d_q = d it is EntropyPrune's
     8 n d^2 + 4 n^2 d + 6 n d m. A window's pairs are counted as if it were none.
     """
-    text: Any = family.text_model(model).config
-    attending = set(family.attending(model))
+    text: Any = family.text_model().config
+    attending = set(family.attending())
     costs = []
-    for i, layer in enumerate(family.layers(model)):
+    for i, layer in enumerate(family.layers()):
         token, pair = 2 * sum(_weights(layer, text)), 0
         if i in attending:
             attention: Any = family.attention(layer)

@@ -29,13 +29,12 @@ class Runtime(Wrapped):
     """A wrapped model: its hooks come and go here.
 
     Args:
-        model: the stock model.
-        family: where its parts are.
+        family: of the stock model: where its parts are.
         config: what to do in calls that no `override` says otherwise for.
     """
 
-    def __init__(self, model: nn.Module, family: Family, config: PruneConfig) -> None:
-        super().__init__(model, family, config)
+    def __init__(self, family: Family, config: PruneConfig) -> None:
+        super().__init__(family, config)
         self.tower = TowerTap(self)
         self.taps = Taps(self, self.tower)
         self._hooks = (CallHooks(self, self.taps), LayerHooks(self, self.taps), self.taps)
@@ -126,7 +125,7 @@ class Runtime(Wrapped):
 
     def _note_sizes(self) -> None:
         """Put a noting function before get_image_features and get_video_features, until the model is unwrapped."""
-        base = self.family.base(self.model)
+        base = self.family.base()
         for kind in ("image", "video"):
             name = f"get_{kind}_features"
             if hasattr(base, name) and name not in vars(base):

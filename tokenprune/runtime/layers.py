@@ -38,10 +38,10 @@ class LayerHooks:
 
     def install(self) -> None:
         runtime = self.runtime
-        family, text_model = runtime.family, runtime.family.text_model(runtime.model)
+        family, text_model = runtime.family, runtime.family.text_model()
         runtime.before(text_model, self._enter_text_model, self._step_text_model)
         runtime.after(text_model, self._leave_text_model, _nothing, always=True)
-        runtime.before(family.final_norm(runtime.model), self._enter_norm, _nothing, asleep=True)
+        runtime.before(family.final_norm(), self._enter_norm, _nothing, asleep=True)
         for i, layer in enumerate(runtime.layers):
             # The first that attends decides in each call whether the others are needed.
             hook = partial(self._hook_layer, i, compiled.apart(partial(self._enter_layer, i)))

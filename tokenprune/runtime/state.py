@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenprune.config import PruneConfig
 from tokenprune.errors import NothingPrunedWarning, TokenPruneError, UnsupportedModeError
@@ -94,13 +94,11 @@ class Call:
         return 0 if self.stages is None else len(self.stages.done)
 
 
-def open_call(
-    model: nn.Module, family: Family, config: PruneConfig, inputs: dict[str, Any], span: float
-) -> Call | None:
+def open_call(family: Family, config: PruneConfig, inputs: dict[str, Any], span: float) -> Call | None:
     """The state of a call, or None when it is none of our business (decode of an unpruned conversation).
 
     Args:
-        model, family, config: of the runtime.
+        family, config: of the runtime.
         inputs: of the call, by name.
         span: columns up to which every layer sees all there are.
 
@@ -117,7 +115,7 @@ def open_call(
     cache = cache_of(inputs)
     check_is_cache(cache)
     view = view_of(cache)
-    record = read(view, len(family.layers(model)), batch, length)
+    record = read(view, len(family.layers()), batch, length)
     past = view.past(record, length)
     if record is None and not visual and view.is_step(past, length):
         return None
@@ -132,7 +130,7 @@ def open_call(
         if record.first_is_short:
             _check_continuation(call, family, inputs, visual)
         if past + length > span:
-            _check_window(call, family.text_model(model).config)
+            _check_window(call, family.text_model().config)
     if ids is None and (visual or (record is None and not past and length > 1)):
         _nothing_pruned(
             call, config, "inputs_embeds came without input_ids, so the visual tokens cannot be located"
@@ -140,7 +138,7 @@ def open_call(
         call.rows = [[] for _ in range(batch)]
     elif visual:
         call.kinds, call.facts = tuple(sizes), facts
-        _plan(call, model, family, config, reference, inputs, sizes)
+        _plan(call, family, config, reference, inputs, sizes)
     elif record is None:
         call.rows = [[] for _ in range(batch)]
     return call
@@ -181,7 +179,6 @@ def _check_continuation(call: Call, family: Family, inputs: dict[str, Any], visu
 
 def _plan(
     call: Call,
-    model: nn.Module,
     family: Family,
     config: PruneConfig,
     ids: Tensor,
@@ -189,7 +186,7 @@ def _plan(
     sizes: dict[str, Tensor],
 ) -> None:
     """Settle spans and counts from the call's one device-to-host copy."""
-    family.check_call(model, inputs)
+    family.check_call(inputs)
     call.blocks = family.blocks(inputs, call.past + call.length) if call.past else None
     visible = _visible(call, inputs.get("attention_mask"))
     host = to_host([ids, *([] if visible is None else [visible]), *sizes.values()])
@@ -204,25 +201,23 @@ def _plan(
     encoded = set(inputs.get("mm_encoder_outputs") or {})
     rows: list[list[Image]] = [[] for _ in ids_host]
     for kind, own in zip(sizes, host, strict=True):
-        for row, images in zip(
-            rows, _images(model, family, kind, ids_host, own, kind in encoded), strict=True
-        ):
+        for row, images in zip(rows, _images(family, kind, ids_host, own, kind in encoded), strict=True):
             row.extend(images)
     for row in rows:
         row.sort(key=lambda image: int(image.columns[0]))
     call.rows = rows
     if not any(rows) or not config.cuts:
         return
-    text: Any = family.text_model(model).config
+    text: Any = family.text_model().config
     if config.scores:
         check_facts(call.facts, config)
-    plan = make_plan(rows, config, call.length, mask, len(family.layers(model)))
+    plan = make_plan(rows, config, call.length, mask, len(family.layers()))
     if not plan.prunes:
         call.notes = {key: [own] for key, own in plan.notes.items()}
         if _asked(config, rows):
             _nothing_pruned(call, config, "the budget rounds to all tokens of every image")
         return
-    if model.training and torch.is_grad_enabled() and repeats_hooks(model):
+    if family.model.training and torch.is_grad_enabled() and repeats_hooks(family.model):
         raise UnsupportedModeError(
             f"gradient checkpointing in {release()} runs layers and their hooks twice, and cannot be combined with "
             f"pruning; switch it off, unwrap, or install transformers 5.23 or later"
@@ -236,19 +231,17 @@ def _plan(
     wants_digest = config.needs.digest and config.arguments.keep_lists is None
     prompts = prompt_digests(ids, mask, plan.rows) if wants_digest else {}
     call.stages = Stages(plan, visible if mask is not None else None)
-    call.views = Views(model, family, config, text.num_attention_heads, call.facts, prompts)
+    call.views = Views(family, config, text.num_attention_heads, call.facts, prompts)
 
 
-def _images(
-    model: nn.Module, family: Family, kind: str, ids: IntArray, sizes: IntArray, encoded: bool
-) -> list[list[Image]]:
-    layouts = family.layouts(model, kind, sizes)
+def _images(family: Family, kind: str, ids: IntArray, sizes: IntArray, encoded: bool) -> list[list[Image]]:
+    layouts = family.layouts(kind, sizes)
     times = 1
     if encoded and layouts:
         # Beams: generate() encodes an image once and repeats each row's features; what was noted is not repeated.
-        given = int((ids == family.token_id(model, kind)).sum())
+        given = int((ids == family.token_id(kind)).sum())
         times = max(1, given // max(1, sum(layout.columns for layout in layouts)))
-    found = family.images(model, kind, ids[::times], layouts)
+    found = family.images(kind, ids[::times], layouts)
     return [found[r // times] for r in range(len(ids))]
 
 

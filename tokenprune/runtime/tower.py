@@ -65,7 +65,7 @@ class TowerTap:
 
     def install(self) -> None:
         # The features' grid is noted even when nobody scores: generate() encodes images ahead of the forward.
-        tower = self.runtime.family.vision_tower(self.runtime.model)
+        tower = self.runtime.family.vision_tower()
         self.runtime.before(tower, self._enter_tower)
         self.runtime.after(tower, self._leave_tower, always=True)
 
@@ -73,7 +73,7 @@ class TowerTap:
         """Register what a method needs and nobody needed before."""
         if needs.vision is None or self.tap is not None:
             return
-        tap = self.runtime.family.vision_tap(self.runtime.model)
+        tap = self.runtime.family.vision_tap()
         if any(split_over(source) is not None for source in tap.sources):
             raise UnsupportedModelError(
                 "the vision tower is split over several processes, and each would keep other tokens; give it no "
@@ -149,11 +149,9 @@ class TowerTap:
         if needs.digest:
             facts.digests = family.digests(pixels, sizes)
         if needs.pixels is not None:
-            model, host = self.runtime.model, sizes_on_host(sizes, [] if call is None else call.sizes)
+            host = sizes_on_host(sizes, [] if call is None else call.sizes)
             with as_written(pixels.device):
-                facts.pixels = [
-                    needs.pixels(family.eight_bit(model, own)) for own in family.patches(model, pixels, host)
-                ]
+                facts.pixels = [needs.pixels(family.eight_bit(own)) for own in family.patches(pixels, host)]
         if call is not None:
             for kind in [k for k in ("image", "video") if k in call.kinds and k not in call.facts][:1]:
                 call.facts[kind] = facts

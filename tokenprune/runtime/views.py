@@ -10,7 +10,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenprune.config import Beside, PruneConfig
 from tokenprune.hashing import digest, mix
@@ -30,7 +30,7 @@ class Views:
     """Makes the views of one prompt's images.
 
     Args:
-        model, family: whose prompt it is.
+        family: of the model whose prompt it is.
         config: what is wanted at each cut.
         num_heads: attention heads of the decoder.
         facts: what the vision tower's hook noted, by kind of image; it may fill up until layer 0 is entered.
@@ -42,16 +42,15 @@ class Views:
 
     def __init__(
         self,
-        model: nn.Module,
         family: Family,
         config: PruneConfig,
         num_heads: int,
         facts: Mapping[str, VisionFacts],
         prompts: Mapping[Key, Tensor],
     ) -> None:
-        self.model, self.family, self.config, self.num_heads = model, family, config, num_heads
+        self.family, self.config, self.num_heads = family, config, num_heads
         self.facts, self.prompts = facts, prompts
-        self.alike = family.decoder(model).turns_heads_alike(family.text_model(model))
+        self.alike = family.decoder().turns_heads_alike(family.text_model())
         self.embeds: Tensor | None = None
         # By row and cut: shared by a row's images.
         self._texts: dict[tuple[int, int], Text] = {}
@@ -218,7 +217,7 @@ class Views:
             if not pictures:
                 return None
             whole = torch.stack([p if p.ndim == 2 else p[:, None] for p in pictures])
-            tokens = self.family.to_tokens(self.model, whole, part)
+            tokens = self.family.to_tokens(whole, part)
             parts.append(tokens if pictures[0].ndim == 2 else tokens[:, 0])
         noted = torch.cat([part.to(raster.device) for part in parts])
         return noted if len(raster) == image.n else noted.index_select(0, raster)

@@ -83,18 +83,18 @@ class Wrapped:
     """A model and its hooks.
 
     Args:
-        model: the stock model.
-        family: where its parts are.
+        family: of the stock model: where its parts are.
         config: what to do in calls that no `override` says otherwise for.
     """
 
-    def __init__(self, model: nn.Module, family: Family, config: PruneConfig) -> None:
-        self.model, self.family, self.config = model, family, config
-        self.decoder = family.decoder(model)
-        self.layers = list(family.layers(model))
-        self.text_config: Any = family.text_model(model).config
-        self.shape, self.costs = decoder_shape(model, family), layer_costs(model, family)
-        self.attending = family.attending(model)
+    def __init__(self, family: Family, config: PruneConfig) -> None:
+        self.model: nn.Module = family.model
+        self.family, self.config = family, config
+        self.decoder = family.decoder()
+        self.layers = list(family.layers())
+        self.text_config: Any = family.text_model().config
+        self.shape, self.costs = decoder_shape(family), layer_costs(family)
+        self.attending = family.attending()
         self.first = self.attending[0]  # whose mask and length the model makes all others' of
         first = family.attention(self.layers[self.first])
         self.masks = LayerMasks(self.text_config, first, family.block_kinds)

@@ -13,7 +13,6 @@ from tokenprune.analysis.memory import Memory, content_digest
 from tokenprune.api import family_of
 from tokenprune.budget import Keep
 from tokenprune.errors import BudgetError, ConfigError, UnsupportedModelError
-from tokenprune.models import stock_model
 from tokenprune.profiles.profile import Profile
 from tokenprune.tune.controls import CONTROLS
 from tokenprune.tune.drift import measure
@@ -95,8 +94,8 @@ def quick(
     calls = list(calls)[: ROUNDS[-1]]
     if len(calls) < ROUNDS[0]:
         raise ConfigError(f"at least {ROUNDS[0]} samples are needed to choose by drift, not {len(calls)}")
-    inner, memory = stock_model(model), Memory()
-    trials = [Trial(arguments) for arguments in candidates(len(family_of(model).layers(inner)))]
+    memory = Memory()
+    trials = [Trial(arguments) for arguments in candidates(len(family_of(model).layers()))]
     running, done = trials, 0
     expected = sum(len(trials) // 2**i for i in range(len(ROUNDS)))
     for samples in ROUNDS:

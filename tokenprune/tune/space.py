@@ -45,8 +45,8 @@ class _Peaks(Uniform):
 
 def setting_of(model: Any, calls: Iterable[Mapping[str, Any]], keep: Keep, memory: Memory) -> Setting:
     """What search spaces depend on, seen on a few calls of the model (stock, not wrapped)."""
-    inner, family = stock_model(model), family_of(model)
-    layers = len(family.layers(inner))
+    family = family_of(model)
+    layers = len(family.layers())
     probe, side, looked = _Peaks(), 1, True
     for inputs in islice(calls, _PICTURES):
         arguments: dict[str, Any] = {"method": probe} if looked else {"method": "random"}
@@ -62,8 +62,8 @@ def setting_of(model: Any, calls: Iterable[Mapping[str, Any]], keep: Keep, memor
         keep=keep,
         grid_side=side,
         attention_peak=float(np.quantile(probe.peaks, 0.99)) if probe.peaks else None,
-        biases=takes_biases(family.text_model(inner).config),
-        scored=offers_states(family.text_model(inner).config) and len(family.attending(inner)) == layers,
+        biases=takes_biases(family.text_model().config),
+        scored=offers_states(family.text_model().config) and len(family.attending()) == layers,
     )
 
 

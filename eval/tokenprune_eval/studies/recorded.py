@@ -43,7 +43,7 @@ def images_at(
 
     wanted: tuple[State, ...] = tuple(s for s in states if s != "hidden")
     reader = Reader(model, hidden, projected if wanted else None, wanted)
-    text: Any = reader.family.text_model(reader.model)
+    text: Any = reader.family.text_model()
     heads: int = text.config.num_attention_heads
     with reader:
         for inputs in calls:

@@ -29,7 +29,7 @@ class Tiles(Pictures):
     """How many tiles a picture was made into its processor says."""
 
     def __init__(self, config: Any) -> None:
-        super().__init__(InternVL(), config)
+        super().__init__(InternVL, config)
 
     def sizes(self, made: Mapping[str, Any]) -> dict[str, IntArray]:
         tiles = made.get("image_num_patches")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,24 +20,19 @@ class Pictures:
     Args:
         family: whose pictures they are.
         config: of the checkpoint.
-        base: class of transformers whose `pack_image_features` the family asks; None where it asks none.
     """
 
     side_by_side = True  # whether two of one size may follow each other without text between them
 
-    def __init__(self, family: Family, config: Any, base: Any = None) -> None:
-        inner = SimpleNamespace(config=config)
-        if base is not None:
-            inner.pack_image_features = partial(base.pack_image_features, inner)
-        self.family, self.config = family, config
-        self._model: Any = SimpleNamespace(config=config, model=inner)
+    def __init__(self, family: type[Family], config: Any) -> None:
+        self.family, self.config = family(None, config), config
 
     def sizes(self, made: Mapping[str, Any]) -> dict[str, IntArray]:
         """Of each picture ("image") and video ("video") that the processor made; what a size means the family knows."""
         return {kind: np.asarray(sizes) for kind, sizes in self.family.sizes(made).items()}
 
     def layouts(self, kind: str, sizes: IntArray) -> list[Layout]:
-        return self.family.layouts(self._model, kind, sizes)
+        return self.family.layouts(kind, sizes)
 
     def parts(self, kind: str, layout: Layout) -> list[Layout]:
         """What of a picture or video has a budget of its own: all of it, or each frame."""
@@ -70,14 +63,14 @@ class Pictures:
         image = Image(
             np.arange(prunable(layout)), layout.grids, "image", 0, (0, layout.items), size=layout.size
         )
-        return self.family.to_tokens(self._model, patches, image)
+        return self.family.to_tokens(patches, image)
 
     def eight_bit(self, pixels: Tensor, sizes: IntArray | None = None) -> list[Tensor]:
         """Pixels as the tower is given them, as 8-bit patches (m, 3, p, p) of each crop or picture."""
-        patches = self.family.patches(self._model, pixels, sizes)
+        patches = self.family.patches(pixels, sizes)
         if pixels.dtype == torch.uint8:  # the model itself normalises them
             return list(patches)
-        return [self.family.eight_bit(self._model, own) for own in patches]
+        return [self.family.eight_bit(own) for own in patches]
 
 
 def prunable(layout: Layout) -> int:

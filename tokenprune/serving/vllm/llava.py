@@ -20,7 +20,7 @@ from tokenprune.serving.vllm.processing import PrunedProcessor
 
 class PrunedLlavaProcessor(PrunedProcessor, LlavaMultiModalProcessor):
     def pictures(self) -> Pictures:
-        return Pictures(Llava(), self.info.get_hf_config())
+        return Pictures(Llava, self.info.get_hf_config())
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -31,4 +31,4 @@ class PrunedLlava(PrunedCrops, LlavaForConditionalGeneration):
 
     @staticmethod
     def make_pictures(config: Any) -> Pictures:
-        return Pictures(Llava(), config)
+        return Pictures(Llava, config)

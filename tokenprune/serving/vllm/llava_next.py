@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from vllm.model_executor.models.llava import LlavaDummyInputsBuilder
 from vllm.model_executor.models.llava_next import (
     LlavaNextForConditionalGeneration,
@@ -24,7 +23,7 @@ class Tiled(Pictures):
     """Pictures of any size, in tiles."""
 
     def __init__(self, config: Any) -> None:
-        super().__init__(LlavaNext(), config, LlavaNextModel)
+        super().__init__(LlavaNext, config)
 
     def check(self, made: Mapping[str, Any]) -> None:
         super().check(made)

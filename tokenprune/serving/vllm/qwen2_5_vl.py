@@ -21,7 +21,7 @@ class PrunedQwen25VLProcessor(PrunedProcessor, Qwen2_5_VLMultiModalProcessor):
     kinds = ("image", "video")
 
     def pictures(self) -> Grids:
-        return Grids(Qwen25VL(), self.info.get_hf_config())
+        return Grids(Qwen25VL, self.info.get_hf_config())
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -32,4 +32,4 @@ class PrunedQwen25VL(PrunedGrids, Qwen2_5_VLForConditionalGeneration):
 
     @staticmethod
     def make_pictures(config: Any) -> Grids:
-        return Grids(Qwen25VL(), config)
+        return Grids(Qwen25VL, config)

@@ -21,7 +21,7 @@ class PrunedQwen2VLProcessor(PrunedProcessor, Qwen2VLMultiModalProcessor):
     kinds = ("image", "video")
 
     def pictures(self) -> Grids:
-        return Grids(Qwen2VL(), self.info.get_hf_config())
+        return Grids(Qwen2VL, self.info.get_hf_config())
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -32,4 +32,4 @@ class PrunedQwen2VL(PrunedGrids, Qwen2VLForConditionalGeneration):
 
     @staticmethod
     def make_pictures(config: Any) -> Grids:
-        return Grids(Qwen2VL(), config)
+        return Grids(Qwen2VL, config)

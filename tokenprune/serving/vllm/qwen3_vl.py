@@ -32,7 +32,7 @@ class PrunedQwen3VLProcessor(PrunedProcessor, Qwen3VLMultiModalProcessor):
     kinds = ("image", "video")
 
     def pictures(self) -> Frames:
-        return Frames(Qwen3VL(), self.info.get_hf_config())
+        return Frames(Qwen3VL, self.info.get_hf_config())
 
     def framed(self, kind: str, rows: list[int], fields: Mapping[str, Any]) -> list[int]:
         if kind == "image":
@@ -66,7 +66,7 @@ class PrunedQwen3VL(PrunedGrids, Qwen3VLForConditionalGeneration):
 
     @staticmethod
     def make_pictures(config: Any) -> Frames:
-        return Frames(Qwen3VL(), config)
+        return Frames(Qwen3VL, config)
 
     def embed_multimodal(self, **fields: Any) -> Any:
         """As `PrunedModel`'s; vLLM's own pruning of videos, which would put timestamps into the rows, stays off."""
