@@ -130,8 +130,7 @@ def test_arms_are_what_wrap_takes(name: str) -> None:
     bench.model = build_model(16)
     for keep in (None, *experiment.budgets):
         for arm, setting in experiment.arms(bench, keep).items():
-            given = {own: value for own, value in setting.items() if own != "later"}
-            with tokenprune.pruned(bench.model, **given):
+            with tokenprune.pruned(bench.model, **setting):
                 assert tokenprune.is_wrapped(bench.model), arm
 
 
@@ -180,37 +179,3 @@ def test_separation_reads_the_states_a_method_sees() -> None:
     assert "auc none" not in projector
     assert 0 <= float(projector["ground energy in its mean"]) <= 1
     assert len(scenes) == 2 and not tokenprune.is_wrapped(model)
-
-
-@pytest.mark.slow
-def test_answers_with_and_without_compact_early(tmp_path: Path) -> None:
-    """Asked later, a question behind its picture is answered as in one prompt; and the cache is smaller."""
-    path = tmp_path / "early.csv"
-    words = [
-        "early",
-        "--models",
-        "small",
-        "--questions",
-        "24",
-        "--csv",
-        str(path),
-        "--only",
-        "none",
-        "uniform",
-    ]
-    command.main(words)
-    rows = Rows(path, command.EXPERIMENTS["early"].header())
-    rows.load()
-    found = list(rows.rows.values())
-    asked = [("none", "at once"), ("none", "later"), ("uniform", "at once"), ("uniform", "later")]
-    plain = [f"{name}, {when}" for name, when in asked]
-    assert [row["arm"] for row in found] == [
-        *plain[:2],
-        plain[2],
-        f"{plain[2]}, compact_early",
-        plain[3],
-        f"{plain[3]}, compact_early",
-    ]
-    assert found[0]["accuracy"] == found[1]["accuracy"], "nothing pruned: one call or two"
-    for whole, short in (found[2:4], found[4:6]):
-        assert float(short["kv_mib"]) < float(whole["kv_mib"])

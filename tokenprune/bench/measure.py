@@ -5,7 +5,7 @@ What is compared runs in turn in one process and is judged by per-round ratios:
 * unpruned: the stock model, with a cache, logits of the last position.
 * ideal: what pruning could cost at best (`ideal.py`), with the keep lists the method chose.
 * ours: the wrapped model, free running; also with `uniform` where there is an ideal, with keep=1.0, which prunes
-  nothing, and with `compact_early`.
+  nothing.
 
 The vision tower is outside all of them: its features are made beforehand. The wrapped and the unpruned model
 start from input ids, the ideal from embeddings, so what embedding costs is held against ours.
@@ -200,7 +200,6 @@ class Bench:
             self._prompt,
             unpruned=self.subject.inside,
             ours=self.wrapped,
-            early=partial(self.wrapped, compact_early=True),
         )
         rounds = max(3, self.plan.rounds // 3)
         seconds = interleave(arms, rounds, warmup=1, clock=self.plan.clock, device=self.device)
@@ -230,7 +229,6 @@ class Bench:
             run,
             unpruned=self.subject.inside,
             ours=self.wrapped,
-            early=partial(self.wrapped, compact_early=True),
         )
         rounds = max(2, self.plan.rounds // 5)
         # Everything in it has run before: no round to warm up.
@@ -242,7 +240,6 @@ class Bench:
         arms: dict[str, Any] = {
             "unpruned": self.subject.inside,
             "ours": self.wrapped,
-            "early": partial(self.wrapped, compact_early=True),
         }
         with torch.inference_mode():
             for name, context in arms.items():
@@ -304,15 +301,13 @@ def measure(bench: Bench) -> dict[str, str]:
         **_spread("extra/unpruned", ratio(extra, seconds["unpruned"])),
         **_spread("keep=1.0/unpruned", _between(seconds, "keep=1.0", "unpruned")),
         **_spread("unpruned again/unpruned", _between(seconds, "unpruned again", "unpruned")),
-        **{f"decode_{arm}_ms": _ms(decode, arm) for arm in ("unpruned", "ours", "early")},
+        **{f"decode_{arm}_ms": _ms(decode, arm) for arm in ("unpruned", "ours")},
         **_spread("decode ours/unpruned", _between(decode, "ours", "unpruned")),
-        **_spread("decode early/ours", _between(decode, "early", "ours")),
     }
     for tokens in (32, 256):
         own = answers.get(tokens, {})
-        row |= {f"answer{tokens}_{arm}_ms": _ms(own, arm) for arm in ("unpruned", "ours", "early")}
+        row |= {f"answer{tokens}_{arm}_ms": _ms(own, arm) for arm in ("unpruned", "ours")}
         row |= _spread(f"answer{tokens} unpruned/ours", _between(own, "unpruned", "ours"))
-        row |= _spread(f"answer{tokens} unpruned/early", _between(own, "unpruned", "early"))
     row |= bench.memory()
     return {**row, "logits_error": f"{bench.error:.1e}", **machine.describe()}
 

@@ -24,11 +24,8 @@ SPEED = (
     ("`keep=1.0` / unpruned", "keep=1.0/unpruned", ""),
     ("unpruned again / unpruned: the noise", "unpruned again/unpruned", ""),
     ("decode per token, pruned / unpruned", "decode ours/unpruned", ""),
-    ("the same, `compact_early` / pruned", "decode early/ours", ""),
     ("32-token answer, unpruned / pruned", "answer32 unpruned/ours", ""),
-    ("the same with `compact_early`", "answer32 unpruned/early", ""),
     ("256-token answer, unpruned / pruned", "answer256 unpruned/ours", ""),
-    ("the same with `compact_early`", "answer256 unpruned/early", ""),
 )
 
 
@@ -50,8 +47,7 @@ def memory_cells(row: Row) -> dict[str, str]:
 
     cells = {}
     for label, name in (("KV cache after the prompt", "kv_used"), ("peak memory of a prefill", "peak")):
-        ours, early, whole = (mib(f"{name}_{arm}") for arm in ("ours", "early", "unpruned"))
-        cells[label] = f"{ours} of {whole} MiB; `compact_early`: {early}"
+        cells[label] = f"{mib(f'{name}_ours')} of {mib(f'{name}_unpruned')} MiB"
     return cells
 
 
@@ -76,7 +72,7 @@ def table(row: Row) -> Table:
         if text:
             verdict = f", {row['verdict']}" if column == "ideal/ours" else ""
             shown.add_row(label.replace("`", "") + verdict, text)
-    for name in ("unpruned", "ours", "early"):
+    for name in ("unpruned", "ours"):
         shown.add_row(f"decode per token, {name}", f"{row[f'decode_{name}_ms']} ms")
     shown.add_row("FLOPs of the prefill, pruned / unpruned", row["flops_ratio"])
     for label, text in memory_cells(row).items():
@@ -170,12 +166,12 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         raise ConfigError(f"figures need matplotlib: {install_hint('plot')}") from None
     kinds = {
         "prefill": ("t_{}_ms", ("ideal", "ours")),
-        "decode per token": ("decode_{}_ms", ("ours", "early")),
-        "32-token answer": ("answer32_{}_ms", ("ours", "early")),
-        "256-token answer": ("answer256_{}_ms", ("ours", "early")),
+        "decode per token": ("decode_{}_ms", ("ours",)),
+        "32-token answer": ("answer32_{}_ms", ("ours",)),
+        "256-token answer": ("answer256_{}_ms", ("ours",)),
     }
-    colours = {"ideal": "#bbbbbb", "ours": "#3b6ea5", "early": "#d98032"}
-    names = {"ideal": "ideal", "ours": "pruned", "early": "pruned, compact_early"}
+    colours = {"ideal": "#bbbbbb", "ours": "#3b6ea5"}
+    names = {"ideal": "ideal", "ours": "pruned"}
     matplotlib.rcParams["svg.hashsalt"] = "tokenprune"  # the same figure from the same numbers
     figure = Figure(figsize=(3.2 * len(rows), 2.6), layout="constrained")
     axes = figure.subplots(1, len(rows), sharey=True, squeeze=False)[0]

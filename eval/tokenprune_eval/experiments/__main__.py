@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenprune_eval.experiments import ablations, adaptive, auto, early, stages
+from tokenprune_eval.experiments import ablations, adaptive, auto, stages
 from tokenprune_eval.experiments.base import Experiment
 from tokenprune_eval.experiments.bench import Bench
 from tokenprune_eval.experiments.rows import Rows
@@ -18,7 +18,6 @@ EXPERIMENTS = {
         ablations.EXPERIMENT,
         stages.EXPERIMENT,
         adaptive.EXPERIMENT,
-        early.EXPERIMENT,
     )
 }
 

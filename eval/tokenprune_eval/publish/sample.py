@@ -83,11 +83,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="The report of a model of LLaVA-1.5-7B's size.")
     parser.add_argument("--method", default="vflowopt")
     parser.add_argument("--keep", type=float, default=0.25)
+    parser.add_argument("--compact-early", action="store_true", help="and the layers before the cut")
     options = parser.parse_args(argv)
     model = build()
     ids = torch.tensor([[*range(1, 6), *[IMAGE] * 576, *range(6, TEXT + 1)]])
     inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 336, 336, dtype=torch.float16)}
-    with tokenprune.pruned(model, options.method, keep=options.keep), torch.inference_mode():
+    given = {"keep": options.keep, "compact_early": options.compact_early}
+    with tokenprune.pruned(model, options.method, **given), torch.inference_mode():
         model(**inputs, use_cache=True, logits_to_keep=1)
         report = tokenprune.report(model)
     print("\n".join(line for line in str(report).splitlines() if "scoring" not in line))
