@@ -11,7 +11,8 @@ from torch import Tensor
 import judge
 import tiny
 import tokenprune
-from tokenprune.methods.base import ImageTokens, Needs, ScoreMethod
+from tokenprune.methods.base import ScoreMethod
+from tokenprune.methods.seen import ImageTokens, Needs
 from tokenprune.tokens import Grid
 
 ROWS = [["text:3", "image", "text:2", "image", "text:4"], ["image", "text:5"], ["text:6"]]

@@ -16,8 +16,8 @@ from tokenprune.budget import BudgetMeaning, Cut, Keep
 from tokenprune.errors import BudgetError, ConfigError, UnsupportedModelError
 from tokenprune.fingerprint import fingerprint
 from tokenprune.methods import DecoderShape, Method, NoPruning, ScoreMethod, make_method
-from tokenprune.methods.base import PROJECTED, Needs
 from tokenprune.methods.importance import grey_entropy
+from tokenprune.methods.seen import PROJECTED, Needs
 from tokenprune.methods.staged import Staged
 from tokenprune.models.base import Family
 from tokenprune.models.decoders import attention_backend, check_states, takes_biases

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenprune.methods.base import DecoderShape, ImageTokens, Method, Needs, ScoreMethod, Text
+from tokenprune.methods.base import Method, ScoreMethod
 from tokenprune.methods.cdpruner import CDPruner
 from tokenprune.methods.dart import DART
 from tokenprune.methods.divprune import DivPrune
@@ -20,6 +20,7 @@ from tokenprune.methods.recycle import Recycle
 from tokenprune.methods.registry import METHODS, find_all, find_method, make_method
 from tokenprune.methods.relevance import Relevance
 from tokenprune.methods.restore import Restore
+from tokenprune.methods.seen import DecoderShape, ImageTokens, Needs, Text
 from tokenprune.methods.sparsevlm import SparseVLM
 from tokenprune.methods.spread import Spread
 from tokenprune.methods.staged import Staged

@@ -7,8 +7,9 @@ from functools import cached_property
 
 from tokenprune.budget import Cut, Keep
 from tokenprune.errors import ConfigError
-from tokenprune.methods.base import DecoderShape, Method, Needs
+from tokenprune.methods.base import Method
 from tokenprune.methods.registry import make_method
+from tokenprune.methods.seen import DecoderShape, Needs
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.methods.base import ImageTokens, Method, Needs, check_count
+from tokenprune.methods.base import Method, check_count
+from tokenprune.methods.seen import ImageTokens, Needs
 from tokenprune.tokens import Selection
 
 

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.methods.base import ImageTokens, Method, Needs, select_alike, stacked
+from tokenprune.methods.base import Method, select_alike, stacked
+from tokenprune.methods.seen import ImageTokens, Needs
 from tokenprune.tokens import Selection
 
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.methods.base import ImageTokens, Needs, ScoreMethod
+from tokenprune.methods.base import ScoreMethod
+from tokenprune.methods.seen import ImageTokens, Needs
 from tokenprune.methods.uniform import even_tokens
 from tokenprune.tokens import Grid
 

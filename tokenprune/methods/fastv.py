@@ -9,7 +9,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tokenprune.methods.base import ImageTokens, Needs, ScoreMethod, cut_layers
+from tokenprune.methods.base import ScoreMethod, cut_layers
+from tokenprune.methods.seen import ImageTokens, Needs
 from tokenprune.space import Dimension, Setting
 
 

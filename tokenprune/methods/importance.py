@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import ConfigError
-from tokenprune.methods.base import Choice, ImageTokens, Needs, ScoreMethod
+from tokenprune.methods.base import Choice, ScoreMethod
+from tokenprune.methods.seen import ImageTokens, Needs
 from tokenprune.tokens import VisionAttention
 
 VOTERS = Choice(("attended", "cls"))

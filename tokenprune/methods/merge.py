@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import ClassVar
 
 from tokenprune.methods.around import Around
-from tokenprune.methods.base import ImageTokens, Needs
 from tokenprune.methods.recycle import Recycle
+from tokenprune.methods.seen import ImageTokens, Needs
 from tokenprune.tokens import Selection
 
 

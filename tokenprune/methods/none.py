@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from tokenprune.methods.base import ImageTokens, Method, Needs
+from tokenprune.methods.base import Method
+from tokenprune.methods.seen import ImageTokens, Needs
 from tokenprune.tokens import Selection
 
 

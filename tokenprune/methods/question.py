@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import ConfigError
-from tokenprune.methods.base import Choice, ImageTokens, Needs, ScoreMethod, check_count, cut_layers
+from tokenprune.methods.base import Choice, ScoreMethod, check_count, cut_layers
+from tokenprune.methods.seen import ImageTokens, Needs
 from tokenprune.methods.spread import check_share, on_grid_first
 from tokenprune.space import Dimension, OneOf, Real, Setting
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tokenprune.errors import ConfigError
 from tokenprune.hashing import mix
-from tokenprune.methods.base import ImageTokens, Needs, ScoreMethod
+from tokenprune.methods.base import ScoreMethod
+from tokenprune.methods.seen import ImageTokens, Needs
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import ConfigError
-from tokenprune.methods.base import Choice, DecoderShape, ImageTokens, Method, Needs, ScoreMethod, check_flag
+from tokenprune.methods.base import Choice, Method, ScoreMethod, check_flag
+from tokenprune.methods.seen import DecoderShape, ImageTokens, Needs
 from tokenprune.tokens import Grid, Selection
 
 ENLARGED = "recycling cells were enlarged to fit the budget"

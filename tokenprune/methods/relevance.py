@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.methods.base import Choice, ImageTokens, Needs, ScoreMethod, check_count, check_flag
+from tokenprune.methods.base import Choice, ScoreMethod, check_count, check_flag
+from tokenprune.methods.seen import ImageTokens, Needs
 from tokenprune.methods.spread import check_share, on_grid_first
 from tokenprune.space import Dimension, OneOf, Real, Setting
 

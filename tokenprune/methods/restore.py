@@ -11,7 +11,7 @@ import torch
 
 from tokenprune.errors import ConfigError
 from tokenprune.methods.around import Around
-from tokenprune.methods.base import ImageTokens, Needs
+from tokenprune.methods.seen import ImageTokens, Needs
 from tokenprune.tokens import Selection
 
 

@@ -9,8 +9,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tokenprune.methods.base import ImageTokens, Needs, ScoreMethod
+from tokenprune.methods.base import ScoreMethod
 from tokenprune.methods.question import attention_of
+from tokenprune.methods.seen import ImageTokens, Needs
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import ConfigError
-from tokenprune.methods.base import DecoderShape, ImageTokens, Needs, ScoreMethod
+from tokenprune.methods.base import ScoreMethod
+from tokenprune.methods.seen import DecoderShape, ImageTokens, Needs
 from tokenprune.methods.uniform import even_tokens
 from tokenprune.tokens import Grid
 

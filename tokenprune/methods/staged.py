@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tokenprune.errors import ConfigError
-from tokenprune.methods.base import DecoderShape, ImageTokens, Method, Needs
+from tokenprune.methods.base import Method
+from tokenprune.methods.seen import DecoderShape, ImageTokens, Needs
 from tokenprune.tokens import Selection
 
 #: What there is one of in a call, whatever the number of cuts.

@@ -9,7 +9,8 @@ from typing import ClassVar
 
 import torch
 
-from tokenprune.methods.base import ImageTokens, Method, Needs, cut_layers
+from tokenprune.methods.base import Method, cut_layers
+from tokenprune.methods.seen import ImageTokens, Needs
 from tokenprune.space import Dimension, Setting
 from tokenprune.tokens import Grid, Selection
 

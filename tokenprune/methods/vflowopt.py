@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 from tokenprune.budget import Cut, Keep
 from tokenprune.errors import ConfigError
-from tokenprune.methods.base import Choice, ImageTokens, Method, Needs, ScoreMethod, check_flag
+from tokenprune.methods.base import Choice, Method, ScoreMethod, check_flag
 from tokenprune.methods.importance import ImportanceMap
 from tokenprune.methods.recycle import HOW, Recycle
+from tokenprune.methods.seen import ImageTokens, Needs
 from tokenprune.methods.spread import Spread
 from tokenprune.space import Dimension, OneOf, Point, Real, Setting, spend, spent_ratios
 from tokenprune.tokens import Selection

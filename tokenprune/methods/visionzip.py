@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import ConfigError
-from tokenprune.methods.base import ImageTokens, Method, Needs
+from tokenprune.methods.base import Method
+from tokenprune.methods.seen import ImageTokens, Needs
 from tokenprune.tokens import Selection, VisionAttention
 
 

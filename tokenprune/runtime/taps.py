@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokenprune.config import PruneConfig
 from tokenprune.errors import UnsupportedModelError
-from tokenprune.methods.base import Needs
+from tokenprune.methods.seen import Needs
 from tokenprune.models.decoders import Decoder, check_states
 from tokenprune.runtime import compiled
 from tokenprune.runtime.choose import choose

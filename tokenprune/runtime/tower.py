@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokenprune.config import PruneConfig
 from tokenprune.errors import UnsupportedModelError
-from tokenprune.methods.base import Needs
+from tokenprune.methods.seen import Needs
 from tokenprune.models.base import VisionCall, VisionTap
 from tokenprune.runtime import compiled
 from tokenprune.runtime.state import Call

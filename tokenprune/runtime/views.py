@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenprune.config import Beside, PruneConfig
 from tokenprune.hashing import digest, mix
-from tokenprune.methods.base import ImageTokens, Needs, Text
+from tokenprune.methods.seen import ImageTokens, Needs, Text
 from tokenprune.models.base import Family
 from tokenprune.runtime.plan import Key
 from tokenprune.runtime.stages import Stages

@@ -16,7 +16,7 @@ from tokenprune.api import family_of, pruned, report
 from tokenprune.budget import Keep
 from tokenprune.errors import ConfigError, UnsupportedModelError
 from tokenprune.methods import METHODS, find_method
-from tokenprune.methods.base import Needs
+from tokenprune.methods.seen import Needs
 from tokenprune.methods.uniform import Uniform
 from tokenprune.models import stock_model
 from tokenprune.models.decoders import offers_states, takes_biases
