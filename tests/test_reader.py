@@ -14,7 +14,7 @@ from tokenprune.analysis.layers import read_layers
 from tokenprune.analysis.reader import Reader
 from tokenprune.errors import ConfigError, TokenPruneError
 from tokenprune.estimators import estimate
-from tokenprune.runtime.states import last_row
+from tokenprune.runtime.layer_states import last_row
 
 ROWS = [["text:5", "image", "text:3", "image", "text:4"], ["text:2", "image", "text:2"]]
 MODELS = {

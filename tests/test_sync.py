@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import judge
 import tiny
 import tokenprune
-from tokenprune.runtime.calls import CallHooks
+from tokenprune.runtime.forward import CallHooks
 from tokenprune.runtime.layers import LayerHooks
 from tokenprune.runtime.taps import Taps
 from tokenprune.runtime.tower import TowerTap

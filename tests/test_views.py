@@ -510,7 +510,7 @@ def test_a_batch_is_scored_in_one_go(
     monkeypatch.setattr(EntropyPrune, "score", counting)
     lists, times = [], []
     for most in (8192, 0):
-        monkeypatch.setattr("tokenprune.runtime.views.JOINED_TOKENS", most)
+        monkeypatch.setattr("tokenprune.runtime.sight.JOINED_TOKENS", most)
         scored.clear()
         arguments = {"method": EntropyPrune(source=source), "cuts": [(1, 0.7), (3, 0.4)]}
         with tokenprune.pruned(model, **arguments), torch.no_grad():

@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenprune.analysis.reader import Prompt, Reader
 from tokenprune.errors import ConfigError
 from tokenprune.estimators import Estimator, estimate, make_estimator
-from tokenprune.runtime.states import LayerStates, last_row, picked
+from tokenprune.runtime.layer_states import LayerStates, last_row, picked
 from tokenprune.tokens import Image
 from tokenprune_kernels.dual_gram_entropy import dual_gram_entropy
 

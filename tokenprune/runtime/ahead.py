@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from tokenprune.models.decoders import attention_backend
+from tokenprune.runtime.call import Call
 from tokenprune.runtime.flops import prefill_flops
+from tokenprune.runtime.layer_states import Ahead, EnoughSeen, LayerStates
 from tokenprune.runtime.plan import Key
-from tokenprune.runtime.state import Call
-from tokenprune.runtime.states import Ahead, EnoughSeen, LayerStates
 from tokenprune.runtime.wrapped import Wrapped
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.releases import NEWEST, cache_of, names_cache, release
 from tokenprune.runtime.caches import has_entries
+from tokenprune.runtime.call import Call
 from tokenprune.runtime.record import Record
-from tokenprune.runtime.state import Call
 
 # What a layer is given by name, of which those that hold a value per token are shortened.
 _KNOWN = ("hidden_states", "attention_mask", "position_embeddings", "position_ids")
@@ -151,5 +151,5 @@ def _caches_in(output: Any) -> list[Any]:
 
 def _fits(shape: Sequence[int], call: Call, layer: Any, entries: int) -> bool:
     """Whether keys may be (B, heads, entries, head_dim); of windows and quantised layers only a part is there."""
-    part = getattr(layer, "is_sliding", False) or hasattr(layer, "_quantized_keys") or call.view.spans_more
+    part = getattr(layer, "is_sliding", False) or hasattr(layer, "_quantized_keys") or call.kv.spans_more
     return len(shape) == 4 and shape[0] == call.batch and (part or shape[2] == entries)

@@ -10,10 +10,10 @@ from torch import Tensor
 from tokenprune.config import Beside
 from tokenprune.errors import TokenPruneError
 from tokenprune.printed import is_print
+from tokenprune.runtime.call import Call
+from tokenprune.runtime.layer_states import LayerStates
 from tokenprune.runtime.selections import check_selection
-from tokenprune.runtime.state import Call
-from tokenprune.runtime.states import LayerStates
-from tokenprune.runtime.views import Shown
+from tokenprune.runtime.sight import Shown
 from tokenprune.tensors import as_written
 from tokenprune.tokens import Selection
 
@@ -28,22 +28,22 @@ def choose(call: Call, cut: int, *, hidden: Tensor | None = None, caught: LayerS
         caught: states of the layer before it.
     """
     stages, method = call.stages, call.config.method.at(cut)
-    assert stages is not None and call.views is not None
+    assert stages is not None and call.sight is not None
     if call.config.arguments.keep_lists is not None:
         stages.force(cut)
         return
     wanted = stages.missing(cut)
     if not wanted:
         return
-    views = call.views
+    sight = call.sight
     source = hidden if hidden is not None else next(iter(caught.raw.values()))  # type: ignore[union-attr]
     with as_written(source.device), call.scoring.running(source.device):
         counts = {key: stages.plan.to_choose(cut, key) for key in wanted}
         asked = [key for key, k in counts.items() if k]
         images = Shown(
-            partial(views.of, stages, hidden=hidden, caught=caught),
+            partial(sight.of, stages, hidden=hidden, caught=caught),
             asked,
-            partial(views.joined, stages, hidden=hidden, caught=caught),
+            partial(sight.joined, stages, hidden=hidden, caught=caught),
         )
         chosen = method.select_all(images, [counts[key] for key in asked])
         if len(chosen) != len(asked):
@@ -59,13 +59,13 @@ def choose(call: Call, cut: int, *, hidden: Tensor | None = None, caught: LayerS
 
 def enter_prompt(call: Call, embeds: Tensor, num_layers: int) -> None:
     """Before layer 0: what methods may want of the embeddings, and what they say of the counts."""
-    stages, views, method = call.stages, call.views, call.config.method.at(0)
-    assert stages is not None and views is not None
+    stages, sight, method = call.stages, call.sight, call.config.method.at(0)
+    assert stages is not None and sight is not None
     if call.config.arguments.keep_lists is not None:
         return
     needs = call.config.needs
     if needs.features or needs.words:
-        views.embeds = embeds
+        sight.embeds = embeds
     if call.config.arguments.settles_per_picture:
         with as_written(embeds.device), call.scoring.running(embeds.device):
             told = [_budget(call, key).to(embeds.device) for key in stages.images]
@@ -78,7 +78,7 @@ def enter_prompt(call: Call, embeds: Tensor, num_layers: int) -> None:
         told = []
         for key in stages.images:
             planned = tuple(cut[key] for cut in stages.plan.counts)
-            own = method.count(views.of(stages, key), planned)
+            own = method.count(sight.of(stages, key), planned)
             if not isinstance(own, Tensor) or own.shape != (len(planned),) or own.is_floating_point():
                 raise TokenPruneError(
                     f"method {method.name!r} returned {own!r:.80} as counts where {len(planned)} whole numbers "
@@ -91,9 +91,9 @@ def enter_prompt(call: Call, embeds: Tensor, num_layers: int) -> None:
 
 def _budget(call: Call, key: tuple[int, int]) -> Tensor:
     """(2,) the share that an adaptive budget comes to (NaN where there is none), and how surely it is print."""
-    arguments, stages, views = call.config.arguments, call.stages, call.views
-    assert stages is not None and views is not None
-    looked = views.looked(stages, key) if arguments.reads_pixels else None
+    arguments, stages, sight = call.config.arguments, call.stages, call.sight
+    assert stages is not None and sight is not None
+    looked = sight.looked(stages, key) if arguments.reads_pixels else None
     adaptive = arguments.adaptive_keep
     if adaptive is None:
         share = torch.tensor(float("nan"))
@@ -101,6 +101,6 @@ def _budget(call: Call, key: tuple[int, int]) -> Tensor:
         assert looked is not None
         share = adaptive.share(Beside.grey(looked))
     else:
-        share = adaptive.share(views.features(stages, key))
+        share = adaptive.share(sight.features(stages, key))
     sure = is_print(Beside.looked(looked)) if looked is not None else torch.zeros(())
     return torch.stack([share.float(), sure.float().to(share.device)])

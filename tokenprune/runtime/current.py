@@ -23,8 +23,8 @@ import torch
 from tokenprune.config import PruneConfig
 from tokenprune.errors import OverrideWarning
 from tokenprune.runtime import compiled
-from tokenprune.runtime.state import Call
-from tokenprune.runtime.states import Ahead
+from tokenprune.runtime.call import Call
+from tokenprune.runtime.layer_states import Ahead
 
 
 @dataclass(frozen=True, eq=False)

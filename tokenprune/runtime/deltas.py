@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import UnsupportedModeError
+from tokenprune.runtime.call import Call
 from tokenprune.runtime.record import Record
-from tokenprune.runtime.state import Call
 
 _ATTRIBUTE = "rope_deltas"
 
@@ -44,7 +44,7 @@ def restore(base: Any, call: Call, inputs: dict[str, Any]) -> dict[str, Any]:
     if record is None or record.deltas is None or stock is None or record.deltas[1] is stock:
         return inputs
     own = record.deltas[0]
-    if call.view.spans_more:
+    if call.kv.spans_more:
         raise UnsupportedModeError(
             "another conversation ran on this model since, and stock keeps its positions (rope_deltas) with the model; "
             "with a static cache finish one conversation before the next, or use a growing cache"

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import UnsupportedModeError
+from tokenprune.runtime.call import Call
 from tokenprune.runtime.current import GENERATE, called_from
 from tokenprune.runtime.masks import local_attention
 from tokenprune.runtime.record import Columns
-from tokenprune.runtime.state import Call
 from tokenprune_kernels.kv_compact import kv_compact
 
 
@@ -45,7 +45,7 @@ def compact_early(call: Call, held: list[Columns | None], text_config: Any) -> l
     """
     assert call.stages is not None
     left = call.stages.done[-1]
-    first = call.view.first
+    first = call.kv.first
     alike: dict[tuple[int, int], list[int]] = {}  # layers that hold the same entries
     for i, own in enumerate(held):
         before = call.past - (0 if call.record is None else call.record.removed(i))
@@ -91,18 +91,18 @@ def _is_whole(call: Call, i: int, entries: int) -> bool:
     keys = getattr(layer, "keys", None)
     if not isinstance(keys, Tensor) or keys.ndim != 4:
         return False
-    return call.view.spans_more or keys.shape[2] == entries
+    return call.kv.spans_more or keys.shape[2] == entries
 
 
 def _taken(call: Call, layers: list[Any], entries: Tensor, left: Columns) -> list[Tensor]:
     tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
     # In place needs ascending rows, and filler stands on the left.
-    return kv_compact(tensors, entries, inplace=call.view.spans_more and left.visible is None)
+    return kv_compact(tensors, entries, inplace=call.kv.spans_more and left.visible is None)
 
 
 def _put(call: Call, layers: list[Any], fewer: int, tensors: list[Tensor]) -> None:
     for layer, keys, values in zip(layers, tensors[::2], tensors[1::2], strict=True):
-        if not call.view.spans_more:
+        if not call.kv.spans_more:
             layer.keys, layer.values = keys, values
             continue
         for whole, short in ((layer.keys, keys), (layer.values, values)):

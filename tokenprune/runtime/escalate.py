@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from tokenprune.errors import UnsupportedModeError
+from tokenprune.runtime.call import Call
 from tokenprune.runtime.current import Override, begin_override, end_override
 from tokenprune.runtime.outcome import make_outcome
 from tokenprune.runtime.record import attach
-from tokenprune.runtime.state import Call
 from tokenprune.runtime.wrapped import Wrapped
 from tokenprune.tensors import entropy_of
 

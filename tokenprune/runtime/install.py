@@ -2,7 +2,7 @@
 
 The runtime knows neither methods nor families: it asks the family where things are, gives the method what it needs,
 and turns selections into shorter hidden states, masks, positions and caches. A file per place where hooks sit:
-`calls.py` (the model), `layers.py` (the text model and its layers), `taps.py` (what methods see).
+`forward.py` (the model), `layers.py` (the text model and its layers), `taps.py` (what methods see).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from tokenprune.config import PruneConfig
 from tokenprune.errors import TokenPruneError
 from tokenprune.models.base import Family
 from tokenprune.runtime import compiled
-from tokenprune.runtime.calls import CallHooks
 from tokenprune.runtime.current import Override, begin_override, end_override, overrides_here
+from tokenprune.runtime.forward import CallHooks
 from tokenprune.runtime.layers import LayerHooks
 from tokenprune.runtime.taps import Taps
 from tokenprune.runtime.tower import TowerTap

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenprune.runtime.call import Call
 from tokenprune.runtime.layer_masks import columns
 from tokenprune.runtime.record import Record
-from tokenprune.runtime.state import Call
 from tokenprune.runtime.wrapped import Wrapped
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from tokenprune.models.decoders import attends, attention_backend
 from tokenprune.runtime import masks
+from tokenprune.runtime.call import Call
 from tokenprune.runtime.record import Columns
-from tokenprune.runtime.state import Call
 
 KEEP = object()  # of a layer whose mask of the model's own is right
 
@@ -52,7 +52,7 @@ class LayerMasks:
             mask = self._make(call, i, hidden, stock)
             bias = self._bias(call, i, hidden.device)
             if bias is not None:
-                gone = call.view.gone(i, hidden.shape[1])
+                gone = call.kv.gone(i, hidden.shape[1])
                 mask = masks.add_bias(self._whole(call, i, hidden, mask), bias, hidden.dtype, gone)
             call.masks[key] = mask
         return call.masks[key]
@@ -85,7 +85,7 @@ class LayerMasks:
 
     def needs_none(self, call: Call, hidden: Tensor, stock: Any) -> bool:
         """Whether, in a decoding step, every layer does without a mask as layer 0 does."""
-        if stock is not None or hidden.shape[1] != 1 or call.view.spans_more:
+        if stock is not None or hidden.shape[1] != 1 or call.kv.spans_more:
             return False
         assert call.record is not None
         for own in call.record.layers:
@@ -102,7 +102,7 @@ class LayerMasks:
         """
         record, total = call.record, call.past + 1
         backend = attention_backend(self.text_config)
-        if hidden.shape[1] != 1 or call.view.spans_more or total > self.shortest:
+        if hidden.shape[1] != 1 or call.kv.spans_more or total > self.shortest:
             return None
         assert record is not None
         given, since = call.attention, total - record.length
@@ -139,10 +139,10 @@ class LayerMasks:
         if own is not None and call.past == 0:
             if isinstance(stock, Tensor):
                 entries = own.length
-                if call.view.spans_more:
+                if call.kv.spans_more:
                     entries, _ = call.cache.get_mask_sizes(own.length, i)
                 return masks.gather(stock, own.index.clamp(min=0), own.visible, entries)
-            if stock is None and not call.view.spans_more:
+            if stock is None and not call.kv.spans_more:
                 if not fillers:
                     return None
                 if not self.is_causal:
@@ -164,7 +164,7 @@ class LayerMasks:
             c is not None and c.visible is not None for c in (_new(call), _cached(call, i))
         )
         visible = None
-        if call.view.spans_more or not open_everywhere:
+        if call.kv.spans_more or not open_everywhere:
             visible = self.entries(call, i, hidden)
         within = self._within(call, i, hidden) if self.looks_back(call, i) else None
         blocks = None
@@ -193,7 +193,7 @@ class LayerMasks:
         if own is not None:
             parts.append(own.length if own.visible is None else own.visible)
         # What is not written yet, causality hides.
-        parts.append(call.view.unwritten(i, sum(p if isinstance(p, int) else p.shape[1] for p in parts)))
+        parts.append(call.kv.unwritten(i, sum(p if isinstance(p, int) else p.shape[1] for p in parts)))
         device = hidden.device
         return torch.cat(
             [
@@ -208,10 +208,10 @@ class LayerMasks:
     def _columns(self, call: Call, i: int, hidden: Tensor) -> Tensor:
         """(B, entries + q) as `columns` gives them; of a static cache's unwritten entries, the end."""
         known = columns(call, i, hidden.device)
-        if not call.view.spans_more:
+        if not call.kv.spans_more:
             return known
         total = call.past + call.length
-        unwritten = max(total, call.view.unwritten(i, 0))
+        unwritten = max(total, call.kv.unwritten(i, 0))
         return torch.cat([known, known.new_full((call.batch, unwritten), total)], dim=1)
 
     def _within(self, call: Call, i: int, hidden: Tensor) -> Callable[..., Tensor]:

@@ -14,14 +14,14 @@ from tokenprune.releases import cache_of
 from tokenprune.runtime import compiled
 from tokenprune.runtime.ahead import look_ahead, seen_ahead
 from tokenprune.runtime.caches import shrink
+from tokenprune.runtime.call import Call
 from tokenprune.runtime.choose import choose, enter_prompt
 from tokenprune.runtime.early import check_early
 from tokenprune.runtime.later import continue_short, rescale
 from tokenprune.runtime.layer_masks import KEEP
+from tokenprune.runtime.layer_states import asked_for
 from tokenprune.runtime.record import begin_writing, record_of
 from tokenprune.runtime.stages import pick, pick_positions
-from tokenprune.runtime.state import Call
-from tokenprune.runtime.states import asked_for
 from tokenprune.runtime.taps import Taps
 from tokenprune.runtime.wrapped import Changed, Wrapped
 from tokenprune.tensors import as_written
@@ -213,7 +213,7 @@ class LayerHooks:
         prunes = call.stages is not None
         if cache is None:
             check_early(call)
-        elif prunes or (call.record is not None and call.view.spans_more):
+        elif prunes or (call.record is not None and call.kv.spans_more):
             begin_writing(cache, call.record, len(self.runtime.layers), prunes)
 
     def _enter_norm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
@@ -245,7 +245,7 @@ class LayerHooks:
         with as_written(hidden.device, grad=True), call.compacting.running(hidden.device):
             hidden, *features = stages.apply(cut, [hidden, *call.features.values()])
             call.features = dict(zip(call.features, features, strict=True))
-        if call.view.spans_more and not call.past and call.record is None:
+        if call.kv.spans_more and not call.past and call.record is None:
             shrink(call.cache, call.config.cuts[cut].layer, call.length, hidden.shape[1])
         return hidden
 

@@ -12,10 +12,10 @@ from transformers.cache_utils import DynamicLayer
 
 from tokenprune.budget import average_kept
 from tokenprune.config import PruneConfig
+from tokenprune.runtime.call import Call
 from tokenprune.runtime.flops import LayerCost, prefill_flops
 from tokenprune.runtime.plan import Key
 from tokenprune.runtime.record import record_of
-from tokenprune.runtime.state import Call
 from tokenprune.runtime.timing import Stopwatch
 from tokenprune.tensors import plain_tensors
 from tokenprune.tokens import Image
@@ -131,7 +131,7 @@ def make_outcome(costs: Sequence[LayerCost], call: Call) -> Outcome:
     if stages is not None:
         lengths = [stages.plan.lengths[c - 1] if c else call.length for c in config.cuts_by(num_layers)]
     held: list[int] = []
-    if call.view.spans_more:
+    if call.kv.spans_more:
         record, total = record_of(call.cache), call.past + call.length
         held = [total - (0 if record is None else record.removed(i)) for i in range(num_layers)]
     used, allocated = kv_bytes(call.cache, held)

@@ -17,10 +17,10 @@ from tokenprune.errors import UnsupportedModelError
 from tokenprune.methods.seen import Needs
 from tokenprune.models.decoders import Decoder, check_states
 from tokenprune.runtime import compiled
+from tokenprune.runtime.call import Call
 from tokenprune.runtime.choose import choose
 from tokenprune.runtime.compiled import nothing_in_a_step
-from tokenprune.runtime.state import Call
-from tokenprune.runtime.states import EnoughSeen, LayerStates, Observer
+from tokenprune.runtime.layer_states import EnoughSeen, LayerStates, Observer
 from tokenprune.runtime.tower import TowerTap
 from tokenprune.runtime.wrapped import Wrapped
 from tokenprune.tensors import gathered, split_over

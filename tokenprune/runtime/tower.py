@@ -14,7 +14,7 @@ from tokenprune.errors import UnsupportedModelError
 from tokenprune.methods.seen import Needs
 from tokenprune.models.base import VisionCall, VisionTap
 from tokenprune.runtime import compiled
-from tokenprune.runtime.state import Call
+from tokenprune.runtime.call import Call
 from tokenprune.runtime.vision import VisionFacts, attach_facts, sizes_on_host
 from tokenprune.runtime.wrapped import Wrapped
 from tokenprune.tensors import as_written, split_over

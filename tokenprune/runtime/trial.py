@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.models.decoders import attention_backend
-from tokenprune.runtime.state import Call
+from tokenprune.runtime.call import Call
 from tokenprune.runtime.wrapped import Changed, Wrapped
 
 # Of the logits' own spread: what rounding makes of it in each dtype.

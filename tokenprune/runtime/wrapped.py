@@ -15,12 +15,12 @@ from tokenprune.errors import TokenPruneError
 from tokenprune.models.base import Family
 from tokenprune.runtime import compiled
 from tokenprune.runtime.assumptions import Assumptions
+from tokenprune.runtime.call import Call
 from tokenprune.runtime.current import Calls, Override, overrides_here, warn_of_missed
 from tokenprune.runtime.flops import layer_costs
 from tokenprune.runtime.layer_masks import LayerMasks
 from tokenprune.runtime.notes import last_outcome, note_outcome
 from tokenprune.runtime.outcome import Outcome, Total
-from tokenprune.runtime.state import Call
 
 Hook = Callable[..., Any]
 Changed = tuple[tuple[Any, ...], dict[str, Any]] | None  # what a pre-hook returns

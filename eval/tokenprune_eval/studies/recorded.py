@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenprune.analysis.reader import Prompt, Reader
 from tokenprune.methods import ImageTokens
-from tokenprune.runtime.states import LayerStates, picked
+from tokenprune.runtime.layer_states import LayerStates, picked
 from tokenprune.tokens import State
 
 SOURCES: tuple[State, ...] = ("query", "key", "value", "hidden")  # of EntropyPrune

@@ -12,6 +12,7 @@ from tokenprune.errors import TokenPruneError, UnsupportedModeError
 from tokenprune.models import misfit
 from tokenprune.releases import cache_of
 from tokenprune.runtime import compiled, deltas
+from tokenprune.runtime.call import Call, open_call
 from tokenprune.runtime.current import LOGITS_PROCESSORS, called_from
 from tokenprune.runtime.early import compact_early
 from tokenprune.runtime.escalate import escalated, may_escalate
@@ -19,7 +20,6 @@ from tokenprune.runtime.outcome import make_outcome
 from tokenprune.runtime.plan import Plan
 from tokenprune.runtime.record import Columns, attach, extend, record_of
 from tokenprune.runtime.rows import remember
-from tokenprune.runtime.state import Call, open_call
 from tokenprune.runtime.taps import Taps
 from tokenprune.runtime.trial import try_prompt
 from tokenprune.runtime.wrapped import Changed, Wrapped

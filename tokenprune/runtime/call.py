@@ -17,14 +17,14 @@ from tokenprune.models.base import Family
 from tokenprune.models.decoders import attention_backend, takes_biases
 from tokenprune.releases import cache_of, release, repeats_hooks
 from tokenprune.runtime.caches import CacheView, check_is_cache, crop, view_of
+from tokenprune.runtime.layer_states import LayerStates
 from tokenprune.runtime.masks import local_attention
 from tokenprune.runtime.plan import Key, make_plan
 from tokenprune.runtime.record import Record
 from tokenprune.runtime.rows import read
+from tokenprune.runtime.sight import Sight, prompt_digests
 from tokenprune.runtime.stages import Stages
-from tokenprune.runtime.states import LayerStates
 from tokenprune.runtime.timing import Stopwatch
-from tokenprune.runtime.views import Views, prompt_digests
 from tokenprune.runtime.vision import VisionFacts, check_facts, visual_inputs
 from tokenprune.tensors import to_host
 from tokenprune.tokens import Image, IntArray
@@ -42,7 +42,7 @@ class Call:
         blocks: see `Family.blocks`.
         visible: (B, past + length) bool, False at padding; None where there is none. Known when the call prunes.
         rows: images by row; empty rows for a text-only prompt; None when this call continues one.
-        stages, views: what is left, and what the method is shown of it, when this call prunes.
+        stages, sight: what is left, and what the method is shown of it, when this call prunes.
         reason: why nothing is pruned although the budget asks for it.
         notes: what was told of its images while nothing is pruned; see `Selection.notes`.
         kinds, facts: the kinds of visual input it brings, and what the vision tower's hook noted of them.
@@ -51,7 +51,7 @@ class Call:
 
     def __init__(self, config: PruneConfig, batch: int, length: int, view: CacheView) -> None:
         self.config, self.batch, self.length = config, batch, length
-        self.cache, self.view = view.cache, view
+        self.cache, self.kv = view.cache, view
         self.positions_given = False
         self.past = 0
         self.record: Record | None = None
@@ -60,7 +60,7 @@ class Call:
         self.visible: Tensor | None = None
         self.rows: list[list[Image]] | None = None
         self.stages: Stages | None = None
-        self.views: Views | None = None
+        self.sight: Sight | None = None
         self.kinds: tuple[str, ...] = ()
         self.facts: dict[str, VisionFacts] = {}
         self.sizes: list[tuple[Tensor, IntArray]] = []
@@ -86,7 +86,7 @@ class Call:
     def use(self, cache: Any) -> None:
         """The cache this call fills: the text model may make it only now."""
         if cache is not self.cache:
-            self.cache, self.view = cache, view_of(cache)
+            self.cache, self.kv = cache, view_of(cache)
 
     @property
     def cuts_done(self) -> int:
@@ -159,7 +159,7 @@ def _check_continuation(call: Call, family: Family, inputs: dict[str, Any], visu
     past = call.past
     if call.attention is not None:
         past = call.attention.shape[1] - call.length
-    elif position_ids is not None and not call.view.spans_more and (call.length > 1 or record.verify):
+    elif position_ids is not None and not call.kv.spans_more and (call.length > 1 or record.verify):
         # Without a mask there is no padding: the last position is the last column. (One copy from the device, for
         # continuations of several tokens only, and the step after one.)
         position = position_ids[0] if position_ids.ndim == 3 else position_ids
@@ -231,7 +231,7 @@ def _plan(
     wants_digest = config.needs.digest and config.arguments.keep_lists is None
     prompts = prompt_digests(ids, mask, plan.rows) if wants_digest else {}
     call.stages = Stages(plan, visible if mask is not None else None)
-    call.views = Views(family, config, text.num_attention_heads, call.facts, prompts)
+    call.sight = Sight(family, config, text.num_attention_heads, call.facts, prompts)
 
 
 def _images(family: Family, kind: str, ids: IntArray, sizes: IntArray, encoded: bool) -> list[list[Image]]:
@@ -268,7 +268,7 @@ def _visible(call: Call, mask: Any) -> Tensor | None:
         return torch.nn.functional.pad(known, (call.past + call.length - known.shape[1], 0), value=True)
     if isinstance(mask, dict):
         mask = mask.get("full_attention", next(iter(mask.values())))
-    if isinstance(mask, Tensor) and mask.ndim == 4 and call.view.spans_more:
+    if isinstance(mask, Tensor) and mask.ndim == 4 and call.kv.spans_more:
         # generate() prepares 4D masks for static caches; what no row sees, not even its own, is padding.
         mask = mask[:, 0, :, : call.past + call.length]
         mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

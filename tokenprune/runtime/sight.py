@@ -16,9 +16,9 @@ from tokenprune.config import Beside, PruneConfig
 from tokenprune.hashing import digest, mix
 from tokenprune.methods.seen import ImageTokens, Needs, Text
 from tokenprune.models.base import Family
+from tokenprune.runtime.layer_states import LayerStates, last_row, picked
 from tokenprune.runtime.plan import Key
 from tokenprune.runtime.stages import Stages
-from tokenprune.runtime.states import LayerStates, last_row, picked
 from tokenprune.runtime.vision import VisionFacts
 from tokenprune.tokens import Image, IntArray, State
 
@@ -26,7 +26,7 @@ from tokenprune.tokens import Image, IntArray, State
 JOINED_TOKENS = 8192
 
 
-class Views:
+class Sight:
     """Makes the views of one prompt's images.
 
     Args:
@@ -244,7 +244,7 @@ class Shown(Sequence[ImageTokens]):
         self._make, self._keys, self._join = make, keys, join
 
     def joined(self) -> ImageTokens | None:
-        """All of them as one; see `Views.joined`."""
+        """All of them as one; see `Sight.joined`."""
         return self._join(self._keys)
 
     def __len__(self) -> int:
