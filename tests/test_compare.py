@@ -182,13 +182,13 @@ def test_smaller_picture_of_a_model_of_one_size(bed: Any, questions: list[Questi
     model, processor = bed
     question = questions[0]
     family = find_family(stock_model(model))
-    inputs = shrunk_prompt(model, family, processor, question.images, question.text, keep)
+    inputs = shrunk_prompt(family, processor, question.images, question.text, keep)
     tokens = int((inputs["input_ids"] == model.config.image_token_id).sum())
     rows, columns = (side // 8 for side in inputs["pixel_values"].shape[-2:])
     assert tokens == rows * columns <= keep * 144 < (rows + 1) * (columns + 1)
     with pytest.raises((ValueError, RuntimeError)):
         model(**inputs)  # the tower has positions for 144 patches
-    with interpolated(model, family), torch.inference_mode():
+    with interpolated(family), torch.inference_mode():
         assert model(**inputs).logits.isfinite().all()
     assert not stock_model(model).model.vision_tower._forward_pre_hooks
 
@@ -208,21 +208,13 @@ class PatchProcessor:
 
 
 def test_smaller_picture_of_a_model_of_many_sizes() -> None:
-    model, family = SimpleNamespace(), SimpleNamespace(token_id=lambda *_: 7)
-    given: Any = (family, [Image.new("RGB", (160, 80)), Image.new("RGB", (40, 40))], "q")
+    family: Any = SimpleNamespace(token_id=lambda kind: 7)
+    images = [Image.new("RGB", (160, 80)), Image.new("RGB", (40, 40))]
     whole = 40 * 20 + 100 + 2
-    inputs = _shrunk(model, *given, PatchProcessor(), 0.3)
+    inputs = shrunk_prompt(family, PatchProcessor(), images, "q", 0.3)
     assert 0.2 * whole < inputs["input_ids"].shape[1] <= 0.3 * whole
     with pytest.raises(UnsupportedModelError, match="so small"):
-        _shrunk(model, *given, PatchProcessor(least=99), 0.1)
-
-
-def _shrunk(model: Any, family: Any, images: Any, text: str, processor: Any, keep: float) -> Any:
-    from tokenprune.compare import downsample
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(downsample, "stock_model", lambda model: model)
-        return shrunk_prompt(model, family, processor, images, text, keep)
+        shrunk_prompt(family, PatchProcessor(least=99), images, "q", 0.1)
 
 
 # -- what is counted ---------------------------------------------------------------------------------------------------

@@ -94,16 +94,16 @@ def test_no_copy_on_decode_steps(cut: dict[str, Any], monkeypatch: pytest.Monkey
 
 def test_one_copy_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the host `to_host` is the only door; a call goes through it once, a decode step never."""
-    from tokenprune.runtime import state
+    from tokenprune.runtime import call as one_call
 
     calls: list[int] = []
-    original = state.to_host
+    original = one_call.to_host
 
     def counted(tensors: Any) -> Any:
         calls.append(len(tensors))
         return original(tensors)
 
-    monkeypatch.setattr(state, "to_host", counted)
+    monkeypatch.setattr(one_call, "to_host", counted)
     model = tiny.qwen2_5_vl()
     with tokenprune.pruned(model, "entropyprune", layer=2, keep=0.5):
         model.generate(**tiny.inputs(model, judge.ROWS, pad="left"), max_new_tokens=4, do_sample=False)

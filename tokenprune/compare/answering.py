@@ -76,7 +76,7 @@ class Asker:
         """
         left = [i for i in range(len(self.questions)) if i not in done]
         own = dict(zip(left, self._calls(arm, left), strict=True))
-        inside = interpolated(self.model, self.family) if arm.shrinks else nullcontext()
+        inside = interpolated(self.family) if arm.shrinks else nullcontext()
         with inside, self.memory.features(self.model), pruned(self.model, **arm.arguments):
             for numbers in self._groups(own):
                 (inputs,) = batched([own[i] for i in numbers], len(numbers))
@@ -99,8 +99,7 @@ class Asker:
         asked = [self.questions[i] for i in numbers]
         assert arm.keep is not None
         return [
-            self._to(shrunk_prompt(self.model, self.family, self.processor, q.images, q.text, arm.keep))
-            for q in asked
+            self._to(shrunk_prompt(self.family, self.processor, q.images, q.text, arm.keep)) for q in asked
         ]
 
     def _to(self, inputs: Any) -> Any:

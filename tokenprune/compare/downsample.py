@@ -25,7 +25,7 @@ _STEP = 0.95
 
 
 def shrunk_prompt(
-    model: Any, family: Family, processor: Any, images: Sequence[Image.Image], text: str, keep: float
+    family: Family, processor: Any, images: Sequence[Image.Image], text: str, keep: float
 ) -> Any:
     """Inputs of a question whose pictures are so small that they have at most `keep` of their tokens.
 
@@ -42,7 +42,7 @@ def shrunk_prompt(
     most = keep * whole
     quarter = [image.resize(_scaled(image, 0.25)) for image in images]
     if _tokens(make_prompt(processor, quarter, text), token) == whole:
-        inputs = make_prompt(_smaller(model, family, processor, most / len(images)), images, text)
+        inputs = make_prompt(_smaller(family, processor, most / len(images)), images, text)
         if _tokens(inputs, token) > most:  # a projector that makes as many tokens of any picture (Gemma 3)
             raise _no_smaller(family)
         return inputs
@@ -59,7 +59,7 @@ def shrunk_prompt(
 
 
 @contextmanager
-def interpolated(model: Any, family: Family) -> Iterator[None]:
+def interpolated(family: Family) -> Iterator[None]:
     """Inside, a tower with learned positions interpolates them for pictures of another size."""
     tower = family.vision_tower()
     if not _interpolates(tower):
@@ -74,7 +74,7 @@ def interpolated(model: Any, family: Family) -> Iterator[None]:
         handle.remove()
 
 
-def _smaller(model: Any, family: Family, processor: Any, most: float) -> Any:
+def _smaller(family: Family, processor: Any, most: float) -> Any:
     """A processor that makes pictures of at most `most` patches, as square as that allows."""
     tower = family.vision_tower()
     patch = getattr(tower.config, "patch_size", None)

@@ -73,7 +73,7 @@ def measure_times(
 def _inside(asker: Asker, arm: Arm, remembered: bool) -> Iterator[None]:
     with ExitStack() as stack:
         if arm.shrinks:
-            stack.enter_context(interpolated(asker.model, asker.family))
+            stack.enter_context(interpolated(asker.family))
         if remembered:
             stack.enter_context(asker.memory.features(asker.model))
         if arm.name != NONE and not arm.shrinks:
