@@ -114,24 +114,7 @@ def make_batch(
         drawn.append(scene)
         texts.append([language.ids(asked[i]) for i in rng.permutation(len(asked))])
     images = 2 if two_images else 1
-    start = len(language.prefix) + images * NUM_VISUAL_TOKENS
-    ids, positions, questions, labels = (
-        torch.full((batch_size, text_tokens), fill) for fill in (language.pad, start, PADDING, IGNORE)
-    )
-    for row, turns in enumerate(texts):
-        used = 0
-        for number, (question, answer) in enumerate(turns):
-            length = len(question) + len(answer)
-            if used + length > text_tokens:
-                continue
-            span = slice(used, used + length)
-            ids[row, span] = torch.tensor(question + answer)
-            positions[row, span] = torch.arange(length) + start + (used if chained else 0)
-            questions[row, span] = number
-            labels[row, used + len(question) - 1 : used + length - 1] = torch.tensor(answer)
-            used += length
-    longest = int((questions != PADDING).sum(1).max())
-    ids, positions, questions, labels = (t[:, :longest] for t in (ids, positions, questions, labels))
+    ids, positions, questions, labels = fill_texts(language, texts, images, text_tokens, chained)
     frames = [f for s in drawn for f in ([s.image] if s.previous is None else [s.previous, s.image])]
     kept = keep_visual_tokens(drawn, images * visual_tokens, images, rng)
     return Batch(
@@ -145,6 +128,43 @@ def make_batch(
         chained,
         targets=dense_targets(drawn),
     )
+
+
+def fill_texts(
+    language: Language,
+    texts: Sequence[Sequence[tuple[list[int], list[int]]]],
+    images: int,
+    most: int,
+    chained: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`Batch.ids`, positions, questions and labels of each row's questions and answers.
+
+    Args:
+        language: of the model.
+        texts: by row, as `Language.ids` gives them; what goes beyond `most` tokens is left out.
+        images: of a row.
+        most: text tokens of a row.
+        chained: see the module's docstring.
+    """
+    start = len(language.prefix) + images * NUM_VISUAL_TOKENS
+    ids, positions, questions, labels = (
+        torch.full((len(texts), most), fill) for fill in (language.pad, start, PADDING, IGNORE)
+    )
+    for row, turns in enumerate(texts):
+        used = 0
+        for number, (question, answer) in enumerate(turns):
+            length = len(question) + len(answer)
+            if used + length > most:
+                continue
+            span = slice(used, used + length)
+            ids[row, span] = torch.tensor(question + answer)
+            positions[row, span] = torch.arange(length) + start + (used if chained else 0)
+            questions[row, span] = number
+            labels[row, used + len(question) - 1 : used + length - 1] = torch.tensor(answer)
+            used += length
+    longest = int((questions != PADDING).sum(1).max())
+    ids, positions, questions, labels = (t[:, :longest] for t in (ids, positions, questions, labels))
+    return ids, positions, questions, labels
 
 
 def answer_loss(

@@ -37,7 +37,7 @@ from tokenprune_testbed.dense import (
     word_loss,
 )
 from tokenprune_testbed.evaluate import evaluate
-from tokenprune_testbed.modeling import EOS, NUM_VISUAL_TOKENS, SMALL, build_model, build_processor
+from tokenprune_testbed.modeling import EOS, NUM_VISUAL_TOKENS, SMALL, WORDS, build_model, build_processor
 from tokenprune_testbed.packing import answer_loss, make_batch
 from tokenprune_testbed.questions import evaluation_set, families_of
 from tokenprune_testbed.scenes import SCENE_KINDS, SceneKind
@@ -237,12 +237,12 @@ def grow_depth(model: LlavaForConditionalGeneration, layers: int) -> LlavaForCon
     return grown
 
 
-def export(model: LlavaForConditionalGeneration, folder: Path) -> None:
+def export(model: LlavaForConditionalGeneration, folder: Path, words: Sequence[str] = WORDS) -> None:
     """Save model (bfloat16) and processor so that ``from_pretrained`` loads them."""
     half = copy.deepcopy(model).to(torch.bfloat16)
     half.generation_config.eos_token_id = EOS
     half.save_pretrained(folder)
-    build_processor().save_pretrained(folder)
+    build_processor(words).save_pretrained(folder)
 
 
 class Curve:

@@ -27,10 +27,8 @@ from tokenprune_testbed.dense import pixel_values
 from tokenprune_testbed.evaluate import evaluate
 from tokenprune_testbed.loading import MODEL_DIR
 from tokenprune_testbed.modeling import (
-    EOS,
     GRID,
     NUM_VISUAL_TOKENS,
-    PAD,
     PAGE_WORDS,
     PAGES,
     PATCH_SIZE,
@@ -39,9 +37,9 @@ from tokenprune_testbed.modeling import (
     build_model,
     build_processor,
 )
-from tokenprune_testbed.packing import IGNORE, PADDING, Batch, answer_loss
+from tokenprune_testbed.packing import IGNORE, Batch, answer_loss, fill_texts
 from tokenprune_testbed.pages import CHARACTERS, MAX_NEW_TOKENS, Page, ask_page, evaluation_pages, make_page
-from tokenprune_testbed.train import DEVICE, autocast, cosine
+from tokenprune_testbed.train import DEVICE, autocast, cosine, export
 
 
 @dataclass(frozen=True)
@@ -106,22 +104,10 @@ def page_questions(pages: Sequence[Page], rng: np.random.Generator, lines: int) 
         asked = [whole, *(single[i] for i in rng.permutation(len(single))[:lines])]
         rows.append([PAGES.ids(qa) for qa in asked])
     longest = max(sum(len(q) + len(a) for q, a in row) for row in rows)
-    start = len(PAGES.prefix) + NUM_VISUAL_TOKENS
-    ids, positions, questions, labels = (
-        torch.full((len(rows), longest), fill) for fill in (PAD, start, PADDING, IGNORE)
-    )
-    for i, row in enumerate(rows):
-        used = 0
-        for number, (question, answer) in enumerate(row):
-            span = slice(used, used + len(question) + len(answer))
-            ids[i, span] = torch.tensor(question + answer)
-            positions[i, span] = torch.arange(len(question) + len(answer)) + start
-            questions[i, span] = number
-            labels[i, used + len(question) - 1 : span.stop - 1] = torch.tensor(answer)
-            used = span.stop
+    texts = fill_texts(PAGES, rows, images=1, most=longest)
     kept = torch.arange(NUM_VISUAL_TOKENS).expand(len(rows), -1)
     pixels = pixel_values([page.image for page in pages])
-    return Batch(PAGES.prefix, pixels, kept, ids, positions, questions, labels, False, None)
+    return Batch(PAGES.prefix, pixels, kept, *texts, chained=False, targets=None)
 
 
 class LetterHead(nn.Module):
@@ -190,11 +176,7 @@ def train(out: Path, start: Path, options: Options) -> LlavaForConditionalGenera
     everything = [*model.parameters(), *head.parameters()]
     _stage(model, head, everything, batches, 60 * options.minutes, options, curve, answers=True)
     curve.add(model, 60 * options.minutes, 0)
-    half = model.to(torch.bfloat16)
-    half.generation_config.eos_token_id = EOS
-    half.config._attn_implementation = "sdpa"
-    half.save_pretrained(out / "model")
-    build_processor(PAGE_WORDS).save_pretrained(out / "model")
+    export(model, out / "model", PAGE_WORDS)
     return model
 
 

@@ -37,7 +37,7 @@ def arms(bench: Bench, keep: float | None) -> dict[str, dict[str, Any]]:
     """Arguments of `wrap` by name."""
     if keep is None:
         return {}
-    calls = bench.calibration(96, 0)
+    calls = bench.calibration(96, 2 if bench.name == PAGES else 0)
     found: dict[str, dict[str, Any]] = {FIXED: {"keep": keep}}
     for rule in RULES:
         asked = tokenprune.Adaptive(keep, rule, low=keep / 3, high=min(1.0, 3 * keep))  # type: ignore[arg-type]
