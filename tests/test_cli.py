@@ -564,6 +564,19 @@ def test_a_missing_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "reinstall" in refused("demo", "--model", "small", "--out", tmp_path / "out")
 
 
+def test_a_broken_plug_in_leaves_the_other_commands_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.metadata import EntryPoint
+
+    from tokenprune.cli import _add
+
+    monkeypatch.setattr(app, "registered_commands", [*app.registered_commands])
+    _add(EntryPoint("extra", "nosuch.module:command", "tokenprune.commands"))
+    assert "'extra' (nosuch.module:command) cannot be loaded: No module named 'nosuch'" in refused(
+        "extra", "--x", 3
+    )
+    assert call("methods").exit_code == 0
+
+
 def test_other_commands_refuse_on_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "name another" in refused("demo", "--out", tmp_path / "file" / "folder")

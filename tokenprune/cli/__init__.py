@@ -7,7 +7,7 @@ Nothing heavy is imported before a command needs it, so that `--help` answers at
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated
 
 import typer
@@ -24,9 +24,31 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_added = {entry.name: entry for entry in entry_points(group="tokenprune.commands")}
-for _name, _entry in _added.items():
-    app.command(_name)(_entry.load())
+_ANY_WORDS = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+def _add(entry: EntryPoint) -> None:
+    """A command of another distribution; where that is broken, one that says so, and the others are as they were."""
+    try:
+        app.command(entry.name)(entry.load())
+    except Exception as error:  # whatever its import raises
+        _refuse(entry.name, f"the command {entry.name!r} ({entry.value}) cannot be loaded: {error}")
+
+
+def _refuse(name: str, reason: str) -> None:
+    """A command that only says why it is not there."""
+
+    def refused() -> None:
+        raise InputError(reason)
+
+    app.command(name, context_settings=_ANY_WORDS, hidden=True)(refused)
+
+
+_added = entry_points(group="tokenprune.commands")
+for _entry in _added:
+    _add(_entry)
+if "demo" not in _added.names:
+    _refuse("demo", f"the demo comes with the testbed, which is not installed: {testbeds.INSTALL}")
 for _command in (
     page.app,
     run.run,
@@ -41,14 +63,6 @@ for _command in (
 ):
     app.command()(_command)
 app.add_typer(profiles.commands, name="profiles")
-
-
-if "demo" not in _added:
-
-    @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, hidden=True)
-    def demo() -> None:
-        """Says where the demo is."""
-        raise InputError(f"the demo comes with the testbed, which is not installed: {testbeds.INSTALL}")
 
 
 @app.callback(invoke_without_command=True)
