@@ -1,13 +1,10 @@
-"""`tokenprune demo`: a testbed model answers questions with all of its visual tokens, and with a few."""
+"""`tokenprune demo`: a small comparison on a testbed's model, shown: answers, accuracy, time, memory and pictures."""
 
 from __future__ import annotations
 
-import math
-import statistics
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,113 +12,50 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tokenprune.cli.options import JsonOption
-from tokenprune.cli.shell import InputError, console, print_json, quiet_transformers
+from tokenprune.cli.shell import InputError, console, print_json, progress, quiet_transformers
 from tokenprune_kernels.machine import cpu_name
 
 if TYPE_CHECKING:
+    from PIL import Image
     from rich.table import Table
 
-    from tokenprune_testbed.questions import Sample
+    from tokenprune.compare.run import Comparison, Progress
+    from tokenprune.compare.summary import Summary
 
 BUDGETS = (0.33, 0.22, 0.11)  # average retention over the decoder layers
-# The default, the methods (entropyprune as released), the controls: those of the comparison that stands beside them.
-METHODS = ("auto", "vflowopt", "entropyprune", "uniform", "random")
-FORMS: dict[str, dict[str, Any]] = {"entropyprune": {"source": "query", "normalization": "none"}}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How a testbed model is shown.
-
-    Attributes:
-        layer: of EntropyPrune's cut.
-        scenes, quick_scenes: how many are asked about.
-        repeats, quick_repeats: timed forwards of each variant.
-    """
-
-    layer: int
-    scenes: int
-    quick_scenes: int
-    repeats: int
-    quick_repeats: int
-
-
-SETTINGS = {
-    "smol": Setting(
-        2,
-        scenes=20,
-        quick_scenes=10,
-        repeats=2,
-        quick_repeats=1,
-    ),
-    "small": Setting(
-        1,
-        scenes=160,
-        quick_scenes=40,
-        repeats=10,
-        quick_repeats=5,
-    ),
-}
+CONTROLS = ("uniform", "random")
 TIMED_PROMPTS = 4  # prompts in the batch that is timed
 # What is shown is settled before anything is asked: the first question of each of these families.
 SHOWN, QUICK_SHOWN = ("attribute", "position", "reading"), ("attribute", "position")
 
 
-@dataclass
-class Variant:
-    """A method at a budget, and what was found.
+@dataclass(frozen=True)
+class Setting:
+    """How a testbed's model is shown.
 
     Attributes:
-        method: its name.
-        keep: average retention asked for; None for `none`.
-        layer: the cut's; None: the method's own cuts.
-        parameters: of the method.
-        correct: by question.
-        answers: by question.
-        kept: {question: kept raster indices of each image}, of the questions shown.
-        grid: frames, height, width of an image's tokens.
-        tokens, tokens_average, tokens_after_cut: visual tokens per image: all, mean over layers, after the cut.
-        kv_bytes: keys and values of one prompt with one image.
-        seconds: of each timed prefill.
+        layer: of EntropyPrune's cut.
+        questions, quick_questions: how many are asked.
+        rounds, quick_rounds: of timing.
     """
 
-    method: str
-    keep: float | None
-    layer: int | None = 0
-    parameters: dict[str, Any] = field(default_factory=dict)
-    correct: list[bool] = field(default_factory=list)
-    answers: list[str] = field(default_factory=list)
-    kept: dict[int, list[list[int]]] = field(default_factory=dict)
-    grid: tuple[int, int, int] = (1, 1, 1)
-    tokens: float = 0.0
-    tokens_average: float = 0.0
-    tokens_after_cut: float = 0.0
-    kv_bytes: int = 0
-    seconds: list[float] = field(default_factory=list)
+    layer: int
+    questions: int
+    quick_questions: int
+    rounds: int
+    quick_rounds: int
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        """For `tokenprune.pruned`."""
-        budget = {} if self.keep is None else {"keep": self.keep}
-        cut = {} if self.keep is None or self.layer is None else {"layer": self.layer}
-        return {"method": self.method, **budget, **cut, **self.parameters}
-
-    @property
-    def accuracy(self) -> float:
-        return sum(self.correct) / len(self.correct)
-
-    @property
-    def prefill_ms(self) -> float:
-        return statistics.median(self.seconds) * 1e3
-
-    @property
-    def title(self) -> str:
-        return self.method if self.keep is None else f"{self.method}, {self.keep:.0%}"
+    def methods(self) -> tuple[str, ...]:
+        """The default, and the methods as they are; controls stand beside them."""
+        return "auto", "vflowopt", f"entropyprune,layer={self.layer}"
 
 
-def _help_scenes() -> str:
-    counts = ", ".join(f"{s.scenes} or, quick, {s.quick_scenes} of {name}" for name, s in SETTINGS.items())
-    return f"How many  [default: {counts}]"
+SETTINGS = {
+    "smol": Setting(2, questions=40, quick_questions=20, rounds=2, quick_rounds=1),
+    "small": Setting(1, questions=280, quick_questions=70, rounds=10, quick_rounds=5),
+}
+_DEFAULTS = ", ".join(f"{s.questions} or, quick, {s.quick_questions} to {n}" for n, s in SETTINGS.items())
 
 
 class TestbedModel(str, Enum):
@@ -143,39 +77,50 @@ def demo(
         ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer scenes: about a minute on one CPU core.")
+        bool, typer.Option("--quick", help="Fewer questions: about a minute on one CPU core.")
     ] = False,
-    scenes: Annotated[
-        int | None,
-        typer.Option("--scenes", min=1, help=_help_scenes()),
+    questions: Annotated[
+        int | None, typer.Option("--questions", min=1, help=f"How many  [default: {_DEFAULTS}]")
     ] = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the pictures.")] = Path(
         "tokenprune-demo"
     ),
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the scenes and of the method 'random'.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the questions drawn.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Prune a testbed model on unseen scenes: answers, accuracy, time, memory, pictures."""
     _make_folder(out)
-    with _progress(as_json) as say:
-        say("loading the model")
+    with progress("loading the model", as_json) as show:
         name, loaded, processor = _load(None if model is None else model.value)
         setting = SETTINGS[name]
-        samples = make_questions(scenes or (setting.quick_scenes if quick else setting.scenes), seed)
-        shown = _choose_shown(samples, QUICK_SHOWN if quick else SHOWN)
-        variants = make_variants(setting, seed)
-        for variant in variants:
-            say(f"{len(samples)} questions: {variant.title}")
-            ask(variant, loaded, processor, samples, shown)
-        say("timing prefill")
-        repeats = setting.quick_repeats if quick else setting.repeats
-        timed = time_prefill(variants, loaded, processor, samples, repeats)
-        pictures = _save_pictures(out, variants, samples, shown)
-    document = _document(name, variants, samples, shown, timed, pictures, repeats)
+        rounds = setting.quick_rounds if quick else setting.rounds
+        count = questions or (setting.quick_questions if quick else setting.questions)
+        found = _compare(name, loaded, processor, count, seed, show)
+        show("timing", 0, 0)
+        times = _time(found, rounds)
+    summary = found.summary
+    families = QUICK_SHOWN if quick else SHOWN
+    first = {question.family: i for i, question in reversed(list(enumerate(summary.questions)))}
+    shown = [first[family] for family in families if family in first] or [0]
+    pictures = []
+    for number in shown:
+        path = out / f"{summary.questions[number].family}.png"
+        _sheet(found, number).save(path)
+        pictures.append(str(path))
+    document = _document(name, summary, shown, times, pictures, rounds)
     if as_json:
         print_json(document)
     else:
-        _show(document, variants, samples, shown)
+        _show(document, summary, shown)
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--out: cannot make the folder {str(out)!r}: {error.strerror}; name another"
+        ) from error
 
 
 def _load(name: str | None) -> tuple[str, Any, Any]:
@@ -193,280 +138,175 @@ def _load(name: str | None) -> tuple[str, Any, Any]:
         return "small", *load("small")
 
 
-def make_questions(scenes: int, seed: int) -> list[Sample]:
-    """Questions about `scenes` scenes of the test split, the question families in turn, up to two to a scene."""
-    import numpy as np
+def _compare(
+    name: str, model: Any, processor: Any, count: int, seed: int, show: Callable[[str, int, int], None]
+) -> Comparison:
+    from tokenprune.compare.questions import load_questions
+    from tokenprune.compare.run import compare
+    from tokenprune_testbed.evaluate import MAX_NEW_TOKENS
 
-    from tokenprune_testbed.questions import FAMILIES, Sample, ask, scene_for
+    def told(now: Progress) -> None:
+        show(now.what, now.done, now.total)
 
-    samples: list[Sample] = []
-    for i in range(scenes):
-        rng = np.random.default_rng([seed, i])
-        family = FAMILIES[i % len(FAMILIES)]
-        found: list[Any] = []
-        while not found:  # a scene may have no unambiguous question of its family
-            scene = scene_for(family, rng, "test")
-            found = ask(scene, rng, family)
-        images = [scene.image] if scene.previous is None else [scene.previous, scene.image]
-        samples += [Sample(images, *found[j]) for j in rng.permutation(len(found))[:2]]
-    return samples
-
-
-def _choose_shown(samples: list[Sample], families: tuple[str, ...]) -> list[int]:
-    first = {sample.family: i for i, sample in reversed(list(enumerate(samples)))}
-    wanted = [first[family] for family in families if family in first]
-    return wanted or [0]
-
-
-def make_variants(setting: Setting, seed: int) -> list[Variant]:
-    """The unpruned model, then every method at every budget."""
-    variants = [Variant("none", None)]
-    parameters = {**FORMS, "random": {"seed": seed}}
-    # Controls lose least before the LLM; auto and vflowopt have cuts of their own.
-    layers = {"entropyprune": setting.layer, "uniform": 0, "random": 0}
-    for method in METHODS:
-        given = parameters.get(method, {})
-        variants += [Variant(method, budget, layers.get(method), given) for budget in BUDGETS]
-    return variants
+    with tempfile.TemporaryDirectory() as folder:
+        return compare(
+            model,
+            processor,
+            load_questions(f"testbed:{name}", count, seed=seed),
+            Path(folder),
+            told=told,
+            methods=SETTINGS[name].methods,
+            budgets=BUDGETS,
+            controls=CONTROLS,
+            batch_size=50,
+            max_new_tokens=MAX_NEW_TOKENS,
+            time_batches=(),
+        )
 
 
-def ask(variant: Variant, model: Any, processor: Any, samples: list[Sample], shown: list[int]) -> None:
-    """Every question once, by the same `evaluate` that the testbed's tables use."""
-    import tokenprune
-    from tokenprune_testbed import evaluate
+def _time(found: Comparison, rounds: int) -> dict[str, float]:
+    """Milliseconds to the first token of a batch, by arm."""
+    from tokenprune.compare.speed import measure_times
 
-    tokens: list[tuple[float, float, float]] = []
-
-    def note(indices: list[int]) -> None:
-        report = tokenprune.report(model)
-        (variant.grid,) = report.images[0].grids
-        tokens.extend((i.tokens, i.average, i.kept[-1] if i.kept else i.tokens) for i in report.images)
-        for row, index in enumerate(indices):
-            if index in shown and report.pruned:
-                variant.kept[index] = report.keep_lists[-1][row]
-
-    with tokenprune.pruned(model, **variant.arguments):
-        result = evaluate(model, processor, samples, after_generate=note)
-    variant.correct, variant.answers = result.correct, result.answers
-    variant.tokens, variant.tokens_average, variant.tokens_after_cut = (
-        sum(column) / len(tokens) for column in zip(*tokens, strict=True)
-    )
+    taken = measure_times(found.asker, found.arms, TIMED_PROMPTS, "first token", rounds, 1)
+    return {row["arm"]: row["ms"] for row in taken}
 
 
-def time_prefill(
-    variants: list[Variant], model: Any, processor: Any, samples: list[Sample], repeats: int
-) -> int:
-    """Time one forward over a batch of prompts with one image each, vision tower and cache included.
-
-    The variants take turns, so that a slower minute of the machine hits all of them; the first round warms up.
-
-    Returns:
-        How many prompts the batch had.
-    """
-    import torch
-
-    import tokenprune
-    from tokenprune_testbed.language import make_inputs
-
-    chosen = [s for s in samples if len(s.images) == 1][:TIMED_PROMPTS]
-    inputs = make_inputs(processor, chosen)
-    for turn in range(repeats + 1):
-        for variant in variants:
-            with tokenprune.pruned(model, **variant.arguments), torch.inference_mode():
-                start = time.perf_counter()
-                model(**inputs, use_cache=True, logits_to_keep=1)
-                seconds = time.perf_counter() - start
-                if turn:
-                    variant.seconds.append(seconds)
-                else:
-                    variant.kv_bytes = tokenprune.report(model).kv_used // len(chosen)
-    return len(chosen)
-
-
-# -- pictures -----------------------------------------------------------------------------------------------------
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--out: cannot make the folder {str(out)!r}: {error.strerror}; name another"
-        ) from error
-
-
-def _save_pictures(out: Path, variants: list[Variant], samples: list[Sample], shown: list[int]) -> list[str]:
-    paths = []
-    for index in shown:
-        path = out / f"{samples[index].family}.png"
-        _sheet(variants, samples[index], index).save(path)
-        paths.append(str(path))
-    return paths
-
-
-def _sheet(variants: list[Variant], sample: Sample, index: int) -> Any:
+def _sheet(found: Comparison, number: int) -> Image.Image:
     """One question: a row per method, a column per budget; the picture as it is on the left."""
     from PIL import Image
 
-    from tokenprune.draw import add_caption, draw_kept, tile
+    from tokenprune.compare.pictures import kept_of_question
+    from tokenprune.draw import add_caption, tile
 
-    frames = [Image.fromarray(image) for image in sample.images]
-    scale = 3 if len(frames) == 1 else 2
-    total = math.prod(variants[0].grid)
-
-    def panel(variant: Variant) -> Any:
-        lists = variant.kept.get(index) or [list(range(total))] * len(frames)
-        drawn = [draw_kept(f, variant.grid, kept, scale=scale) for f, kept in zip(frames, lists, strict=True)]
-        mark = "" if variant.correct[index] else "  (wrong)"
-        caption = f"{variant.title}, {len(lists[0])} of {total}: {variant.answers[index] or '-'}{mark}"
-        return add_caption(tile(drawn, len(drawn), gap=2), caption, lines=2)
-
-    whole = panel(variants[0])
+    summary = found.summary
+    panels: dict[str, Image.Image] = {}
+    for arm in found.arms:
+        mark = "" if summary.right(arm.key)[number] else "  (wrong)"
+        budget = "" if arm.keep is None else f", {arm.keep:.0%}"
+        caption = f"{_title(arm.name)}{budget}: {summary.answers[arm.key][number] or '-'}{mark}"
+        panels[arm.key] = add_caption(kept_of_question(found.asker, arm, number), caption, lines=2)
+    whole = panels["none"]
     blank = Image.new("RGB", whole.size, "white")
-    panels = []
-    for i, method in enumerate(METHODS):
-        panels += [whole if i == 0 else blank, *(panel(v) for v in variants if v.method == method)]
-    title = f"{sample.question}   true answer: {sample.answer}   (average retention, tokens after the cut: answer)"
-    return tile(panels, columns=1 + len(BUDGETS), title=title)
+    cells = []
+    for i, name in enumerate(summary.names):
+        own = [panels[arm.key] for arm in found.arms if arm.name == name]
+        cells += [blank if i else whole, *own]
+    question = summary.questions[number]
+    title = f"{question.text}   true answer: {question.answers[0]}   (average retention: answer)"
+    return tile(cells, columns=1 + len(BUDGETS), title=title)
+
+
+def _title(name: str) -> str:
+    """A method's name; the layer it is cut at is said below the tables."""
+    return name.partition(",")[0]
 
 
 # -- output -------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _progress(silent: bool) -> Iterator[Any]:
-    """A line that says what is going on, on stderr and only in a terminal."""
-    err = console(stderr=True)
-    if silent or not err.is_terminal:
-        yield lambda text: None
-        return
-    with err.status("") as status:
-        yield status.update
-
-
 def _document(
     name: str,
-    variants: list[Variant],
-    samples: list[Sample],
-    shown: list[int],
-    timed: int,
+    summary: Summary,
+    shown: Sequence[int],
+    times: dict[str, float],
     pictures: list[str],
-    repeats: int,
+    rounds: int,
 ) -> dict[str, Any]:
     """Everything the demo found, ready for JSON."""
     import torch
 
     from tokenprune_testbed import compared
-    from tokenprune_testbed.evaluate import wilson_interval
 
-    rows = []
-    for v in variants:
-        low, high = wilson_interval(sum(v.correct), len(v.correct))
-        rows.append(
-            {
-                "method": v.method,
-                "keep": v.keep,
-                "correct": sum(v.correct),
-                "accuracy": v.accuracy,
-                "low": low,
-                "high": high,
-                "prefill_ms": v.prefill_ms,
-                "tokens": v.tokens,
-                "tokens_average": v.tokens_average,
-                "tokens_after_cut": v.tokens_after_cut,
-                "kv_bytes": v.kv_bytes,
-            }
-        )
-    machine: dict[str, Any] = {
-        "cpu": cpu_name(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
+    machine = {"cpu": cpu_name(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    rows, keys = [], [*summary.answers]
+    for row, key in zip(summary.rows, keys, strict=True):
+        assert row.accuracy is not None
+        own = {"method": _title(row.name), "keep": row.keep, "correct": int(summary.right(key).sum())}
+        own |= {"accuracy": row.accuracy.value, "low": row.accuracy.low, "high": row.accuracy.high}
+        rows.append({**own, "first_token_ms": times[key], "kept": row.kept, "kv_bytes": row.kv})
+    asked = len(summary.questions)
     return {
-        "questions": len(samples),
-        "scenes": len({id(s.images) for s in samples}),
+        "questions": asked,
         "model": name,
         "layer": SETTINGS[name].layer,
-        "parameters": FORMS,
         "rows": rows,
         "compared": [
             {"method": method, "keep": keep, **asdict(found)}
             for (method, keep), found in compared.read(name).items()
             if keep is None or keep in BUDGETS
         ],
-        "shown": [_shown(variants, samples[i], i) for i in shown],
+        "shown": [_shown(summary, number) for number in shown],
         "pictures": pictures,
         "machine": machine,
         "measured": (
             f"Measured on {machine['cpu']} with torch {machine['torch']}, {machine['threads']} "
-            f"thread{'s' * (machine['threads'] > 1)}, float32: {len(samples)} held-out questions to the testbed's "
-            f"{name!r}, each asked once per cell; prefill is the median of {repeats} forwards over {timed} prompts, "
-            f"vision tower and scoring included."
+            f"thread{'s' * (torch.get_num_threads() > 1)}, float32: {asked} held-out questions to the testbed's "
+            f"{name!r}, each asked once per cell; time to the first token is the median of {rounds} rounds with "
+            f"{TIMED_PROMPTS} prompts, vision tower and scoring included."
         ),
     }
 
 
-def _shown(variants: list[Variant], sample: Sample, index: int) -> dict[str, Any]:
+def _shown(summary: Summary, number: int) -> dict[str, Any]:
+    question = summary.questions[number]
     answers = [
-        {"method": v.method, "keep": v.keep, "answer": v.answers[index], "correct": v.correct[index]}
-        for v in variants
+        {
+            "method": _title(row.name),
+            "keep": row.keep,
+            "answer": said[number],
+            "correct": bool(summary.right(key)[number]),
+        }
+        for row, (key, said) in zip(summary.rows, summary.answers.items(), strict=True)
     ]
-    return {"family": sample.family, "question": sample.question, "answer": sample.answer, "answers": answers}
+    return {
+        "family": question.family,
+        "question": question.text,
+        "answer": question.answers[0],
+        "answers": answers,
+    }
 
 
-def _show(document: dict[str, Any], variants: list[Variant], samples: list[Sample], shown: list[int]) -> None:
+def _show(document: dict[str, Any], summary: Summary, shown: Sequence[int]) -> None:
     out = console()
-    for index in shown:
-        sample = samples[index]
-        table = _table(f"{sample.question}  (true answer: {sample.answer})", justify="left")
-        _add_methods(table, variants, lambda v: _answer_cell(v, index))  # noqa: B023  # called at once
+    for own in document["shown"]:
+        table = _table(f"{own['question']}  (true answer: {own['answer']})", justify="left")
+        _add_methods(table, own["answers"], _answer_cell)
         out.print(table)
-    _show_compared(document["compared"])
-    half = max(row["high"] - row["low"] for row in document["rows"]) / 2
+    compared = document["compared"]
+    asked = sorted({row["questions"] for row in compared})
     table = _table(
-        f"{document['questions']} questions about {document['scenes']} unseen scenes, asked just now",
-        justify="right",
+        f"accuracy in % of {' or '.join(f'{count:,}' for count in asked)} held-out questions, committed in "
+        f"eval/results ({compared[0]['cpu']}, {compared[0]['date']})"
     )
-    _add_methods(table, variants, lambda v: f"{v.accuracy:.0%}", f"right (± {100 * half:.0f}): ")
+    _add_methods(
+        table, compared, lambda row: f"{100 * row['accuracy']:.1f} ± {50 * (row['high'] - row['low']):.1f}"
+    )
+    out.print(table)
+    rows = document["rows"]
+    half = max(row["high"] - row["low"] for row in rows) / 2
+    table = _table(f"{document['questions']} questions about unseen scenes, asked just now")
+    _add_methods(table, rows, lambda row: f"{row['accuracy']:.0%}", f"right (± {100 * half:.0f}): ")
     table.add_section()
-    _add_methods(table, variants, lambda v: f"{v.prefill_ms:.0f}", "prefill ms: ")
+    _add_methods(table, rows, lambda row: f"{row['first_token_ms']:.0f}", "first token, ms: ")
     table.add_section()
-    _add_costs(table, variants)
+    # What depends on the budget alone: the methods of a column keep the same number of tokens.
+    columns = [rows[0], *(row for row in rows if row["method"] == rows[1]["method"])]
+    table.add_row("visual tokens, average", *(f"{row['kept']:.1%}" for row in columns))
+    table.add_row("KV cache per prompt, KiB", *(f"{row['kv_bytes'] / 1024:.0f}" for row in columns))
     out.print(table)
     out.print(
         f"{document['questions']} questions are good to about ± {100 * half:.0f} points (95 %), too few to tell "
         f"methods apart: the table before does. auto is wrap(model, keep=...): the profile known for this model; "
         f"vflowopt has its defaults, entropyprune is as released and cut before decoder layer {document['layer']}, the "
-        f"controls uniform and random before the LLM. Columns are the average over layers, as papers count."
+        f"controls uniform and random before the LLM. Columns are the average over layers, as papers count. "
+        f"'tokenprune compare' asks the same of your own model."
     )
     out.print(f"Kept tokens over the image: {', '.join(document['pictures'])}")
     out.print(document["measured"], markup=False)
 
 
-def _show_compared(rows: list[dict[str, Any]]) -> None:
-    """The committed comparison, which asked enough to tell methods apart; nothing where there is none."""
-    if not rows:
-        return
-    found = {(row["method"], row["keep"]): row for row in rows}
-    one, asked = rows[0], sorted({int(row["questions"]) for row in rows})
-    many = " or ".join(f"{count:,}" for count in asked)
-    table = _table(
-        f"accuracy in % of {many} held-out questions, committed in eval/results ({one['cpu']}, "
-        f"{one['date']})",
-        justify="right",
-    )
-
-    def cell(method: str, keep: float | None) -> str:
-        own = found.get((method, keep))
-        return "" if own is None else f"{100 * own['accuracy']:.1f} ± {50 * (own['high'] - own['low']):.1f}"
-
-    for method in ("none", *METHODS):
-        cells = [cell(method, None)] if method == "none" else ["", *(cell(method, keep) for keep in BUDGETS)]
-        table.add_row(method, *cells)
-    console().print(table)
-
-
-def _table(title: str, justify: Any) -> Table:
+def _table(title: str, justify: Any = "right") -> Table:
     from rich import box
     from rich.table import Table
 
@@ -477,22 +317,15 @@ def _table(title: str, justify: Any) -> Table:
     return table
 
 
-def _add_methods(table: Table, variants: list[Variant], cell: Any, before: str = "") -> None:
-    for method in ("none", *METHODS):
-        cells = [cell(v) for v in variants if v.method == method]
-        table.add_row(before + method, *(cells if method == "none" else ["", *cells]))
+def _add_methods(table: Table, rows: Sequence[dict[str, Any]], cell: Any, before: str = "") -> None:
+    """A line per method: the unpruned model under "all tokens", the others under their budgets."""
+    by_place = {(row["method"], row["keep"]): cell(row) for row in rows}
+    for method in ("none", *dict.fromkeys(method for method, keep in by_place if keep is not None)):
+        table.add_row(before + method, *(by_place.get((method, keep), "") for keep in (None, *BUDGETS)))
 
 
-def _add_costs(table: Table, variants: list[Variant]) -> None:
-    """What depends on the budget alone: the methods of a column keep the same number of tokens."""
-    columns = [v for v in variants if v.method in ("none", METHODS[0])]
-    table.add_row("visual tokens, average", *(f"{v.tokens_average:.1f}" for v in columns))
-    table.add_row("visual tokens, after the cut", *(f"{v.tokens_after_cut:.0f}" for v in columns))
-    table.add_row("KV cache per prompt, KiB", *(f"{v.kv_bytes / 1024:.0f}" for v in columns))
-
-
-def _answer_cell(variant: Variant, index: int) -> str:
+def _answer_cell(row: dict[str, Any]) -> str:
     from rich.markup import escape
 
-    answer = escape(variant.answers[index]) or "-"
-    return f"[green]{answer}[/green]" if variant.correct[index] else f"[red]{answer} ✗[/red]"
+    answer = escape(row["answer"]) or "-"
+    return f"[green]{answer}[/green]" if row["correct"] else f"[red]{answer} ✗[/red]"

@@ -78,7 +78,7 @@ def one_question(asker: Asker, arms: Sequence[Arm], summary: Summary) -> list[Sh
         right = torch.tensor([summary.right(arm.key).tolist() for arm in own], dtype=torch.float)
         split = right.std(0, correction=0) + torch.from_numpy(summary.right(NONE))
         number = int(split.argmax())
-    return [_drawn(asker, arm, number, summary) for arm in own]
+    return [_shown(asker, arm, number, summary) for arm in own]
 
 
 def first_failures(asker: Asker, arms: Sequence[Arm], summary: Summary) -> Iterator[Shown]:
@@ -93,16 +93,21 @@ def first_failures(asker: Asker, arms: Sequence[Arm], summary: Summary) -> Itera
         wrong = (whole & ~summary.right(arm.key)).nonzero()[0]
         if len(wrong):
             done.add(arm.name)
-            yield _drawn(asker, arm, int(wrong[0]), summary)
+            yield _shown(asker, arm, int(wrong[0]), summary)
 
 
-def _drawn(asker: Asker, arm: Arm, number: int, summary: Summary) -> Shown:
-    assert arm.keep is not None
+def kept_of_question(asker: Asker, arm: Arm, number: int) -> Image.Image:
+    """What an arm keeps of a question's pictures, side by side."""
     with asker.memory.features(asker.model), pruned(asker.model, **arm.arguments), torch.inference_mode():
         asker.inner(**asker.inputs(arm, [number]), use_cache=True, logits_to_keep=1)
         told = report(asker.model)
     drawn = told.draw(asker.questions[number].images, processor=asker.processor)
-    picture = tile(drawn, columns=len(drawn))
+    return tile(drawn, columns=len(drawn))
+
+
+def _shown(asker: Asker, arm: Arm, number: int, summary: Summary) -> Shown:
+    assert arm.keep is not None
+    picture = kept_of_question(asker, arm, number)
     return Shown(arm.name, arm.keep, number, summary.answers[arm.key][number], _data_url(picture))
 
 
