@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 
-def install_hint(*extras: str) -> str:
-    """How the packages of an extra are had: "tokenprune" on PyPI is somebody else's, so from the checkout."""
-    return f"pip install '.[{','.join(extras)}]' in tokenprune's checkout"
-
-
 class TokenPruneError(Exception):
     """Base of all errors of this library; catching it catches every refusal."""
 

@@ -17,12 +17,14 @@ from tokenprune import testbeds
 from tokenprune.errors import ConfigError, SkippedFilesWarning
 from tokenprune.files import given_path
 from tokenprune.images import SUFFIXES, as_rgb, open_image
+from tokenprune.optional import check_installed
 
 if TYPE_CHECKING:
     from PIL import Image
 
 PROMPT = "Describe the image."
 _HUB = "hf:"
+_READING = "reading a Hugging Face dataset"
 _IMAGE_NAMES, _PROMPT_NAMES = ("image", "images"), ("prompt", "question", "text")
 _ANSWER_NAMES, _FAMILY_NAMES = ("answers", "answer"), ("family", "category", "question_type")
 
@@ -186,11 +188,11 @@ def _from_jsonl(path: Path, limit: int) -> Iterator[CalibrationSample]:
 
 def _from_hub(name: str, limit: int) -> Iterator[CalibrationSample]:
     dataset_name, _, split = name.partition(":")
-    datasets = _datasets()
+    check_installed(_READING, "datasets", extra="tune")
+    from datasets import load_dataset
+
     try:
-        stream = datasets.load_dataset(
-            dataset_name, split=split or "train", streaming=True, trust_remote_code=False
-        )
+        stream = load_dataset(dataset_name, split=split or "train", streaming=True, trust_remote_code=False)
         records = list(stream.take(limit))
     except Exception as error:  # what datasets raises has no common base
         raise ConfigError(f"cannot read the dataset {name!r}: {one_line(error)}") from error
@@ -198,13 +200,14 @@ def _from_hub(name: str, limit: int) -> Iterator[CalibrationSample]:
 
 
 def _from_disk(folder: Path, limit: int, seed: int) -> Iterator[CalibrationSample]:
+    check_installed(_READING, "datasets", extra="tune")
+    from datasets import load_from_disk
+
     try:
-        data = _datasets().load_from_disk(str(folder))
+        data: Any = load_from_disk(str(folder))
         if isinstance(data, dict):  # a DatasetDict: its training split, or the first
             data = data.get("train", next(iter(data.values()), []))
         records = [(i, data[i]) for i in _drawn(len(data), limit, seed)]
-    except ConfigError:
-        raise
     except Exception as error:  # what datasets raises has no common base
         raise ConfigError(f"cannot read the dataset in {str(folder)!r}: {one_line(error)}") from error
     for i, record in records:
@@ -213,16 +216,6 @@ def _from_disk(folder: Path, limit: int, seed: int) -> Iterator[CalibrationSampl
 
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
-
-
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise ConfigError(
-            "reading a Hugging Face dataset needs the datasets library: pip install datasets"
-        ) from None
-    return datasets
 
 
 def _from_record(record: dict[str, Any], where: str) -> CalibrationSample:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from tokenprune.analysis.layers import LayerStatistics
-from tokenprune.errors import ConfigError, install_hint
+from tokenprune.errors import ConfigError
+from tokenprune.optional import check_installed
 from tokenprune.profiles.collapse import Collapse
 
 
@@ -70,10 +71,9 @@ def new_figure(panels: int, columns: int = 3) -> Any:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # not pyplot: no display, no global state
-    except ImportError:
-        raise ConfigError(f"figures need matplotlib: {install_hint('plot')}") from None
+    check_installed("a figure", "matplotlib", extra="plot")
+    from matplotlib.figure import Figure  # not pyplot: no display, no global state
+
     columns = min(columns, panels)
     rows = -(-panels // columns)
     figure = Figure(figsize=(4.2 * columns, 3.1 * rows), layout="constrained")

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenprune.errors import ConfigError, install_hint
+from tokenprune.errors import ConfigError
 from tokenprune.files import csv_text
+from tokenprune.optional import check_installed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -159,11 +160,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     Raises:
         ConfigError: matplotlib is missing.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError(f"figures need matplotlib: {install_hint('plot')}") from None
+    check_installed("a figure", "matplotlib", extra="plot")
+    import matplotlib
+    from matplotlib.figure import Figure
+
     kinds = {
         "prefill": ("t_{}_ms", ("ideal", "ours")),
         "decode per token": ("decode_{}_ms", ("ours",)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +10,7 @@ from tokenprune import testbeds
 from tokenprune.cli.loading import load_model
 from tokenprune.cli.options import DeviceOption, Dtype, DtypeOption
 from tokenprune.cli.shell import InputError, console
-from tokenprune.errors import install_hint
+from tokenprune.optional import check_installed
 
 
 def app(
@@ -32,8 +31,7 @@ def app(
     device: DeviceOption = None,
 ) -> None:
     """A page with your picture, the whole and the pruned answer, and what was kept. On this machine only."""
-    if importlib.util.find_spec("gradio") is None:
-        raise InputError(f"the page needs gradio: {install_hint('app')}")
+    check_installed("the page", "gradio", extra="app")
     loaded, processor = load_model(model, dtype.value, device)
 
     from tokenprune.app.asking import Asking

@@ -20,9 +20,8 @@ from tokenprune.cli.options import (
     ModelArgument,
     Side,
 )
-from tokenprune.cli.shell import InputError, console, kept, print_json, progress
-from tokenprune.errors import install_hint
-from tokenprune.files import given_path
+from tokenprune.cli.shell import check_place, console, kept, print_json, progress, table
+from tokenprune.optional import check_installed
 
 if TYPE_CHECKING:
     from tokenprune.compare.run import Progress
@@ -147,13 +146,8 @@ def _budgets(texts: list[str] | tuple[str, ...]) -> tuple[Any, ...]:
 
 def _check(options: dict[str, Any], out: Path) -> None:
     """What can be refused before a model is loaded."""
-    import importlib.util
-
-    missing = [name for name in ("scipy", "matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(f"a comparison needs {', '.join(missing)}: {install_hint('compare')}")
-    if not given_path(out.parent).is_dir():
-        raise InputError(f"there is no folder {str(out.parent)!r}; make it first")
+    check_installed("a comparison", "scipy", "matplotlib", "jinja2", extra="compare")
+    check_place(out)
     from tokenprune.compare.run import CompareOptions
 
     CompareOptions(**options)
@@ -201,22 +195,19 @@ def _command(
 
 
 def _show(summary: Summary, page: Path) -> None:
-    from rich.table import Table
-
     title = f"{len(summary.questions)} questions; * the interval of the paired difference excludes 0"
-    table = Table(title=title, title_justify="left")
-    for column in ("", "kept", "accuracy", "- random", "- uniform", "- downsample", "loyalty", "drift", "KV"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
+    minus = ("random", "uniform", "downsample")
+    shown = table(title, ("", "kept", "accuracy", *(f"- {name}" for name in minus), "loyalty", "drift", "KV"))
     for row in summary.rows:
         if row.refused:
-            table.add_row(row.name, f"({row.keep:.1%})" if row.keep else "", "not possible", *[""] * 6)
+            shown.add_row(row.name, f"({row.keep:.1%})" if row.keep else "", "not possible", *[""] * 6)
             continue
-        found = [row.against.get(name) for name in ("random", "uniform", "downsample")]
+        found = [row.against.get(name) for name in minus]
         against = ["" if d is None else f"{d.points:+.1f}{'*' if d.low * d.high > 0 else ' '}" for d in found]
         loyalty = "" if row.loyalty is None else f"{row.loyalty.value:.1%}"
         accuracy = "" if row.accuracy is None else str(row.accuracy)
         cells = (f"{row.kept:.1%}", accuracy, *against, loyalty, f"{row.drift:.4f}", f"{row.kv_share:.1%}")
-        table.add_row(row.name, *cells)
+        shown.add_row(row.name, *cells)
     out = console()
-    out.print(table)
+    out.print(shown)
     out.print(str(page), markup=False)

@@ -20,7 +20,16 @@ from tokenprune.cli.options import (
     ModelArgument,
     Side,
 )
-from tokenprune.cli.shell import InputError, console, no_drawing_loses_results, one_line, print_json, progress
+from tokenprune.cli.shell import (
+    InputError,
+    check_place,
+    console,
+    no_drawing_loses_results,
+    one_line,
+    print_json,
+    progress,
+    table,
+)
 
 
 def drift(
@@ -64,8 +73,7 @@ def drift(
     if keep is None and loaded_profile is None:
         raise InputError("say how much to keep, for example --keep 25%, or give a --profile")
     budget = loaded_profile.keep if keep is None and loaded_profile is not None else read_keep(keep or "")
-    if pictures is not None and not pictures.parent.is_dir():
-        raise InputError(f"there is no folder {str(pictures.parent)!r}; make it first")
+    check_place(pictures)
     arguments: dict[str, Any] = {"method": method} if loaded_profile is None else {"profile": loaded_profile}
     if loaded_profile is None or keep is not None:
         arguments["keep"] = budget
@@ -101,15 +109,11 @@ def drift(
 
 
 def _show(found: Any, title: str, cases: list[dict[str, Any]]) -> None:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for column in ("", "mean", "median", "95 %", "worst"):
-        table.add_column(column, justify="right" if column else "left")
+    shown = table(title, ("", "mean", "median", "95 %", "worst"))
     for name, spread in found.spreads().items():
-        table.add_row(name, *(f"{value:.4f}" for value in spread.values()))
+        shown.add_row(name, *(f"{value:.4f}" for value in spread.values()))
     out = console()
-    out.print(table)
+    out.print(shown)
     for case in cases:
         where = f"  {case['picture']}" if "picture" in case else ""
         text = one_line(f"{case['name'] or case['sample']}: {case['prompt'][:80]}{where}")

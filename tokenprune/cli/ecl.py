@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,9 +10,8 @@ import typer
 
 from tokenprune.cli.loading import load_model
 from tokenprune.cli.options import DataOption, DeviceOption, Dtype, DtypeOption, JsonOption, ModelArgument
-from tokenprune.cli.shell import InputError, console, print_json, progress
-from tokenprune.errors import install_hint
-from tokenprune.files import given_path
+from tokenprune.cli.shell import InputError, check_place, console, print_json, progress, save_picture, table
+from tokenprune.optional import check_installed
 
 if TYPE_CHECKING:
     from tokenprune.analysis.calibration import CalibrationSample
@@ -58,8 +56,11 @@ def ecl(
     from tokenprune.estimators import ESTIMATORS, make_estimator
 
     names = list(ESTIMATORS) if estimator == "all" else [make_estimator(estimator).name]
-    for path in (figure, attention_figure, maps):
-        _check_figure(path)
+    figures = [path for path in (figure, attention_figure, maps) if path is not None]
+    for path in figures:
+        check_place(path, ".png")
+    if figures:
+        check_installed("a figure", "matplotlib", extra="plot")
     from tokenprune.analysis.collapse import MIN_IMAGES, NoCollapseError, begin, find_collapse, settle
 
     calibration = load_calibration(data, samples, seed=seed)
@@ -88,18 +89,6 @@ def ecl(
         _show(found, statistics, text, saved=save and unclear is None)
     if unclear is not None:
         raise InputError(f"{unclear.collapse.verdict()}; choose a layer yourself, or give --fallback-layer")
-
-
-def _check_figure(path: Path | None) -> None:
-    if path is None:
-        return
-    given_path(path)
-    if path.suffix.lower() != ".png":
-        raise InputError(f"figures are PNGs: give a name that ends in .png, not {path.name!r}")
-    if not path.parent.is_dir():
-        raise InputError(f"there is no folder {str(path.parent)!r}; make it first")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError(f"figures need matplotlib: {install_hint('plot')}")
 
 
 def _read(
@@ -163,10 +152,7 @@ def _draw_maps(
     ]
     values = [float(v) for of_image in statistics.maps for v in of_image[layer - 1]]
     drawn = [draw_heat_views(views, values, caption) for views in lay_out(statistics.images, images)]
-    try:
-        tile(drawn, columns=len(drawn)).save(path)
-    except OSError as error:
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+    save_picture(tile(drawn, columns=len(drawn)), path)
 
 
 def _document(
@@ -185,26 +171,16 @@ def _document(
 def _show(
     found: dict[str, Collapse], statistics: LayerStatistics, text: dict[str, list[float]], saved: bool
 ) -> None:
-    from rich.table import Table
-
     out = console()
     first = next(iter(found.values()))
-    table = Table(title=f"{first.estimator} diversity on entering each layer, {first.images} images")
-    for column in (
-        "layer",
-        "visual tokens",
-        "95 %",
-        "drop",
-        "95 %",
-        "text tokens",
-        "attention entropy",
-        "on visual",
-    ):
-        table.add_column(column, justify="right")
+    shown = table(
+        f"{first.estimator} diversity on entering each layer, {first.images} images",
+        ("layer", "visual tokens", "95 %", "drop", "95 %", "text tokens", "attention entropy", "on visual"),
+    )
     entropy = [sum(heads) / len(heads) for heads in _mean(statistics.attention_entropy)]
     share = _mean(statistics.visual_share)
     for l, mean in enumerate(first.mean):
-        table.add_row(
+        shown.add_row(
             f"{l}" if l < statistics.num_layers else "norm",
             f"{mean:.4f}",
             f"{first.low[l]:.4f} to {first.high[l]:.4f}",
@@ -215,7 +191,7 @@ def _show(
             f"{share[l]:.1%}" if l < statistics.num_layers else "",
             style="bold" if l == first.steepest else None,
         )
-    out.print(table)
+    out.print(shown)
     for collapse in found.values():
         out.print(collapse.verdict(), markup=False)
     if saved:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from tokenprune import testbeds
 from tokenprune.cli.shell import InputError, one_line, quiet_transformers
-from tokenprune.errors import UnsupportedModelError, install_hint
+from tokenprune.errors import UnsupportedModelError
 from tokenprune.files import given_path
+from tokenprune.optional import install_hint
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -21,8 +21,15 @@ from tokenprune.cli.options import (
     Side,
 )
 from tokenprune.cli.parse import parse_pairs
-from tokenprune.cli.shell import InputError, console, no_drawing_loses_results, one_line, print_json
-from tokenprune.files import given_path
+from tokenprune.cli.shell import (
+    InputError,
+    check_place,
+    console,
+    no_drawing_loses_results,
+    one_line,
+    print_json,
+    save_picture,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -82,7 +89,7 @@ def run(
     """Ask a question about images and prune the visual tokens."""
     arguments = _prune_arguments(method, keep, layer, budget, param or [])
     pictures = load_images(images)
-    _check_picture(picture)
+    check_place(picture, ".png")
     testbed = testbeds.find(model)
     if testbed is not None:
         question = testbed.words(question)
@@ -137,16 +144,6 @@ def _prune_arguments(
     return asked.given()
 
 
-def _check_picture(picture: Path | None) -> None:
-    if picture is None:
-        return
-    given_path(picture)
-    if picture.suffix.lower() != ".png":
-        raise InputError(f"--picture writes a PNG: give a name that ends in .png, not {picture.name!r}")
-    if not picture.parent.is_dir():
-        raise InputError(f"--picture: there is no folder {str(picture.parent)!r}; make it first")
-
-
 def _answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> str:
     import torch
 
@@ -160,10 +157,7 @@ def _save(path: Path, report: Report, images: list[Image.Image], processor: Any)
     from tokenprune.draw import tile
 
     drawn = report.draw(images, processor=processor, stages=True)
-    try:
-        tile(drawn, columns=1 if len(report.layers_cut) > 1 else len(drawn)).save(path)
-    except OSError as error:
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+    save_picture(tile(drawn, columns=1 if len(report.layers_cut) > 1 else len(drawn)), path)
 
 
 def _show(document: dict[str, Any], report: Report) -> None:

@@ -10,15 +10,19 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperGroup
 
 from tokenprune.errors import NothingPrunedWarning, SkippedFilesWarning, TokenPruneError, UntestedWarning
+from tokenprune.files import given_path
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from rich.console import Console
+    from rich.table import Table
 
 PROGRAM = "tokenprune"
 USAGE_ERROR = 2
@@ -126,6 +130,43 @@ def console(stderr: bool = False) -> Console:
 
     stream = sys.stderr if stderr else sys.stdout
     return Plain(stderr=stderr, highlight=False, width=None if stream.isatty() else 120)
+
+
+def table(title: str, columns: Sequence[str]) -> Table:
+    """For the terminal: the first column is text, the others are numbers."""
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="right" if number else "left", overflow="fold")
+    return made
+
+
+def check_place(path: Path | None, suffix: str = "") -> None:
+    """Refuse a file that could not be written, before anything is measured for it.
+
+    Args:
+        path: of the file; None is none.
+        suffix: that it must have.
+
+    Raises:
+        InputError: it has another, or lies in a folder that is not there.
+        ConfigError: see `given_path`.
+    """
+    if path is None:
+        return
+    if suffix and path.suffix.lower() != suffix:
+        raise InputError(f"give a name that ends in {suffix}, not {path.name!r}")
+    if not given_path(path).parent.is_dir():
+        raise InputError(f"there is no folder {str(path.parent)!r}; make it first")
+
+
+def save_picture(picture: Image, path: Path) -> None:
+    """Raises InputError where it cannot be written."""
+    try:
+        picture.save(path)
+    except OSError as error:
+        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
 
 
 @contextmanager

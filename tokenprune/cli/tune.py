@@ -18,9 +18,9 @@ from tokenprune.cli.options import (
     MetricOption,
     ModelArgument,
 )
-from tokenprune.cli.shell import InputError, console, kept, print_json, progress, warn
-from tokenprune.errors import ConfigError, install_hint
-from tokenprune.files import given_path
+from tokenprune.cli.shell import InputError, check_place, console, kept, print_json, progress, table, warn
+from tokenprune.errors import ConfigError
+from tokenprune.optional import check_installed
 
 if TYPE_CHECKING:
     from tokenprune.profiles.profile import Profile
@@ -190,9 +190,8 @@ def _check_out(out: Path | None, report: Path | None, served: bool, quick: bool)
     from tokenprune.profiles.known import KIND
     from tokenprune.profiles.store import check_writable
 
-    for folder in (out and out.parent, report and report.parent):
-        if folder is not None and not given_path(folder).is_dir():
-            raise InputError(f"there is no folder {str(folder)!r}; make it first")
+    for path in (out, report):
+        check_place(path)
     if served and (quick or out is None):
         raise InputError("--served is a search, and its profile is not for 'auto': name a file with --out")
     if out is None:
@@ -201,10 +200,7 @@ def _check_out(out: Path | None, report: Path | None, served: bool, quick: bool)
 
 def _check_search(options: dict[str, Any]) -> None:
     """Refuse what a search cannot be asked, before a large model is loaded."""
-    import importlib.util
-
-    if importlib.util.find_spec("optuna") is None:
-        raise InputError(f"a search needs optuna: {install_hint('tune')}; --quick does without")
+    check_installed("a search", "optuna", extra="tune", instead="--quick does without")
     from tokenprune.tune.search import SearchOptions
 
     SearchOptions(**options)
@@ -258,26 +254,22 @@ def _document(found: Found, paths: list[str], page: Path | None) -> dict[str, An
 
 
 def _show_found(found: Found, paths: list[str], page: Path | None) -> None:
-    from rich.table import Table
-
-    table = Table(
-        title=f"{len(found.tried)} trials on {found.samples} samples, {found.passes} prefills of a prompt",
-        title_justify="left",
+    shown = table(
+        f"{len(found.tried)} trials on {found.samples} samples, {found.passes} prefills of a prompt",
+        ("", "budget", "drift, searched on", "held out"),
     )
-    for column in ("", "budget", "drift, searched on", "held out"):
-        table.add_column(column, justify="left" if not column else "right", overflow="fold")
     for profile, one in zip(found.profiles, found.front, strict=True):
         own = ", ".join(f"{name}={value}" for name, value in profile.parameters.items())
         own += ", ".join(f"{stage.layer}: {stage.method}" for stage in profile.stages)
         held = found.held_out.get("found") if one is found.front[0] else None
         mean = "" if held is None else f"{held.mean():.4f}"
-        table.add_row(f"{profile.method} {own}", f"{profile.keep:.4g}", f"{one.drift.mean():.4f}", mean)
+        shown.add_row(f"{profile.method} {own}", f"{profile.keep:.4g}", f"{one.drift.mean():.4f}", mean)
     for name, drift in found.controls.items():
         held = found.held_out.get(name)
         mean = "" if held is None else f"{held.mean():.4f}"
-        table.add_row(f"{name}, before the LLM", f"{found.profiles[0].keep:.4g}", f"{drift.mean():.4f}", mean)
+        shown.add_row(f"{name}, before the LLM", f"{found.profiles[0].keep:.4g}", f"{drift.mean():.4f}", mean)
     out = console()
-    out.print(table)
+    out.print(shown)
     for caution in found.cautions():
         warn(caution)
     for path in paths:
@@ -311,15 +303,12 @@ def _quick(
 
 
 def _show_quick(trials: list[Trial], metric: str, budget: str, path: str | None) -> None:
-    from rich.table import Table
-
-    table = Table(
-        title=f"drift ({metric}) at {budget}; the better half of each round went on", title_justify="left"
+    shown = table(
+        f"drift ({metric}) at {budget}; the better half of each round went on",
+        ("setting", "samples", "drift"),
     )
-    for column in ("setting", "samples", "drift"):
-        table.add_column(column, justify="left" if column == "setting" else "right")
     for trial in trials:
-        table.add_row(trial.name(), str(len(trial.drift)), "-" if trial.failed else f"{trial.mean:.4f}")
-    console().print(table)
+        shown.add_row(trial.name(), str(len(trial.drift)), "-" if trial.failed else f"{trial.mean:.4f}")
+    console().print(shown)
     if path is not None:
         console().print(f"kept for this model; wrap(model, profile={path!r}) takes it anywhere", markup=False)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from tokenprune.errors import ConfigError
 from tokenprune.images import SUFFIXES, open_image
+from tokenprune.optional import check_installed
 
 Message = dict[str, Any]
 _PLACEHOLDER = re.compile(r"<image(?: \d+)?>")
@@ -73,10 +74,9 @@ def sample_frames(video: Any, frames: int) -> list[Image.Image]:
         ConfigError: it cannot be read.
     """
     if isinstance(video, str | Path):
-        try:
-            import av
-        except ImportError:
-            raise ConfigError("reading videos needs PyAV: pip install av") from None
+        check_installed("reading a video", "av", extra="eval")
+        import av
+
         try:
             with av.open(str(video)) as opened:
                 read = [frame.to_image() for frame in opened.decode(video=0)]

@@ -10,13 +10,13 @@ from typing import Any
 import optuna
 
 from tokenprune.errors import ConfigError
+from tokenprune.optional import check_installed
 
 
 def _cmaes(seed: int) -> Any:
-    try:
-        import cmaes  # noqa: F401  # optuna asks for it at the first trial only
-    except ImportError:
-        raise ConfigError("the sampler 'cmaes' needs the cmaes library: pip install cmaes") from None
+    check_installed(
+        "the sampler 'cmaes'", "cmaes", extra="tune"
+    )  # optuna asks for it at the first trial only
     return optuna.samplers.CmaEsSampler(seed=seed, n_startup_trials=5, warn_independent_sampling=False)
 
 
