@@ -25,7 +25,7 @@ FLOORS = (
     ("arguments", "profiles"),
     ("auto",),
     ("config",),
-    ("runtime",),
+    ("runtime", "settle"),
     ("reporting",),
     ("api",),
     ("analysis",),

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any, Literal, TypeVar, overload
 
 from tokenprune.arguments import Arguments
-from tokenprune.config import settle
 from tokenprune.errors import ConfigError, TokenPruneError, UnsupportedModelError
 from tokenprune.methods import Method
 from tokenprune.models import Family, find_family, stock_model
@@ -18,6 +17,7 @@ from tokenprune.releases import check_release
 from tokenprune.reporting import Report, TotalReport, make_report, make_total
 from tokenprune.runtime.install import Runtime
 from tokenprune.runtime.notes import in_context
+from tokenprune.settle import settle
 
 ModelT = TypeVar("ModelT")
 

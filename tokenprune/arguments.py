@@ -51,7 +51,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Arguments:
-    """What is asked of a wrapped model, as it was asked; `tokenprune.config.settle` says what becomes of it.
+    """What is asked of a wrapped model, as it was asked; `tokenprune.settle.settle` says what becomes of it.
 
     Attributes:
         method: a name from `tokenprune methods`, or a `Method` of your own. "auto" (default) takes the profile known

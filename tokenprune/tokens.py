@@ -18,6 +18,17 @@ State = Literal["query", "key", "value", "hidden"]
 
 
 @dataclass(frozen=True)
+class DecoderShape:
+    """Sizes of a text decoder."""
+
+    num_layers: int
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_size: int
+
+
+@dataclass(frozen=True)
 class Grid:
     """Spatial layout of visual tokens: `frames` (or crops) x `height` x `width` in raster order.
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from tokenprune.api import family_of, runtime_of
 from tokenprune.arguments import Arguments
-from tokenprune.config import settle
 from tokenprune.models import stock_model
 from tokenprune.runtime.call import Call
 from tokenprune.runtime.install import Runtime
 from tokenprune.runtime.layer_states import LayerStates
+from tokenprune.settle import settle
 from tokenprune.tokens import Image, State
 
 

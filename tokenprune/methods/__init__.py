@@ -20,7 +20,7 @@ from tokenprune.methods.recycle import Recycle
 from tokenprune.methods.registry import METHODS, find_all, find_method, make_method
 from tokenprune.methods.relevance import Relevance
 from tokenprune.methods.restore import Restore
-from tokenprune.methods.seen import DecoderShape, ImageTokens, Needs, Text
+from tokenprune.methods.seen import ImageTokens, Needs, Text
 from tokenprune.methods.sparsevlm import SparseVLM
 from tokenprune.methods.spread import Spread
 from tokenprune.methods.staged import Staged
@@ -28,7 +28,7 @@ from tokenprune.methods.tome import ToMe
 from tokenprune.methods.uniform import Uniform
 from tokenprune.methods.vflowopt import VFlowOpt
 from tokenprune.methods.visionzip import VisionZip
-from tokenprune.tokens import Grid, Selection, VisionAttention
+from tokenprune.tokens import DecoderShape, Grid, Selection, VisionAttention
 
 METHODS.update(
     (m.name, m)

@@ -9,7 +9,8 @@ from tokenprune.budget import Cut, Keep
 from tokenprune.errors import ConfigError
 from tokenprune.methods.base import Method
 from tokenprune.methods.registry import make_method
-from tokenprune.methods.seen import DecoderShape, Needs
+from tokenprune.methods.seen import Needs
+from tokenprune.tokens import DecoderShape
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from tokenprune.budget import Cut, Keep
 from tokenprune.errors import ConfigError, TokenPruneError
-from tokenprune.methods.seen import DecoderShape, ImageTokens, Needs
+from tokenprune.methods.seen import ImageTokens, Needs
 from tokenprune.space import Dimension, Point, Setting, Whole
-from tokenprune.tokens import Selection
+from tokenprune.tokens import DecoderShape, Selection
 
 # EntropyPrune's, arXiv 2602.17196. What has published none of its own, the controls for example, cuts there too.
 ENTROPYPRUNE_LAYERS: Mapping[str, int] = MappingProxyType({"llava": 2, "qwen2_5_vl": 1})

@@ -13,8 +13,9 @@ from tokenprune.budget import Cut, Keep
 from tokenprune.errors import ConfigError
 from tokenprune.estimators import ESTIMATORS, SpectralEstimator, make_estimator
 from tokenprune.methods.base import Choice, ScoreMethod, check_flag, cut_layers
-from tokenprune.methods.seen import DecoderShape, ImageTokens, Needs
+from tokenprune.methods.seen import ImageTokens, Needs
 from tokenprune.space import Dimension, OneOf, Setting
+from tokenprune.tokens import DecoderShape
 from tokenprune_kernels.dual_gram_entropy import dual_gram_entropy, reference
 from tokenprune_kernels.dual_gram_entropy.arguments import EIGENVALUE_FLOOR
 

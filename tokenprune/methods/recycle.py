@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tokenprune.errors import ConfigError
 from tokenprune.methods.base import Choice, Method, ScoreMethod, check_flag
-from tokenprune.methods.seen import DecoderShape, ImageTokens, Needs
-from tokenprune.tokens import Grid, Selection
+from tokenprune.methods.seen import ImageTokens, Needs
+from tokenprune.tokens import DecoderShape, Grid, Selection
 
 ENLARGED = "recycling cells were enlarged to fit the budget"
 HOW = Choice(("hopfield", "cells"))

@@ -14,17 +14,6 @@ PROJECTED: tuple[State, ...] = ("query", "key", "value")
 
 
 @dataclass(frozen=True)
-class DecoderShape:
-    """The decoder a method is about to be used with, for `Method.check`."""
-
-    num_layers: int
-    num_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    hidden_size: int
-
-
-@dataclass(frozen=True)
 class Needs:
     """What a method wants to see at a cut entering layer K, and may say there.
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tokenprune.errors import ConfigError
 from tokenprune.methods.base import ScoreMethod
-from tokenprune.methods.seen import DecoderShape, ImageTokens, Needs
+from tokenprune.methods.seen import ImageTokens, Needs
 from tokenprune.methods.uniform import even_tokens
-from tokenprune.tokens import Grid
+from tokenprune.tokens import DecoderShape, Grid
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from tokenprune.errors import ConfigError
 from tokenprune.methods.base import Method
-from tokenprune.methods.seen import DecoderShape, ImageTokens, Needs
-from tokenprune.tokens import Selection
+from tokenprune.methods.seen import ImageTokens, Needs
+from tokenprune.tokens import DecoderShape, Selection
 
 #: What there is one of in a call, whatever the number of cuts.
 _SHARED = ("vision", "pixels")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokenprune.errors import ConfigError, UnsupportedModelError
 from tokenprune.models.decoders import Decoder, attends, find_decoder
-from tokenprune.tokens import Grid, Image, IntArray, VisionAttention
+from tokenprune.tokens import DecoderShape, Grid, Image, IntArray, VisionAttention
 
 BoolArray = NDArray[np.bool_]
 
@@ -157,6 +157,19 @@ class Family(ABC):
         """The decoder layers that attend: in hybrids the others are recurrent, have no keys and see what is left."""
         text: Any = self.text_model().config
         return [i for i in range(len(self.layers())) if attends(text, i)]
+
+    def decoder_shape(self) -> DecoderShape:
+        """Its text model's sizes."""
+        text: Any = self.text_model().config
+        attention: Any = self.attention(self.layers()[self.attending()[0]])
+        heads = text.num_attention_heads
+        return DecoderShape(
+            num_layers=len(self.layers()),
+            num_heads=heads,
+            num_key_value_heads=heads // getattr(attention, "num_key_value_groups", 1),
+            head_dim=int(getattr(attention, "head_dim", None) or attention.qk_head_dim),  # latent attention
+            hidden_size=text.hidden_size,
+        )
 
     def vision_tap(self) -> VisionTap:
         """Queries and keys of the layer of the vision tower that yields the features.

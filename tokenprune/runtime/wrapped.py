@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from tokenprune.config import PruneConfig, decoder_shape
+from tokenprune.config import PruneConfig
 from tokenprune.errors import TokenPruneError
 from tokenprune.models.base import Family
 from tokenprune.runtime import compiled
@@ -93,7 +93,7 @@ class Wrapped:
         self.decoder = family.decoder()
         self.layers = list(family.layers())
         self.text_config: Any = family.text_model().config
-        self.shape, self.costs = decoder_shape(family), layer_costs(family)
+        self.shape, self.costs = family.decoder_shape(), layer_costs(family)
         self.attending = family.attending()
         self.first = self.attending[0]  # whose mask and length the model makes all others' of
         first = family.attention(self.layers[self.first])
