@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+import tiny
 import tokenprune
 from tokenprune.compare.statistics import difference
 from tokenprune_eval.experiments import __main__ as command
 from tokenprune_eval.experiments.base import Experiment
 from tokenprune_eval.experiments.rows import Rows, pack, unpack
 from tokenprune_eval.studies import separation
-from tokenprune_eval.studies.recorded import SOURCES
+from tokenprune_eval.studies.recorded import SOURCES, images_at
 from tokenprune_testbed.evaluate import wilson_interval
 from tokenprune_testbed.language import make_inputs
 from tokenprune_testbed.modeling import build_model, build_processor
@@ -179,3 +180,14 @@ def test_separation_reads_the_states_a_method_sees() -> None:
     assert "auc none" not in projector
     assert 0 <= float(projector["ground energy in its mean"]) <= 1
     assert len(scenes) == 2 and not tokenprune.is_wrapped(model)
+
+
+@pytest.mark.parametrize("source", ["query", "key", "value", "hidden"])
+def test_every_images_states_are_recorded(source: str) -> None:
+    model = tiny.llava()
+    inputs = tiny.inputs(model, (["text:5", "image", "text:3", "image", "text:4"],))
+    states = [getattr(image, source) for image in images_at(model, [inputs, inputs], (source,), 2)]  # type: ignore[arg-type]
+    shape = (25, 64) if source == "hidden" else (25, 2 if source in ("key", "value") else 4, 16)
+    assert [tuple(x.shape) for x in states] == [shape] * 4
+    torch.testing.assert_close(states[0], states[2])
+    assert not torch.equal(states[0], states[1])

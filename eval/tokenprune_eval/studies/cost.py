@@ -9,7 +9,6 @@ recipe ends with reached?
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -26,8 +25,9 @@ from tokenprune.analysis.plots import new_figure, save_figure
 from tokenprune.tune import measure
 from tokenprune.tune.search import search
 from tokenprune_eval.experiments.bench import DRIFT_BATCH, Bench, setting
+from tokenprune_kernels.results import write_csv
 
-COLUMNS = ["model", "keep", "arm", "seed", "passes", "seconds", "best_drift", "setting", *machine.FIELDS]
+COLUMNS = ("model", "keep", "arm", "seed", "passes", "seconds", "best_drift", "setting")
 Point = tuple[int, float, float, str]  # passes, seconds, best drift so far, its setting
 
 
@@ -118,17 +118,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def write(path: Path, model: str, keep: float, curves: Mapping[tuple[str, int], Sequence[Point]]) -> None:
     """Every improvement of every curve, and its end."""
-    described = machine.describe()
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for (arm, seed), curve in curves.items():
-            before = float("inf")
-            for passes, seconds, best, named in curve:
-                if best < before or passes == curve[-1][0]:
-                    row = dict(zip(COLUMNS, (model, keep, arm, seed, passes, f"{seconds:.2f}"), strict=False))
-                    writer.writerow({**row, "best_drift": f"{best:.6g}", "setting": named, **described})
-                before = best
+    described, rows = machine.describe(), []
+    for (arm, seed), curve in curves.items():
+        before = float("inf")
+        for passes, seconds, best, named in curve:
+            if best < before or passes == curve[-1][0]:
+                values = (model, keep, arm, seed, passes, f"{seconds:.2f}", f"{best:.6g}", named)
+                rows.append(dict(zip(COLUMNS, map(str, values), strict=True)) | described)
+            before = best
+    write_csv(path, rows)
 
 
 def draw(path: Path, curves: Mapping[tuple[str, int], Sequence[Point]]) -> None:

@@ -9,7 +9,6 @@ the model has learned. So an untrained model and meaningless images are measured
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from tokenprune.analysis.layers import read_layers
 from tokenprune.analysis.plots import plot_collapse
 from tokenprune.estimators import ESTIMATORS
 from tokenprune.profiles.collapse import Collapse
+from tokenprune_kernels.results import write_csv
 from tokenprune_testbed import load
 
 CASES = ("trained", "untrained", "trained, images of noise")
@@ -109,10 +109,7 @@ def main() -> None:
         for collapse in found.values():
             print(f"{case}: {collapse.verdict()}", flush=True)
     if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(table)
+        write_csv(options.csv, table)
     if options.figure:
         plot_collapse(drawn, options.figure, text=texts)
 

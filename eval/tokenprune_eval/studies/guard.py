@@ -11,7 +11,6 @@ nowhere in the other. It prints the constants of `tokenprune/printed.py` (--fit)
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from tokenprune.printed import is_print, look, summary
+from tokenprune_kernels.results import write_csv
 from tokenprune_testbed.grounds import Split
 from tokenprune_testbed.pages import make_page
 from tokenprune_testbed.scenes import make_scene
@@ -173,10 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         wrong = len(own) - sum(own) if kind in PRINT else sum(own)
         rows.append({"kind": kind, "pictures": len(own), "wrong": wrong, "share": f"{wrong / len(own):.4f}"})
         print(rows[-1])
-    with options.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(options.csv, rows)
 
 
 def _fit(count: int) -> None:

@@ -7,7 +7,6 @@ paired ratios; the tower is remembered, so that what stands here is the decoder'
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
@@ -21,8 +20,7 @@ from tokenprune.bench.geometry import GEOMETRIES, random_subject
 from tokenprune.errors import BudgetError
 from tokenprune.methods import METHODS
 from tokenprune.timing import Arm, interleave, ratio
-
-COLUMNS = ["geometry", "batch", "keep", "method", "ratio", "p20", "p80", "rounds", *machine.FIELDS]
+from tokenprune_kernels.results import write_csv
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -62,25 +60,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         arms[name] = Arm(prefill, context=partial(inside, arguments))
     seconds = interleave(arms, options.rounds, warmup=1, device=device)
-    with options.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for name in arms:
-            found = ratio(seconds[name], seconds["none"])
-            print(f"{name:<14}{found}")
-            writer.writerow(
-                {
-                    "geometry": options.geometry,
-                    "batch": options.batch,
-                    "keep": options.keep,
-                    "method": name,
-                    "ratio": f"{found.median:.4f}",
-                    "p20": f"{found.p20:.4f}",
-                    "p80": f"{found.p80:.4f}",
-                    "rounds": options.rounds,
-                    **machine.describe(),
-                }
-            )
+    rows = []
+    for name in arms:
+        found = ratio(seconds[name], seconds["none"])
+        print(f"{name:<14}{found}")
+        row = {
+            "geometry": options.geometry,
+            "batch": str(options.batch),
+            "keep": str(options.keep),
+            "method": name,
+        }
+        row |= {"ratio": f"{found.median:.4f}", "p20": f"{found.p20:.4f}", "p80": f"{found.p80:.4f}"}
+        rows.append({**row, "rounds": str(options.rounds), **machine.describe()})
+    write_csv(options.csv, rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ tokens. So accuracy and tokens are as they would be, and no time is saved: none 
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 import tokenprune
+from tokenprune_kernels.results import write_csv
 from tokenprune_testbed import load
 from tokenprune_testbed.language import make_inputs
 from tokenprune_testbed.modeling import EOS, NUM_VISUAL_TOKENS
@@ -189,10 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             }
         )
         print(*rows[-1].values(), flush=True)
-    with options.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(options.csv, rows)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ them is larger is luck. K = 0 is the projector's output, where only the norm can
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 from tokenprune.machine import describe
 from tokenprune.methods import EntropyPrune
 from tokenprune_eval.studies.recorded import NORMALIZATIONS, SOURCES, images_at
+from tokenprune_kernels.results import write_csv
 from tokenprune_testbed import load
 from tokenprune_testbed.dense import BACKGROUND, patch_objects
 from tokenprune_testbed.language import make_inputs
@@ -141,10 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows.append(dict.fromkeys(COLUMNS, "") | row | about)
             print("  ".join(f"{c} {rows[-1][c]}" for c in COLUMNS[2:-5] if rows[-1][c]), flush=True)
     if options.csv is not None:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(options.csv, rows)
 
 
 if __name__ == "__main__":
