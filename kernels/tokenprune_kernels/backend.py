@@ -28,12 +28,9 @@ def has_triton() -> bool:
 def backend_for(x: Tensor) -> Backend:
     """The backend for `x`: the one that the environment names, else by device and dtype.
 
-    Raises
-    ------
-    ValueError
-        ``TOKENPRUNE_KERNELS`` names no backend.
-    RuntimeError
-        It names Triton, which is not installed.
+    Raises:
+        ValueError: ``TOKENPRUNE_KERNELS`` names no backend.
+        RuntimeError: It names Triton, which is not installed.
     """
     forced = os.environ.get(VARIABLE, "")
     if forced not in ("", *get_args(Backend)):

@@ -17,6 +17,7 @@ from tokenprune.errors import ConfigError
 from tokenprune.models import find_family, stock_model
 from tokenprune.reporting import Report
 from tokenprune.timing import FirstToken, now
+from tokenprune.tune.drift import cosine_of
 
 Stages = list[tuple[int, float]]
 
@@ -108,11 +109,10 @@ class Asking:
         ):  # first: what cannot be is refused before anything is waited for
             shorter = self._answer(inputs)
             told = report(self.model)
-            state = last_state(self.inner, inputs).state.double()
+            state = last_state(self.inner, inputs).state
         with pruned(self.model, "none"):
             whole = self._answer(inputs)
-        reference = Memory().reference(self.model, inputs).state.double()
-        drift = float(1 - torch.nn.functional.cosine_similarity(state, reference))
+        drift = float(cosine_of(state, Memory().reference(self.model, inputs).state))
         pictures = told.draw([picture], processor=self.processor, stages=True)
         return Shown(whole, shorter, drift, told, pictures, self._as_python(question, arguments))
 

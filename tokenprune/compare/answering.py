@@ -19,6 +19,7 @@ from tokenprune.compare.arms import Arm
 from tokenprune.compare.downsample import interpolated, shrunk_prompt
 from tokenprune.compare.questions import Question
 from tokenprune.models import stock_model
+from tokenprune.tune.drift import cosine_of
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,8 @@ class Asker:
         told = report(self.model)
         new = output[:, inputs["input_ids"].shape[1] :]
         said = self.processor.batch_decode(new, skip_special_tokens=True)
-        first = states[0].float().cpu().double()  # of the prompt; those after it are of the answer's tokens
-        drift = 1 - torch.nn.functional.cosine_similarity(first, reference.double())
+        first = states[0].float().cpu()  # of the prompt; those after it are of the answer's tokens
+        drift = cosine_of(first, reference)
         rows = range(len(numbers))
         kept = [
             sum(image.average + image.structural for image in told.images if image.row == r) for r in rows

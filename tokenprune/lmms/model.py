@@ -28,6 +28,7 @@ from tokenprune.lmms.meter import Meter
 from tokenprune.models import stock_model
 from tokenprune.reporting import Report
 from tokenprune.timing import FirstToken, now
+from tokenprune.tune.drift import cosine_of
 
 Made = TypeVar("Made")
 _MOST_NEW_TOKENS = 1024  # where a task does not say
@@ -266,9 +267,8 @@ class Tokenprune(lmms):
 
     def _note_drift(self, inputs: Any, meter: Meter) -> None:
         if len(meter.drift) < self.drift:
-            whole = self.memory.reference(self._model, inputs).state.double()
-            pruned = last_state(self._inner, inputs).state.double()
-            found = 1 - torch.nn.functional.cosine_similarity(pruned, whole)
+            whole = self.memory.reference(self._model, inputs).state
+            found = cosine_of(last_state(self._inner, inputs).state, whole)
             meter.drift += found.tolist()[: self.drift - len(meter.drift)]
 
     def _score(

@@ -36,8 +36,7 @@ class Crops(Family):
 
     def grid(self, height: int, width: int) -> Grid:
         """The tokens of one crop of so many pixels."""
-        config = self.config
-        patch, merge = side(config.vision_config.patch_size), self.merge()
+        patch, merge = side(self.config.vision_config.patch_size), self.merge()
         return Grid(1, height // patch // merge, width // patch // merge, merge)
 
     def layouts(self, kind: str, sizes: IntArray) -> list[Layout]:
@@ -68,8 +67,7 @@ class Crops(Family):
 
     def pixel_scale(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """As the tower's own processors have it: CLIP's of OpenAI, 0.5 of SigLIP."""
-        config = self.config
-        kind = config.vision_config.model_type
+        kind = self.config.vision_config.model_type
         if kind not in SCALES:
             raise UnsupportedModelError(
                 f"how {kind!r} towers normalise pixels is not known; use a method that does not need them"
@@ -77,8 +75,7 @@ class Crops(Family):
         return SCALES[kind]
 
     def patches(self, pixels: Tensor, sizes: IntArray | None) -> list[Tensor]:
-        config = self.config
-        p = side(config.vision_config.patch_size)
+        p = side(self.config.vision_config.patch_size)
         crops = pixels.flatten(0, -4)
         height, width = crops.shape[-2] // p, crops.shape[-1] // p
         cut = crops[..., : height * p, : width * p].unflatten(-1, (width, p)).unflatten(-3, (height, p))

@@ -20,9 +20,10 @@ class Gemma3(Crops):
     examples = ("google/gemma-3-4b-it", "google/gemma-3-12b-it")
 
     def merge(self) -> int:
-        config = self.config
-        vision = config.vision_config
-        return side(vision.image_size) // side(vision.patch_size) // math.isqrt(config.mm_tokens_per_image)
+        vision = self.config.vision_config
+        return (
+            side(vision.image_size) // side(vision.patch_size) // math.isqrt(self.config.mm_tokens_per_image)
+        )
 
     def blocks(self, inputs: Mapping[str, Any], total: int) -> Tensor | None:
         types = inputs.get("token_type_ids")

@@ -53,8 +53,7 @@ class Gemma4(Packed):
         return found
 
     def layouts(self, kind: str, sizes: IntArray) -> list[Layout]:
-        config = self.config
-        merge = config.vision_config.pooling_kernel_size
+        merge = self.config.vision_config.pooling_kernel_size
         return [Layout((Grid(t, h // merge, w // merge, merge),), items=t) for t, h, w in sizes.tolist()]
 
     def blocks(self, inputs: Mapping[str, Any], total: int) -> Tensor | None:
@@ -88,8 +87,7 @@ class Gemma4(Packed):
 
     def patches(self, pixels: Tensor, sizes: IntArray | None) -> list[Tensor]:
         assert sizes is not None
-        config = self.config
-        p = config.vision_config.patch_size
+        p = self.config.vision_config.patch_size
         whole = pixels.flatten(0, -3).unflatten(-1, (p, p, 3)).movedim(-1, 2)
         return [own[:n] for own, n in zip(whole, self.counts(sizes), strict=True)]
 

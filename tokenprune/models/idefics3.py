@@ -28,8 +28,7 @@ class Idefics3(Crops):
         return self.base().vision_model  # type: ignore[return-value]
 
     def merge(self) -> int:
-        config = self.config
-        return int(config.scale_factor)
+        return int(self.config.scale_factor)
 
     def images(self, kind: str, ids: IntArray, layouts: Sequence[Layout]) -> list[list[Image]]:
         # Rows with fewer crops are padded with empty ones, which the tower never sees.

@@ -20,8 +20,7 @@ class InternVL(Crops):
     examples = ("OpenGVLab/InternVL3-8B-hf", "OpenGVLab/InternVL3_5-8B-HF")
 
     def merge(self) -> int:
-        config = self.config
-        return round(1 / config.downsample_ratio)
+        return round(1 / self.config.downsample_ratio)
 
     def images(self, kind: str, ids: IntArray, layouts: Sequence[Layout]) -> list[list[Image]]:
         tiles = super().images(kind, ids, layouts)

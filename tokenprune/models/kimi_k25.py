@@ -27,8 +27,7 @@ class KimiK25(Packed):
         return [layer.attn for layer in tower.layers]
 
     def layouts(self, kind: str, sizes: IntArray) -> list[Layout]:
-        config = self.config
-        merge = int(config.vision_config.merge_kernel_size[0])
+        merge = int(self.config.vision_config.merge_kernel_size[0])
         return [Layout((Grid(1, int(h) // merge, int(w) // merge, merge),)) for _, h, w in sizes]
 
     def pixel_scale(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

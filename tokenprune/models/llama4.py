@@ -31,14 +31,12 @@ class Llama4(Crops):
         return self.model.vision_model
 
     def merge(self) -> int:
-        config = self.config
-        return round(1 / config.vision_config.pixel_shuffle_ratio)
+        return round(1 / self.config.vision_config.pixel_shuffle_ratio)
 
     def images(self, kind: str, ids: IntArray, layouts: Sequence[Layout]) -> list[list[Image]]:
-        config = self.config
         rows = []
         for row, tiles in zip(ids, super().images(kind, ids, layouts), strict=True):
-            starts = np.cumsum(row == config.boi_token_index)
+            starts = np.cumsum(row == self.config.boi_token_index)
             rows.append(join(tiles, lambda a, b, s=starts: s[a.columns[0]] == s[b.columns[0]]))  # type: ignore[misc]
         return rows
 

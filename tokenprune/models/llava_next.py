@@ -50,14 +50,12 @@ class LlavaNext(Crops):
 
     def tiles(self, size: IntArray) -> int:
         """Pictures the tower is given for an image of (height, width) pixels, the base view included."""
-        config = self.config
         return image_size_to_num_patches(
-            size.tolist(), config.image_grid_pinpoints, config.vision_config.image_size
+            size.tolist(), self.config.image_grid_pinpoints, self.config.vision_config.image_size
         )
 
     def layout(self, size: Tensor, tiles: int) -> Layout:
-        config = self.config
-        length = config.vision_config.image_size
+        length = self.config.vision_config.image_size
         base = self.grid(length, length)
         flags = self.pack(torch.zeros(tiles, base.tokens, 1), size, torch.ones(1)).bool().flatten()
         structural: BoolArray = flags.numpy()
@@ -74,11 +72,10 @@ class LlavaNext(Crops):
 
     def pack(self, features: Tensor, size: Tensor, newline: Tensor | None) -> Tensor:
         """Features (tiles, m, d) of one image in the order of the sequence, (columns, d)."""
-        config = self.config
         packed, _ = self.packer()(
             [_FIRST, features],
             size.expand(2, -1),
-            config.vision_feature_select_strategy,
+            self.config.vision_feature_select_strategy,
             image_newline=newline,
         )
         return packed[1]

@@ -55,12 +55,11 @@ class LlavaOnevision(LlavaNext):
         return made
 
     def pack(self, features: Tensor, size: Tensor, newline: Tensor | None) -> Tensor:
-        config = self.config
         packed, _ = self.base().pack_image_features(  # type: ignore[operator]
             [_FIRST, features],
             size.expand(2, -1),
             image_newline=newline,
-            vision_aspect_ratio=config.vision_aspect_ratio,
+            vision_aspect_ratio=self.config.vision_aspect_ratio,
         )
         return packed[1]
 

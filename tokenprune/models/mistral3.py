@@ -37,14 +37,12 @@ class Mistral3(Packed):
         return {"image": torch.as_tensor([pixels.shape[-2:]] * len(pixels) if given is None else given)}
 
     def layouts(self, kind: str, sizes: IntArray) -> list[Layout]:
-        config = self.config
-        merge = config.spatial_merge_size
-        shapes = (sizes // (config.vision_config.patch_size * merge)).tolist()
+        merge = self.config.spatial_merge_size
+        shapes = (sizes // (self.config.vision_config.patch_size * merge)).tolist()
         return [Layout((Grid(1, height, width, merge),)) for height, width in shapes]
 
     def counts(self, sizes: IntArray) -> list[int]:
-        config = self.config
-        return super().counts(sizes // config.vision_config.patch_size)
+        return super().counts(sizes // self.config.vision_config.patch_size)
 
     def digests(self, pixels: Tensor, sizes: Tensor) -> Tensor:
         # By place, so that a picture has one hash however far it is padded.
@@ -57,8 +55,7 @@ class Mistral3(Packed):
         return [layer.attention for layer in tower.transformer.layers]
 
     def patches(self, pixels: Tensor, sizes: IntArray | None) -> list[Tensor]:
-        config = self.config
-        p = config.vision_config.patch_size
+        p = self.config.vision_config.patch_size
         assert sizes is not None
         own = (picture[:, :h, :w] for picture, (h, w) in zip(pixels, sizes.tolist(), strict=True))
         cut = (x.unflatten(-1, (-1, p)).unflatten(-3, (-1, p)) for x in own)

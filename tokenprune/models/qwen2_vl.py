@@ -46,8 +46,7 @@ class Qwen2VL(Family):
         return found
 
     def layouts(self, kind: str, sizes: IntArray) -> list[Layout]:
-        config = self.config
-        merge = config.vision_config.spatial_merge_size
+        merge = self.config.vision_config.spatial_merge_size
         return [Layout((Grid(int(t), int(h) // merge, int(w) // merge, merge),)) for t, h, w in sizes]
 
     def digests(self, pixels: Tensor, sizes: Tensor) -> Tensor:
@@ -72,8 +71,7 @@ class Qwen2VL(Family):
         return SCALES["clip_vision_model"]
 
     def patches(self, pixels: Tensor, sizes: IntArray | None) -> list[Tensor]:
-        config = self.config
-        vision = config.vision_config
+        vision = self.config.vision_config
         assert sizes is not None
         whole = pixels.unflatten(-1, (3, vision.temporal_patch_size, vision.patch_size, vision.patch_size))
         return list(whole.flatten(2, 3).split(sizes.prod(-1).tolist()))

@@ -19,7 +19,12 @@ from tokenprune.errors import ConfigError, TokenPruneError
 
 def cosine(pruned: LastState, whole: LastState) -> Tensor:
     """1 - cosine of the final-norm states (VFlowOpt, arXiv 2508.05211): (B,)."""
-    return 1 - torch.nn.functional.cosine_similarity(pruned.state.double(), whole.state.double())
+    return cosine_of(pruned.state, whole.state)
+
+
+def cosine_of(pruned: Tensor, whole: Tensor) -> Tensor:
+    """`cosine` of the states (B, D) themselves."""
+    return 1 - torch.nn.functional.cosine_similarity(pruned.double(), whole.double())
 
 
 def relative_l2(pruned: LastState, whole: LastState) -> Tensor:

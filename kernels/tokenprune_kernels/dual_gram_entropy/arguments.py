@@ -18,12 +18,9 @@ RELEASE_COLUMNS = 128
 def check_arguments(x: Tensor, *, normalization: str, column_groups: bool, order: int = 1) -> None:
     """Refuse what has no entropy. Only types and shapes are read, so a GPU is never waited for.
 
-    Raises
-    ------
-    TypeError
-        ``x`` is not a tensor of real floating numbers.
-    ValueError
-        Any other bad argument; the message says which and why.
+    Raises:
+        TypeError: ``x`` is not a tensor of real floating numbers.
+        ValueError: Any other bad argument; the message says which and why.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")

@@ -10,11 +10,11 @@ from functools import partial
 
 import torch
 
-from ..machine import describe_device
-from ..timing import cuda_ms, interleaved_ms
-from . import dual_gram_entropy
-from .arguments import Normalization, Order
-from .reference import error_scale, matrix_entropy, renyi2_entropy
+from tokenprune_kernels.dual_gram_entropy import dual_gram_entropy
+from tokenprune_kernels.dual_gram_entropy.arguments import Normalization, Order
+from tokenprune_kernels.dual_gram_entropy.reference import error_scale, matrix_entropy, renyi2_entropy
+from tokenprune_kernels.machine import describe_device
+from tokenprune_kernels.timing import cuda_ms, interleaved_ms
 
 #: (tokens, heads, head_dim): LLaVA-1.5-7B, LLaVA-1.6-7B, a tiny test model, a 1k-wide model, Qwen2.5-VL-7B, h > d.
 SHAPES = ["576x32x128", "2880x32x128", "144x4x32", "576x16x64", "1024x28x128", "576x64x32"]

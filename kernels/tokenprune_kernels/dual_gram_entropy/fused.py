@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import RELEASE_COLUMNS, Normalization, Order
-from .quadrature import NODES, coefficients
+from tokenprune_kernels.dual_gram_entropy.arguments import RELEASE_COLUMNS, Normalization, Order
+from tokenprune_kernels.dual_gram_entropy.quadrature import NODES, coefficients
 
 #: One warp per token, however many heads: with more, every sum over heads goes through shared memory, at 1.5 to 2 times
 #: the time (kernels/README.md).

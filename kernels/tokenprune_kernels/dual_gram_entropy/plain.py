@@ -9,8 +9,13 @@ import math
 import torch
 from torch import Tensor
 
-from .arguments import EIGENVALUE_FLOOR, Normalization, Order, average_column_groups
-from .resolvents import minus_x_log_x
+from tokenprune_kernels.dual_gram_entropy.arguments import (
+    EIGENVALUE_FLOOR,
+    Normalization,
+    Order,
+    average_column_groups,
+)
+from tokenprune_kernels.dual_gram_entropy.resolvents import minus_x_log_x
 
 #: Temporaries per chunk: what stays in a CPU's cache and still has enough tokens for long vectors; elsewhere fewer
 #: launches matter more, and this only keeps 32k tokens from filling the memory.
@@ -34,17 +39,13 @@ def dual_gram_entropy_plain(
     Arguments and result are those of :func:`tokenprune_kernels.dual_gram_entropy.dual_gram_entropy`, which has
     checked them, and:
 
-    Parameters
-    ----------
-    chunk_bytes : int, optional
-        Bound on the temporaries, but at least one token is taken at a time. The result does not depend on it.
-        Default: 16 MiB on a CPU, 64 MiB elsewhere.
+    Args:
+        chunk_bytes: int, optional. Bound on the temporaries, but at least one token is taken at a time. The result
+            does not depend on it. Default: 16 MiB on a CPU, 64 MiB elsewhere.
 
-    Raises
-    ------
-    RuntimeError
-        For float64, or up to 8 heads or columns: the device cannot hold float64, or (CUDA) synchronisation is set to
-        raise: ``torch.linalg.eigvalsh`` reads its convergence flags back.
+    Raises:
+        RuntimeError: For float64, or up to 8 heads or columns: the device cannot hold float64, or (CUDA)
+            synchronisation is set to raise: ``torch.linalg.eigvalsh`` reads its convergence flags back.
     """
     if chunk_bytes is None:
         chunk_bytes = CPU_CHUNK_BYTES if x.device.type == "cpu" else DEVICE_CHUNK_BYTES

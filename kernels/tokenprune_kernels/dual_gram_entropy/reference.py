@@ -10,7 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .arguments import EIGENVALUE_FLOOR, Normalization, average_column_groups, check_arguments
+from tokenprune_kernels.dual_gram_entropy.arguments import (
+    EIGENVALUE_FLOOR,
+    Normalization,
+    average_column_groups,
+    check_arguments,
+)
 
 Gram = Literal["dual", "primal"]
 
@@ -30,11 +35,9 @@ def spectrum(
 
     Parameters and errors are those of :func:`matrix_entropy`.
 
-    Returns
-    -------
-    Tensor, shape (..., h), float64
-        All NaN for a token that holds a NaN or an infinity. With ``normalization="trace"`` a token of zero trace has
-        every eigenvalue at the clamp.
+    Returns:
+        Tensor, shape (..., h), float64. All NaN for a token that holds a NaN or an infinity. With
+        ``normalization="trace"`` a token of zero trace has every eigenvalue at the clamp.
     """
     check_arguments(x, normalization=normalization, column_groups=column_groups)
     X = _centred(x, column_groups)
@@ -91,29 +94,22 @@ def matrix_entropy(
 ) -> Tensor:
     """``H = -sum lambda log lambda / log h`` of each token.
 
-    Parameters
-    ----------
-    x : Tensor, shape (..., h, d)
-        One matrix per token: heads as rows, head channels as columns. Any real floating dtype.
-    normalization : {"none", "trace"}, default="none"
-        ``"none"``: the eigenvalues as they are (released code). ``"trace"``: ``A / tr(A)`` first (von Neumann). A
-        token of zero trace, its heads all equal, has no such matrix: ``H = 0`` by definition here.
-    gram : {"dual", "primal"}, default="dual"
-        Which Gram matrix gives the eigenvalues, see :func:`spectrum`.
-    column_groups : bool, default=False
-        Average groups of ``d / 128`` neighbouring columns first (released code). ``d`` must be a multiple of 128.
+    Args:
+        x: (..., h, d). One matrix per token: heads as rows, head channels as columns. Any real floating dtype.
+        normalization: {"none", "trace"} (default "none"). ``"none"``: the eigenvalues as they are (released code).
+            ``"trace"``: ``A / tr(A)`` first (von Neumann). A token of zero trace, its heads all equal, has no such
+            matrix: ``H = 0`` by definition here.
+        gram: {"dual", "primal"} (default "dual"). Which Gram matrix gives the eigenvalues, see :func:`spectrum`.
+        column_groups: bool (default False). Average groups of ``d / 128`` neighbouring columns first (released code).
+            ``d`` must be a multiple of 128.
 
-    Returns
-    -------
-    Tensor, shape (...,), float64
-        NaN for a token that holds a NaN or an infinity.
+    Returns:
+        Tensor, shape (...,), float64. NaN for a token that holds a NaN or an infinity.
 
-    Raises
-    ------
-    TypeError
-        ``x`` is not a tensor of real floating numbers.
-    ValueError
-        Fewer than two dimensions, ``h < 2``, ``d < 1``, a ``d`` that ``column_groups`` refuses, or an unknown name.
+    Raises:
+        TypeError: ``x`` is not a tensor of real floating numbers.
+        ValueError: Fewer than two dimensions, ``h < 2``, ``d < 1``, a ``d`` that ``column_groups`` refuses, or an
+            unknown name.
     """
     lam = spectrum(x, normalization=normalization, gram=gram, column_groups=column_groups)
     H = -(lam * lam.log()).sum(dim=-1) / math.log(x.shape[-2])
@@ -131,9 +127,8 @@ def error_scale(x: Tensor, *, normalization: Normalization = "none", column_grou
 
     Parameters and errors are those of :func:`matrix_entropy`. Always positive, or NaN where ``H`` is.
 
-    Returns
-    -------
-    Tensor, shape (...,), float64
+    Returns:
+        Tensor, shape (...,), float64
     """
     lam = spectrum(x, normalization=normalization, column_groups=column_groups)
     return (lam * lam.log()).abs().sum(dim=-1) / math.log(x.shape[-2])

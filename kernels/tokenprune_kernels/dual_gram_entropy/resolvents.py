@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .quadrature import NODES, coefficients
+from tokenprune_kernels.dual_gram_entropy.quadrature import NODES, coefficients
 
 
 def minus_x_log_x(A: Tensor) -> Tensor:
@@ -19,14 +19,11 @@ def minus_x_log_x(A: Tensor) -> Tensor:
 
     Householder's reflections and the pivots' recurrence are those of ``fused.py``, where they are explained.
 
-    Parameters
-    ----------
-    A : Tensor, shape (h, h, n), float32
-        n matrices, the token last. Overwritten.
+    Args:
+        A: (h, h, n), float32. n matrices, the token last. Overwritten.
 
-    Returns
-    -------
-    Tensor, shape (n,), float32
+    Returns:
+        Tensor, shape (n,), float32
     """
     h, _, n = A.shape
     t, c, b1, b2 = _nodes(A.device)

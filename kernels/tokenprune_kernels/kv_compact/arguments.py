@@ -11,10 +11,8 @@ from torch import Tensor
 def check_arguments(tensors: Sequence[Tensor], index: Tensor, inplace: bool) -> None:
     """Refuse what does not fit together. Only types and shapes are read, so a GPU is never waited for.
 
-    Raises
-    ------
-    TypeError, ValueError
-        The message says which argument and why.
+    Raises:
+        TypeError, ValueError: The message says which argument and why.
     """
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
         raise TypeError("index must be an int64 tensor")

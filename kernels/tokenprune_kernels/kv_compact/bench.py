@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..machine import describe_device
-from ..timing import copy_bandwidth, cuda_ms, interleaved_ms
-from . import kv_compact
+from tokenprune_kernels.kv_compact import kv_compact
+from tokenprune_kernels.machine import describe_device
+from tokenprune_kernels.timing import copy_bandwidth, cuda_ms, interleaved_ms
 
 #: (layers, batch, heads, entries, head_dim): LLaVA-NeXT-7B's cache at batch 8; one that a CPU compacts in a moment.
 SHAPES = {"cuda": (32, 8, 32, 2880, 128), "cpu": (4, 2, 8, 576, 64)}
