@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -99,15 +98,13 @@ def test_no_module_imports_itself_by_a_detour() -> None:
         visit(module, ())
 
 
-def functions(path: Path) -> Iterator[tuple[str, int]]:
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield node.name, (node.end_lineno or 0) - node.lineno + 1
-
-
-def test_sizes() -> None:
+def test_what_is_large_says_why() -> None:
+    """Size is a smell, not a law: a file of 400 lines, or a function of 80 behind its signature, gives its reason."""
+    told = (ROOT.parent / "CONTRIBUTING.md").read_text()
     for module, path in modules().items():
-        lines = len(path.read_text().splitlines())
-        assert not module.startswith("tokenprune.runtime.") or lines <= 300, f"{module} has {lines} lines"
-        for name, length in functions(path):
-            assert length <= 80, f"{module}.{name} has {length} lines"
+        name = path.relative_to(ROOT).as_posix()
+        assert len(path.read_text().splitlines()) <= 400 or f"`{name}`" in told, name
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or 0) - node.body[0].lineno + 1
+                assert length <= 80 or f"`{module}.{node.name}`" in told, f"{module}.{node.name}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -39,24 +39,6 @@ class Match(str, Enum):
     contains = "contains"
 
 
-Methods: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--method",
-        metavar="NAME[,PARAM=VALUE]",
-        help=f"Repeatable; 'all': every one. [default: {', '.join(METHODS)}]",
-    ),
-]
-Budgets: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option("--budget", metavar="25%|0.25", help=f"Repeatable. [default: {', '.join(BUDGETS)}]"),
-]
-Controls: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option("--control", metavar="NAME", help=f"Repeatable. [default: {', '.join(CONTROLS)}]"),
-]
-
-
 def compare(
     model: ModelArgument,
     data: Annotated[
@@ -71,9 +53,22 @@ def compare(
     out: Annotated[
         Path, typer.Option("--out", metavar="FOLDER", help="For report.html, compare.csv and the rest.")
     ],
-    method: Methods = None,
-    budget: Budgets = None,
-    control: Controls = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            metavar="NAME[,PARAM=VALUE]",
+            help=f"Repeatable; 'all': every one. [default: {', '.join(METHODS)}]",
+        ),
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option("--budget", metavar="25%|0.25", help=f"Repeatable. [default: {', '.join(BUDGETS)}]"),
+    ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option("--control", metavar="NAME", help=f"Repeatable. [default: {', '.join(CONTROLS)}]"),
+    ] = None,
     questions: Annotated[int, typer.Option("--questions", min=1, help="How many.")] = 500,
     match: Annotated[Match, typer.Option("--match", help="When an answer is right.")] = Match.exact,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of an answer.")] = 32,

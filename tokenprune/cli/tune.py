@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,82 +35,69 @@ class Cost(str, Enum):
     latency = "latency"
 
 
-Budget: TypeAlias = Annotated[
-    str,
-    typer.Option(
-        "--budget",
-        metavar="25%|0.25|192|LOW:HIGH",
-        help="Visual tokens to keep, on average over layers; a range of fractions with --cost.",
-    ),
-]
-Out: TypeAlias = Annotated[
-    Path | None, typer.Option("--out", metavar="JSON", help="Write the profile there too.")
-]
-Quick: TypeAlias = Annotated[
-    bool, typer.Option("--quick", help="A minute on 16 images: choose among forms, search no numbers.")
-]
-Methods: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option("--method", help="Search this method; may be repeated. [default: all of them]"),
-]
-Served: TypeAlias = Annotated[
-    bool,
-    typer.Option(
-        "--served", help="Search what vLLM serves: one cut, before the LLM, no size term; with --out."
-    ),
-]
-Sampler: TypeAlias = Annotated[
-    str, typer.Option("--sampler", help="Optuna's: tpe, gp, cmaes, nsga2 or random.")
-]
-CostOption: TypeAlias = Annotated[
-    Cost | None, typer.Option("--cost", help="Search drift against this, over a range of budgets.")
-]
-Storage: TypeAlias = Annotated[
-    str,
-    typer.Option(
-        "--storage",
-        metavar="URL",
-        help="A database (sqlite:///study.db, postgresql://...) or journal:PATH that machines share; cache: a file "
-        "in the cache folder.",
-    ),
-]
-Study: TypeAlias = Annotated[
-    str | None, typer.Option("--study", metavar="NAME", help="[default: made of what is asked]")
-]
-Worker: TypeAlias = Annotated[
-    int | None,
-    typer.Option(
-        "--worker",
-        min=0,
-        help="Number of this process among those that share a study; they may start together.",
-    ),
-]
-ReportFolder: TypeAlias = Annotated[
-    Path | None, typer.Option("--report", metavar="FOLDER", help="Write report.md and report.png there.")
-]
-
-
 def tune(
     model: ModelArgument,
     data: DataOption,
-    budget: Budget,
-    out: Out = None,
-    quick: Quick = False,
+    budget: Annotated[
+        str,
+        typer.Option(
+            "--budget",
+            metavar="25%|0.25|192|LOW:HIGH",
+            help="Visual tokens to keep, on average over layers; a range of fractions with --cost.",
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="JSON", help="Write the profile there too.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A minute on 16 images: choose among forms, search no numbers.")
+    ] = False,
     metric: MetricOption = "cosine",
     samples: Annotated[
         int, typer.Option("--samples", min=4, help="Images to search on; half as many again choose.")
     ] = 96,
     trials: Annotated[int, typer.Option("--trials", min=1, help="Settings tried in all (a search).")] = 100,
-    method: Methods = None,
-    served: Served = False,
-    sampler: Sampler = "tpe",
-    cost: CostOption = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", help="Search this method; may be repeated. [default: all of them]"),
+    ] = None,
+    served: Annotated[
+        bool,
+        typer.Option(
+            "--served", help="Search what vLLM serves: one cut, before the LLM, no size term; with --out."
+        ),
+    ] = False,
+    sampler: Annotated[
+        str, typer.Option("--sampler", help="Optuna's: tpe, gp, cmaes, nsga2 or random.")
+    ] = "tpe",
+    cost: Annotated[
+        Cost | None, typer.Option("--cost", help="Search drift against this, over a range of budgets.")
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts per forward.")] = 8,
-    storage: Storage = "cache",
-    study: Study = None,
+    storage: Annotated[
+        str,
+        typer.Option(
+            "--storage",
+            metavar="URL",
+            help="A database (sqlite:///study.db, postgresql://...) or journal:PATH that machines share; cache: a file "
+            "in the cache folder.",
+        ),
+    ] = "cache",
+    study: Annotated[
+        str | None, typer.Option("--study", metavar="NAME", help="[default: made of what is asked]")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the study of that name.")] = False,
-    worker: Worker = None,
-    report: ReportFolder = None,
+    worker: Annotated[
+        int | None,
+        typer.Option(
+            "--worker",
+            min=0,
+            help="Number of this process among those that share a study; they may start together.",
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="FOLDER", help="Write report.md and report.png there.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the samples drawn, and the sampler.")] = 0,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
