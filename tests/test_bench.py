@@ -26,8 +26,8 @@ from tokenprune.bench.output import append, check_table, latest, markdown, plot
 from tokenprune.bench.peak import peak_bytes
 from tokenprune.cli import app
 from tokenprune.cli import bench as bench_command
-from tokenprune.timing import Arm, interleave, ratio
 from tokenprune_eval.publish import __main__ as publish
+from tokenprune_kernels.timing import Timed, interleave, ratio
 from tokenprune_testbed import load
 
 TINY = GEOMETRIES["tiny"]
@@ -137,8 +137,8 @@ def test_append_after_a_kill(tmp_path: Path) -> None:
 def test_interleave_pairs_rounds_and_leaves_setup_out() -> None:
     ran: list[str] = []
     arms = {
-        "a": Arm(lambda state: ran.append(f"a{state}"), setup=lambda: 1),
-        "b": Arm(lambda state: ran.append("b")),
+        "a": Timed(lambda state: ran.append(f"a{state}"), setup=lambda: 1),
+        "b": Timed(lambda state: ran.append("b")),
     }
     seconds = interleave(arms, 2, warmup=1)
     assert ran == ["b", "a1", "a1", "b", "b", "a1"], "every second round runs backwards"

@@ -75,7 +75,7 @@ def test_tables_are_checked() -> None:
     with pytest.raises(ConfigError, match="choose one of"):
         load_table("../table")
     given = yaml.safe_load((TABLES / "llava-1.5-7b-tokens.yaml").read_text())
-    given["arms"][0]["published"] = [1.0]
+    given["methods"][0]["published"] = [1.0]
     with pytest.raises(ValueError, match="1 numbers for 3 budgets"):
         Table.model_validate(given)
     with pytest.raises(ValueError, match="surprise"):

@@ -1,27 +1,118 @@
-"""Timing that both benches share: events on a GPU, processor time on a CPU."""
+"""Timing: what is compared takes turns, round after round, so that all of it meets the same changes of the load."""
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One thing to time.
+
+    Attributes:
+        run: what is timed; it gets what `setup` returned.
+        setup: runs before the clock starts, every time.
+        context: entered around both, outside the clock (wrapping the model, say).
+    """
+
+    run: Callable[[Any], object]
+    setup: Callable[[], Any] = field(default=lambda: None)
+    context: Callable[[], AbstractContextManager[Any]] = field(default=nullcontext)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median and quintiles of the per-round ratios of two arms."""
+
+    median: float
+    p20: float
+    p80: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} [{self.p20:.3f}, {self.p80:.3f}]"
+
+
+def interleave(
+    arms: dict[str, Timed], rounds: int, *, warmup: int = 2, clock: str = "wall", device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds of each arm, round by round.
+
+    Every second round runs the arms backwards, so that none always follows the same neighbour. The garbage
+    collector is off while a clock runs.
+
+    Args:
+        arms: by name.
+        rounds: measured rounds.
+        warmup: rounds before them.
+        clock: "wall", or "cpu": processor time of this process, which other processes on the machine do not add to.
+        device: on "cuda" the time is that between two events, whatever the clock.
+    """
+    on_gpu = device.startswith("cuda")
+    clocked = _between_events if on_gpu else partial(_on_clock, CLOCKS[clock])
+    wait: Callable[[], None] = torch.cuda.synchronize if on_gpu else lambda: None
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    names = list(arms)
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        for i in range(-warmup, rounds):
+            for name in names if i % 2 == 0 else reversed(names):
+                arm = arms[name]
+                with arm.context(), torch.inference_mode():
+                    state = arm.setup()
+                    wait()
+                    result, taken = clocked(arm, state)
+                del state, result
+                if i >= 0:
+                    seconds[name].append(taken)
+            gc.collect()
+    finally:
+        if was_enabled:
+            gc.enable()
+    return seconds
+
+
+def _on_clock(now: Callable[[], float], arm: Timed, state: Any) -> tuple[object, float]:
+    start = now()
+    result = arm.run(state)
+    return result, now() - start
+
+
+def _between_events(arm: Timed, state: Any) -> tuple[object, float]:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    result = arm.run(state)
+    end.record()
+    end.synchronize()
+    return result, start.elapsed_time(end) / 1e3
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
+    """Per-round ratios, summarised."""
+    values = [a / b for a, b in zip(numerator, denominator, strict=True)]
+    ends = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.8], dtype=torch.float64))
+    return Ratio(statistics.median(values), *ends.tolist())
+
+
+def milliseconds(seconds: Sequence[float]) -> float:
+    return 1e3 * statistics.median(seconds)
+
 
 def interleaved_ms(runs: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Medians of several runs that take turns (A B A B ...), after one unmeasured turn, in milliseconds.
-
-    Processor time of this process, which other processes on the machine do not add to.
-    """
-    times: list[list[float]] = [[] for _ in runs]
-    for i in range(-1, repeats):
-        for run, taken in zip(runs, times, strict=True):
-            start = time.process_time()
-            run()
-            if i >= 0:
-                taken.append(1e3 * (time.process_time() - start))
-    return [statistics.median(taken) for taken in times]
+    """Medians of several runs that take turns, in milliseconds of processor time, after one unmeasured turn."""
+    arms = {str(i): Timed(lambda _, run=run: run()) for i, run in enumerate(runs)}  # type: ignore[misc]
+    return [milliseconds(own) for own in interleave(arms, repeats, warmup=1, clock="cpu").values()]
 
 
 def cuda_ms(run: Callable[[], object], repeats: int = 50, replays: int = 1) -> float:

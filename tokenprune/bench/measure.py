@@ -35,7 +35,7 @@ from tokenprune.budget import Keep
 from tokenprune.errors import TokenPruneError, UntestedWarning
 from tokenprune.releases import cache_argument, cache_of
 from tokenprune.reporting import Report
-from tokenprune.timing import Arm, Ratio, interleave, milliseconds, ratio
+from tokenprune_kernels.timing import Ratio, Timed, interleave, milliseconds, ratio
 
 LAUNCH_BOUND = 1.2
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.05}
@@ -157,8 +157,8 @@ class Bench:
         run: Callable[[Any], object],
         setup: Callable[[], Any] | None = None,
         **named: Callable[[], AbstractContextManager[Any]],
-    ) -> dict[str, Arm]:
-        return {name: Arm(run, setup or (lambda: None), context) for name, context in named.items()}
+    ) -> dict[str, Timed]:
+        return {name: Timed(run, setup or (lambda: None), context) for name, context in named.items()}
 
     def time_prefill(self) -> tuple[dict[str, list[float]], list[Report]]:
         """Seconds of each arm by round, and the reports of ours."""
@@ -167,16 +167,16 @@ class Bench:
         arms = self._arms(self.prefill, unpruned=inside)
         if self.ideal is not None:
             ideal = self.ideal
-            arms["ideal"] = Arm(lambda _: ideal(), context=inside)
+            arms["ideal"] = Timed(lambda _: ideal(), context=inside)
             same = partial(self.wrapped, "uniform", layer=self.report.layers_cut[0])
-            arms["uniform"] = Arm(self.prefill, context=same)
+            arms["uniform"] = Timed(self.prefill, context=same)
         arms |= {
-            "ours": Arm(self.prefill, context=partial(self._observed, reports)),
-            "keep=1.0": Arm(self.prefill, context=partial(self.wrapped, keep=1.0)),
-            "unpruned again": Arm(self.prefill, context=inside),
+            "ours": Timed(self.prefill, context=partial(self._observed, reports)),
+            "keep=1.0": Timed(self.prefill, context=partial(self.wrapped, keep=1.0)),
+            "unpruned again": Timed(self.prefill, context=inside),
         }
         if self.features is not None:
-            arms["embedding"] = Arm(self._embed)
+            arms["embedding"] = Timed(self._embed)
         rounds = self.plan.rounds
         return interleave(arms, rounds, clock=self.plan.clock, device=self.device), reports[-rounds:]
 

@@ -96,7 +96,7 @@ def _plan(
     from tokenprune.arguments import AUTO, Arguments, read_keep
     from tokenprune.bench.measure import Plan
     from tokenprune.methods import make_method
-    from tokenprune.timing import CLOCKS
+    from tokenprune_kernels.timing import CLOCKS
 
     if clock not in CLOCKS:
         raise InputError(f"--clock is one of {', '.join(CLOCKS)}, not {clock!r}")

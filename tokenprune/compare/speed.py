@@ -7,12 +7,12 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from tokenprune import timing
 from tokenprune.api import pruned
 from tokenprune.compare.answering import Asker
 from tokenprune.compare.arms import NONE, Arm
 from tokenprune.compare.downsample import interpolated
 from tokenprune.errors import TokenPruneError
+from tokenprune_kernels import timing
 
 WHATS = ("prefill", "first token", "whole answer")
 
@@ -40,7 +40,7 @@ def measure_times(
         tokens = 1 if what == "first token" else new_tokens
         return inner.generate(**inputs, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens)
 
-    ready: dict[str, timing.Arm] = {}
+    ready: dict[str, timing.Timed] = {}
     for arm in arms:
         try:
             inputs = asker.inputs(arm, numbers)
@@ -49,7 +49,7 @@ def measure_times(
                 run(inputs)
         except TokenPruneError:
             continue
-        ready[arm.key] = timing.Arm(run, lambda inputs=inputs: inputs, context)  # type: ignore[misc]
+        ready[arm.key] = timing.Timed(run, lambda inputs=inputs: inputs, context)  # type: ignore[misc]
     taken = timing.interleave(ready, rounds, warmup=1, device=str(inner.device))
     found = []
     for key, seconds in taken.items():

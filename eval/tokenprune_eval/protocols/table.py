@@ -1,4 +1,4 @@
-"""A published table: model, tasks, budgets, arms and expected numbers, read from YAML and checked."""
+"""A published table: model, tasks, budgets, methods and expected numbers, read from YAML and checked."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Task(_Part):
     unpruned: float | None = None
 
 
-class TableArm(_Part):
+class TableMethod(_Part):
     """A method.
 
     Attributes:
@@ -68,12 +68,12 @@ class Table(_Part):
     tasks: list[Task] = Field(min_length=1)
     tolerance: Tolerance
     budgets: list[str] = Field(min_length=1)
-    arms: list[TableArm]
+    methods: list[TableMethod]
     elsewhere: dict[str, list[float]] = {}
 
     @model_validator(mode="after")
     def _as_many_as_budgets(self) -> Table:
-        for name, numbers in [*((a.name, a.published) for a in self.arms), *self.elsewhere.items()]:
+        for name, numbers in [*((a.name, a.published) for a in self.methods), *self.elsewhere.items()]:
             if numbers and len(numbers) != len(self.budgets):
                 raise ValueError(f"{name} has {len(numbers)} numbers for {len(self.budgets)} budgets")
         return self
@@ -81,10 +81,10 @@ class Table(_Part):
     def runs(self) -> dict[str, str]:
         """Model arguments of every run, by its folder's name; the unpruned one first."""
         runs = {NONE: "method=none"}
-        for arm in self.arms:
+        for method in self.methods:
             for budget in self.budgets:
-                args = arm.args.format(budget=budget)
-                runs[f"{arm.name}-{budget}"] = args.replace("PUBLISHED", str(_published_profiles()))
+                args = method.args.format(budget=budget)
+                runs[f"{method.name}-{budget}"] = args.replace("PUBLISHED", str(_published_profiles()))
         return runs
 
 

@@ -61,13 +61,13 @@ def verdict(table: Table, out: Path, names: Mapping[str, str] | None = None) -> 
         )
     whole = scores[NONE]
     lines = [_unpruned(task, whole, table) for task in table.tasks]
-    for arm in table.arms:
+    for method in table.methods:
         for number, budget in enumerate(table.budgets):
-            own = scores[f"{arm.name}-{budget}"]
+            own = scores[f"{method.name}-{budget}"]
             shares = {task: 100 * own[task] / whole[task] for task in own if whole.get(task)}
             mean = sum(shares.values()) / len(shares) if len(shares) == len(table.tasks) else math.nan
-            published = arm.published[number] if arm.published else None
-            title = f"{arm.name} at {budget}: mean % of unpruned"
+            published = method.published[number] if method.published else None
+            title = f"{method.name} at {budget}: mean % of unpruned"
             lines.append(Line(title, mean, published, table.tolerance.mean))
             lines += [Line(f"    {task} %", share, None, 0.0) for task, share in shares.items()]
     return lines

@@ -19,8 +19,8 @@ from tokenprune import machine, pruned
 from tokenprune.bench.geometry import GEOMETRIES, random_subject
 from tokenprune.errors import BudgetError
 from tokenprune.methods import METHODS
-from tokenprune.timing import Arm, interleave, ratio
 from tokenprune_kernels.results import write_csv
+from tokenprune_kernels.timing import Timed, interleave, ratio
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def prefill(state: object = None) -> Any:
         return model(**inputs, use_cache=True, logits_to_keep=1)
 
-    arms = {"none": Arm(prefill, context=partial(inside, {"method": "none"}))}
+    arms = {"none": Timed(prefill, context=partial(inside, {"method": "none"}))}
     for name in sorted(set(METHODS) - {"none"}):
         arguments = {"method": name, "keep": options.keep}
         try:
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         except BudgetError as error:
             print(f"{name}: {error}")
             continue
-        arms[name] = Arm(prefill, context=partial(inside, arguments))
+        arms[name] = Timed(prefill, context=partial(inside, arguments))
     seconds = interleave(arms, options.rounds, warmup=1, device=device)
     rows = []
     for name in arms:

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from tokenprune.estimators import estimate, make_estimator
-from tokenprune.timing import Arm, interleave, milliseconds
 from tokenprune_kernels.machine import describe_device
 from tokenprune_kernels.results import write_csv
+from tokenprune_kernels.timing import Timed, interleave, milliseconds
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokens = torch.randn(n, options.width, device=options.device, dtype=torch.bfloat16)
         for name in options.estimators:
             estimator = make_estimator(name)
-            arms = {name: Arm(lambda _, e=estimator, t=tokens: estimate(t, e))}  # type: ignore[misc]
+            arms = {name: Timed(lambda _, e=estimator, t=tokens: estimate(t, e))}  # type: ignore[misc]
             seconds = interleave(arms, options.repeats, warmup=1, device=options.device)
             row = {"tokens": str(n), "width": str(options.width), "estimator": name}
             row |= {"ms": f"{milliseconds(seconds[name]):.4g}", **describe_device(options.device)}
