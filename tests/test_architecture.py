@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1] / "tokenprune"
 # type checkers count.
 FLOORS = (
     ("errors", "releases", "tensors", "hashing", "cache", "machine", "timing"),
-    ("files", "optional", "budget", "named", "tokens", "estimators", "testbeds"),
+    ("files", "tables", "optional", "budget", "named", "tokens", "estimators", "testbeds"),
     ("space",),
     ("images", "tiling", "draw"),
     ("adaptive", "printed"),

@@ -22,10 +22,11 @@ from tokenprune.bench.geometry import (
 )
 from tokenprune.bench.ideal import prepare
 from tokenprune.bench.measure import Bench, Plan, bar, measure, verdict
-from tokenprune.bench.output import append, check_table, latest, markdown, plot
+from tokenprune.bench.output import latest, markdown, plot
 from tokenprune.bench.peak import peak_bytes
 from tokenprune.cli import app
 from tokenprune.cli import bench as bench_command
+from tokenprune.tables import append, check
 from tokenprune_eval.publish import __main__ as publish
 from tokenprune_kernels.timing import Timed, interleave, ratio
 from tokenprune_testbed import load
@@ -125,9 +126,9 @@ def test_append_after_a_kill(tmp_path: Path) -> None:
     append(path, {"a": "=3", "b": "4"})
     assert path.read_text() == "a,b\n1,2\n'=3,4\n"
     path.write_text("a,b\n1,2\n3")
-    for check in (lambda: append(path, {"a": "5", "b": "6"}), lambda: check_table(path)):
+    for refused in (lambda: append(path, {"a": "5", "b": "6"}), lambda: check(path)):
         with pytest.raises(tokenprune.ConfigError, match=r"last line of .*bench.csv is not whole"):
-            check()
+            refused()
     assert path.read_text() == "a,b\n1,2\n3"
     path.write_text("")
     append(path, {"a": "1", "b": "2"})

@@ -32,9 +32,9 @@ from tokenprune.compare.questions import Question, is_right, load_questions, nor
 from tokenprune.compare.run import CompareOptions, Comparison, compare
 from tokenprune.compare.statistics import mean_interval
 from tokenprune.compare.store import ASKED, LINES
-from tokenprune.files import csv_text
 from tokenprune.methods import METHODS
 from tokenprune.models import find_family, stock_model
+from tokenprune.tables import csv_text
 from tokenprune.tune import measure
 from tokenprune_testbed import evaluate, evaluation_set, load
 

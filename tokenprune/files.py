@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import stat
 from pathlib import Path
@@ -62,17 +61,3 @@ def read_regular(path: Path, most: int) -> bytes:
         raise ConfigError(f"{path} is too large: {found.st_size:,} bytes, and it may have {most:,}")
     with path.open("rb") as file:
         return file.read(most + 1)
-
-
-_FORMULA = re.compile(r"[=+\-@\t\r]")
-
-
-def csv_text(text: str) -> str:
-    """A text for a cell of a table, so that no spreadsheet takes it for a formula; numbers stay as they are."""
-    if not _FORMULA.match(text):
-        return text
-    try:
-        float(text)
-    except ValueError:
-        return "'" + text
-    return text

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import csv
 import io
 import json
 import random
@@ -34,7 +33,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tokenprune import machine
+from tokenprune import machine, tables
 from tokenprune_eval.checkpoints import write_old_layout
 from tokenprune_eval.qwen_checkpoint import write_qwen
 from tokenprune_eval.server import NAME, serving
@@ -207,16 +206,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     sizes = options.tokens if options.model == QWEN else [_TOKENS]
     rows: list[dict[str, str]] = []
-    with tempfile.TemporaryDirectory() as scratch, options.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
+    options.csv.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
         folder = _folder(options.model, Path(scratch) / "model")
         for keep in options.keep:
             for tokens in sizes:
-                found = _measure(options, folder, keep, tokens, vllm.__version__)
-                writer.writerows(found)
-                file.flush()
-                rows += found
+                for row in _measure(options, folder, keep, tokens, vllm.__version__):
+                    tables.append(options.csv, row)
+                    rows.append(row)
     shown = ("arm", "concurrency", "image_tokens", "requests_per_s", "speedup", *MEASURED)
     for row in rows:
         print(" ".join(f"{name}={row[name]}" for name in shown))

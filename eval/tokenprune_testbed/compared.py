@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenprune import tables
+
 FILE = Path(__file__).with_name("compared.csv")
 METHODS = ("none", "auto", "vflowopt", "uniform", "random", "entropyprune")
 COPIED = ("keep", "questions", "accuracy", "accuracy low", "accuracy high", "cpu", "date")
@@ -52,7 +54,4 @@ def read(model: str) -> dict[tuple[str, float | None], Compared]:
 
 def write(rows: Sequence[Mapping[str, str]]) -> None:
     """Rows of model, method and `COPIED`."""
-    with FILE.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["model", "method", *COPIED], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    tables.write(FILE, rows)

@@ -8,6 +8,7 @@ and times are processor time of the one thread used.
 from __future__ import annotations
 
 import argparse
+import csv
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +16,6 @@ import torch
 
 from tokenprune_kernels.dual_gram_entropy import bench as dual_gram_entropy
 from tokenprune_kernels.kv_compact import bench as kv_compact
-from tokenprune_kernels.results import write_csv
 
 OPS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, str]]]] = {
     "dual_gram_entropy": dual_gram_entropy.rows,
@@ -45,7 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         torch.set_num_threads(threads)
     if options.csv is not None:
-        write_csv(options.csv, found)
+        options.csv.parent.mkdir(parents=True, exist_ok=True)
+        with options.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(found)
 
 
 if __name__ == "__main__":

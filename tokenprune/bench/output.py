@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenprune.errors import ConfigError
-from tokenprune.files import csv_text
 from tokenprune.optional import check_installed
 
 if TYPE_CHECKING:
@@ -80,49 +77,6 @@ def table(row: Row) -> Table:
         shown.add_row(label, text.replace("`", ""))
     shown.add_row("logits, ideal against ours", row["logits_error"])
     return shown
-
-
-def append(path: Path, row: Row) -> None:
-    """Add a row to a CSV.
-
-    Raises:
-        ConfigError: the file has other columns, or its last line is not whole.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.exists() or not path.stat().st_size
-    ended = fresh or check_table(path, list(row))
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        if not ended:
-            file.write("\n")
-        writer.writerow({name: csv_text(text) for name, text in row.items()})
-
-
-def check_table(path: Path, columns: Sequence[str] | None = None) -> bool:
-    """Refuse a file that rows cannot be added to, before anything is measured for it.
-
-    Args:
-        path: of an existing file.
-        columns: it must have; None: whichever.
-
-    Returns:
-        Whether its last line ends.
-
-    Raises:
-        ConfigError: it is no table of these columns, or its last line is not whole.
-    """
-    with path.open(newline="") as file:
-        text = file.read()
-    rows = list(csv.reader(text.splitlines(keepends=True)))
-    if columns is not None and (rows[0] if rows else None) != list(columns):
-        raise ConfigError(f"{path} has other columns; move it away or name another file with --csv")
-    if rows and len(rows[-1]) != len(rows[0]):
-        raise ConfigError(
-            f"the last line of {path} is not whole; complete or remove it, or name another file"
-        )
-    return text.endswith("\n")
 
 
 def latest(rows: Sequence[Row]) -> list[Row]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tokenprune import tables
 from tokenprune.cli.loading import check_device, load_model
 from tokenprune.cli.options import DeviceOption, Dtype, DtypeOption, JsonOption
 from tokenprune.cli.shell import InputError, console, print_json
@@ -70,20 +71,20 @@ def bench(
     best: stock layers on tokens chosen beforehand.
     """
     from tokenprune.bench.measure import Bench, measure
-    from tokenprune.bench.output import append, check_table, table
+    from tokenprune.bench.output import table
 
     sizes = [_batch(text) for text in batch or ("1", "8", *(() if model else ("8r",)))]
     if model and any(ragged for _, ragged in sizes):
         raise InputError("--batch 8r needs a geometry: a model of your own is asked the same in every row")
     if csv is not None and csv.is_file() and csv.stat().st_size:
-        check_table(csv)
+        tables.check(csv)
     plan = _plan(method, keep, layer, repeats, steps, answer, clock)
     subject = _subject(model, geometry, dtype.value, device, threads, plan)
     rows: list[dict[str, Any]] = []
     for size, ragged in sizes:
         rows.append(measure(Bench(subject, size, ragged, plan)))
         if csv is not None:
-            append(csv, rows[-1])
+            tables.append(csv, rows[-1])
         if not as_json:
             console().print(table(rows[-1]))
     if as_json:

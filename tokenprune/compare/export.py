@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tokenprune import tables
 from tokenprune.compare.summary import Row, Share, Summary
-from tokenprune.files import csv_text
 
 
 def write_csv(summary: Summary, path: Path, about: Mapping[str, str]) -> None:
     """One line per arm. `about` (model, machine, date) stands in every line."""
-    rows = [{**_flat(row, summary), **about} for row in summary.rows]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: csv_text(text) for name, text in row.items()} for row in rows)
+    tables.write(path, [{**_flat(row, summary), **about} for row in summary.rows])
 
 
 def write_json(summary: Summary, path: Path, about: Mapping[str, str]) -> None:

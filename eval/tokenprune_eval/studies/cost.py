@@ -18,14 +18,13 @@ from typing import Any
 import numpy as np
 import optuna
 
-from tokenprune import machine
+from tokenprune import machine, tables
 from tokenprune.analysis.batches import batched
 from tokenprune.analysis.memory import Memory
 from tokenprune.analysis.plots import new_figure, save_figure
 from tokenprune.tune import measure
 from tokenprune.tune.search import search
 from tokenprune_eval.experiments.bench import DRIFT_BATCH, Bench, setting
-from tokenprune_kernels.results import write_csv
 
 COLUMNS = ("model", "keep", "arm", "seed", "passes", "seconds", "best_drift", "setting")
 Point = tuple[int, float, float, str]  # passes, seconds, best drift so far, its setting
@@ -126,7 +125,7 @@ def write(path: Path, model: str, keep: float, curves: Mapping[tuple[str, int], 
                 values = (model, keep, arm, seed, passes, f"{seconds:.2f}", f"{best:.6g}", named)
                 rows.append(dict(zip(COLUMNS, map(str, values), strict=True)) | described)
             before = best
-    write_csv(path, rows)
+    tables.write(path, rows)
 
 
 def draw(path: Path, curves: Mapping[tuple[str, int], Sequence[Point]]) -> None:

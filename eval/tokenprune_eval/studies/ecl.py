@@ -17,14 +17,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tokenprune import machine
+from tokenprune import machine, tables
 from tokenprune.analysis.calibration import CalibrationSample, calibration_calls, load_calibration
 from tokenprune.analysis.collapse import find_collapse
 from tokenprune.analysis.layers import read_layers
 from tokenprune.analysis.plots import plot_collapse
 from tokenprune.estimators import ESTIMATORS
 from tokenprune.profiles.collapse import Collapse
-from tokenprune_kernels.results import write_csv
 from tokenprune_testbed import load
 
 CASES = ("trained", "untrained", "trained, images of noise")
@@ -109,7 +108,7 @@ def main() -> None:
         for collapse in found.values():
             print(f"{case}: {collapse.verdict()}", flush=True)
     if options.csv:
-        write_csv(options.csv, table)
+        tables.write(options.csv, table)
     if options.figure:
         plot_collapse(drawn, options.figure, text=texts)
 

@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from tokenprune import tables
 from tokenprune.printed import is_print, look, summary
-from tokenprune_kernels.results import write_csv
 from tokenprune_testbed.grounds import Split
 from tokenprune_testbed.pages import make_page
 from tokenprune_testbed.scenes import make_scene
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         wrong = len(own) - sum(own) if kind in PRINT else sum(own)
         rows.append({"kind": kind, "pictures": len(own), "wrong": wrong, "share": f"{wrong / len(own):.4f}"})
         print(rows[-1])
-    write_csv(options.csv, rows)
+    tables.write(options.csv, rows)
 
 
 def _fit(count: int) -> None:

@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 
-from tokenprune import machine, pruned
+from tokenprune import machine, pruned, tables
 from tokenprune.bench.geometry import GEOMETRIES, random_subject
 from tokenprune.errors import BudgetError
 from tokenprune.methods import METHODS
-from tokenprune_kernels.results import write_csv
 from tokenprune_kernels.timing import Timed, interleave, ratio
 
 
@@ -72,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         row |= {"ratio": f"{found.median:.4f}", "p20": f"{found.p20:.4f}", "p80": f"{found.p80:.4f}"}
         rows.append({**row, "rounds": str(options.rounds), **machine.describe()})
-    write_csv(options.csv, rows)
+    tables.write(options.csv, rows)
 
 
 if __name__ == "__main__":

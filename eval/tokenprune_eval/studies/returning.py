@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import tokenprune
-from tokenprune_kernels.results import write_csv
+from tokenprune import tables
 from tokenprune_testbed import load
 from tokenprune_testbed.language import make_inputs
 from tokenprune_testbed.modeling import EOS, NUM_VISUAL_TOKENS
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             }
         )
         print(*rows[-1].values(), flush=True)
-    write_csv(options.csv, rows)
+    tables.write(options.csv, rows)
 
 
 if __name__ == "__main__":

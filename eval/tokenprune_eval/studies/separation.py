@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenprune import tables
 from tokenprune.machine import describe
 from tokenprune.methods import EntropyPrune
 from tokenprune_eval.studies.recorded import NORMALIZATIONS, SOURCES, images_at
-from tokenprune_kernels.results import write_csv
 from tokenprune_testbed import load
 from tokenprune_testbed.dense import BACKGROUND, patch_objects
 from tokenprune_testbed.language import make_inputs
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows.append(dict.fromkeys(COLUMNS, "") | row | about)
             print("  ".join(f"{c} {rows[-1][c]}" for c in COLUMNS[2:-5] if rows[-1][c]), flush=True)
     if options.csv is not None:
-        write_csv(options.csv, rows)
+        tables.write(options.csv, rows)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ token. The vision tower is small and runs in both.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Sequence
@@ -20,14 +19,8 @@ import torch
 from torch._dynamo.utils import counters
 
 import tokenprune
-from tokenprune import machine
+from tokenprune import machine, tables
 from tokenprune.bench.geometry import GEOMETRIES, build, prompts
-
-COLUMNS = (
-    *("geometry", "layers", "visual", "batch", "cache", "method", "keep", "tokens", "rounds"),
-    *("ms_per_token", "ratio", "warm_up_s", "first_ms", "cache_bytes", "cache_share", "frames", "breaks"),
-    *machine.FIELDS,
-)
 
 
 def answer(model: Any, inputs: dict[str, Any], new: int, cache: str) -> tuple[float, Any]:
@@ -128,27 +121,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     geometry = GEOMETRIES[options.geometry]
     if options.layers is not None:
         geometry = replace(geometry, layers=options.layers)
-    known = options.csv.exists()
-    with options.csv.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if not known:
-            writer.writeheader()
-        for cache in options.cache:
-            for method in options.method:
-                found = measure(
-                    geometry,
-                    options.batch,
-                    cache,
-                    method,
-                    options.keep,
-                    options.tokens,
-                    options.rounds,
-                    options.device,
-                )
-                writer.writerows(found)
-                file.flush()
-                for row in found:
-                    print(" ".join(f"{name}={row[name]}" for name in COLUMNS[1:17]), flush=True)
+    for cache in options.cache:
+        for method in options.method:
+            asked = (
+                options.batch,
+                cache,
+                method,
+                options.keep,
+                options.tokens,
+                options.rounds,
+                options.device,
+            )
+            for row in measure(geometry, *asked):
+                tables.append(options.csv, row)
+                print(" ".join(f"{name}={row[name]}" for name in list(row)[1:17]), flush=True)
 
 
 if __name__ == "__main__":

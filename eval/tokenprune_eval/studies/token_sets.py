@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from tokenprune import tables
 from tokenprune.estimators import estimate, make_estimator
 from tokenprune_kernels.machine import describe_device
-from tokenprune_kernels.results import write_csv
 from tokenprune_kernels.timing import Timed, interleave, milliseconds
 
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
             rows.append(row)
     if options.csv is not None:
-        write_csv(options.csv, rows)
+        tables.write(options.csv, rows)
 
 
 if __name__ == "__main__":
