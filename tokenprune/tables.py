@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tokenprune.errors import ConfigError
@@ -74,6 +74,21 @@ def check(path: Path, columns: Sequence[str] | None = None) -> bool:
             f"the last line of {path} is not whole; complete or remove it, or name another file"
         )
     return text.endswith("\n")
+
+
+def markdown(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], align: Mapping[int, str] = {0: "---"}
+) -> str:
+    """A table for a page.
+
+    Args:
+        columns: their titles.
+        rows: their cells.
+        align: by the number of a column; the others are numbers, on the right.
+    """
+    head = "| " + " | ".join(columns).lstrip() + " |"
+    rule = "|" + "|".join(align.get(i, "---:") for i in range(len(columns))) + "|"
+    return "\n".join([head, rule, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 _FORMULA = re.compile(r"[=+\-@\t\r]")

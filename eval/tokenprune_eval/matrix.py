@@ -9,7 +9,6 @@ every test behind it passed, "no" when one failed, and empty when the family (or
 from __future__ import annotations
 
 import argparse
-import csv
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
+from tokenprune import tables
 from tokenprune.machine import describe
+from tokenprune_eval.publish.__main__ import put
 
 TESTS = ("tests/test_matrix.py", "tests/test_generation.py", "tests/test_backends.py")
 # (test, position of the family's name in its parameters, position of what is told apart, its names in the table)
@@ -50,7 +51,6 @@ COLUMNS = {
     "test_flash_emulated": (0, 2, {"1": "flash (emulated)", "3": "flash (emulated)"}),
 }
 NAMES = list(dict.fromkeys(name for _, _, names in COLUMNS.values() for name in names.values()))
-MARKS = ("<!-- matrix: begin -->", "<!-- matrix: end -->")
 Cell = tuple[str, str]
 
 
@@ -97,7 +97,7 @@ def table(records: Iterable[dict[str, str]]) -> str:
         value = "no" if int(record["failed"]) else "yes" if int(record["passed"]) else ""
         cells.setdefault((record["family"], record["column"]), {})[record["transformers"]] = value
     families = sorted({family for family, _ in cells})
-    lines = ["| | " + " | ".join(NAMES) + " |", "|---|" + ":---:|" * len(NAMES)]
+    lines = []
     for family in families:
         texts = []
         for name in NAMES:
@@ -111,8 +111,8 @@ def table(records: Iterable[dict[str, str]]) -> str:
             )
         fails = [v for v in versions if (family, v) not in runs]
         named = f"{family} (not {', '.join(fails)})" if fails else family
-        lines.append(f"| {named} | " + " | ".join(texts) + " |")
-    return "\n".join(lines)
+        lines.append([named, *texts])
+    return tables.markdown(["", *NAMES], lines, {0: "---"} | dict.fromkeys(range(1, len(NAMES) + 1), ":---:"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -137,18 +137,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         status = subprocess.run(command, check=False).returncode
         records = rows(outcomes(report))
     if options.csv is not None:
-        if options.csv.exists():
-            with options.csv.open(newline="") as file:
-                version = describe()["transformers"]
-                records = [r for r in csv.DictReader(file) if r["transformers"] != version] + records
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(records[0]))
-            writer.writeheader()
-            writer.writerows(records)
+        version = describe()["transformers"]
+        records = [r for r in tables.read(options.csv) if r["transformers"] != version] + records
+        tables.write(options.csv, records)
     text = table(records)
     if options.page is not None:
-        before, _, rest = options.page.read_text().partition(MARKS[0])
-        options.page.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
+        put(options.page, "matrix", text)
     print(text)
     sys.exit(status)
 

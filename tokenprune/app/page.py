@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from tokenprune import tables
 from tokenprune.app.asking import Asking, Shown, Stages
 from tokenprune.methods import find_all
 
@@ -135,8 +136,7 @@ def _costs(shown: Shown) -> str:
         ("prefill FLOPs", "1", f"{told.flops / told.flops_unpruned:.2f}"),
         ("drift of the last state", "0", f"{shown.drift:.4f}"),
     )
-    lines = ["| | whole | pruned |", "|---|---:|---:|", *(f"| {a} | {b} | {c} |" for a, b, c in rows)]
-    return "\n".join(lines)
+    return tables.markdown(["", "whole", "pruned"], rows)
 
 
 def _saved(examples: Sequence[tuple[Image.Image, str]]) -> list[tuple[str, str]]:

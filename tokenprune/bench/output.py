@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tokenprune import tables
 from tokenprune.optional import check_installed
 
 if TYPE_CHECKING:
@@ -89,10 +90,7 @@ def latest(rows: Sequence[Row]) -> list[Row]:
 
 def markdown(rows: Sequence[Row]) -> str:
     """A table of one geometry on one machine: a column per batch."""
-    lines = [
-        "| | " + " | ".join(f"batch {row['batch']}, {row['rounds']} rounds" for row in rows) + " |",
-        "|---|" + "---:|" * len(rows),
-    ]
+    lines = []
     for label, column, unit in SPEED:
         cells = [cell(row, column, unit) for row in rows]
         if column == "ideal/ours":
@@ -100,12 +98,12 @@ def markdown(rows: Sequence[Row]) -> str:
                 f"{text}, {row['verdict']}" if text else "" for text, row in zip(cells, rows, strict=True)
             ]
         if any(cells):
-            lines.append(f"| {label} | " + " | ".join(text or "not run" for text in cells) + " |")
-    lines.append("| FLOPs, pruned / unpruned | " + " | ".join(row["flops_ratio"] for row in rows) + " |")
+            lines.append([label, *(text or "not run" for text in cells)])
+    lines.append(["FLOPs, pruned / unpruned", *(row["flops_ratio"] for row in rows)])
     memory = [memory_cells(row) for row in rows]
-    for label in memory[0]:
-        lines.append(f"| {label} | " + " | ".join(own[label] for own in memory) + " |")
-    return "\n".join(lines)
+    lines += [[label, *(own[label] for own in memory)] for label in memory[0]]
+    titles = ["", *(f"batch {row['batch']}, {row['rounds']} rounds" for row in rows)]
+    return tables.markdown(titles, lines)
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:

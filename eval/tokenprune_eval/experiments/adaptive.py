@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 import tokenprune
+from tokenprune import tables
 from tokenprune.adaptive import RULES
 from tokenprune.compare.statistics import difference
 from tokenprune_eval.experiments.auto import pictures_of
@@ -78,7 +79,7 @@ def measure(bench: Bench, arm: str, setting: Mapping[str, Any]) -> Measured:
 
 def by_kind(results: Rows) -> str:
     """Accuracy by kind of question, and in brackets the paired difference to the same mean for all, in points."""
-    lines = ["| | kept | " + " | ".join(KINDS) + " |", "|---|---:|" + "---:|" * len(KINDS)]
+    lines = []
     for key, row in results.rows.items():
         fixed = f"{row['model']} {row['keep']} {FIXED}"
         kinds = [sample.family for sample in questions_to(row["model"], int(row["questions"]))]
@@ -90,18 +91,13 @@ def by_kind(results: Rows) -> str:
                 points = 100 * (results.correct(key)[own].mean() - results.correct(fixed)[own].mean())
                 cell += f" ({points:+.0f})"
             cells.append(cell)
-        lines.append(
-            f"| {row['model']}, {row['arm']} | {float(row['keep']):.0%} | " + " | ".join(cells) + " |"
-        )
-    return "\n".join(lines)
+        lines.append([f"{row['model']}, {row['arm']}", f"{float(row['keep']):.0%}", *cells])
+    return tables.markdown(["", "kept", *KINDS], lines)
 
 
 def table(results: Rows) -> str:
     """Prefilled tokens, accuracy, and the paired difference to the same mean for all, in points."""
-    lines = [
-        "| | kept | prefilled | again | right % | minus fixed, points |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
+    lines = []
     for key, row in results.rows.items():
         fixed = f"{row['model']} {row['keep']} {FIXED}"
         against = ""
@@ -114,12 +110,11 @@ def table(results: Rows) -> str:
                 else pictures_of(int(row["questions"])),
             )
             against = str(found)
-        accuracy = f"{100 * float(row['accuracy']):.1f} [{100 * float(row['low']):.1f}, {100 * float(row['high']):.1f}]"
-        shares = f"{float(row['prefilled']):.1%} | {float(row['again']):.1%}"
-        lines.append(
-            f"| {row['model']}, {row['arm']} | {float(row['keep']):.0%} | {shares} | {accuracy} | {against} |"
-        )
-    return "\n".join(lines)
+        right, low, high = (100 * float(row[name]) for name in ("accuracy", "low", "high"))
+        shares = [f"{float(row[name]):.1%}" for name in ("prefilled", "again")]
+        name, kept = f"{row['model']}, {row['arm']}", f"{float(row['keep']):.0%}"
+        lines.append([name, kept, *shares, f"{right:.1f} [{low:.1f}, {high:.1f}]", against])
+    return tables.markdown(["", "kept", "prefilled", "again", "right %", "minus fixed, points"], lines)
 
 
 EXPERIMENT = Experiment(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tokenprune import tables
 from tokenprune.analysis.memory import content_digest
 from tokenprune.compare.statistics import difference
 from tokenprune_eval.experiments.base import Experiment
@@ -69,13 +70,10 @@ def table(results: Rows) -> str:
     columns = sorted({(r["model"], r["keep"]) for r in rows if r["keep"]}, key=lambda c: (c[0], -float(c[1])))
     by_key = {(r["model"], r["keep"], r["arm"]): r for r in rows}
     lines = [
-        "| | " + " | ".join(f"{model} {float(keep):.0%}" for model, keep in columns) + " |",
-        "|---|" + "---:|" * len(columns),
+        [arm, *(_cell(by_key.get((model, "" if arm == "none" else keep, arm))) for model, keep in columns)]
+        for arm in ("none", *ARMS)
     ]
-    for arm in ("none", *ARMS):
-        shown = [by_key.get((model, "" if arm == "none" else keep, arm)) for model, keep in columns]
-        lines.append(f"| {arm} | " + " | ".join(map(_cell, shown)) + " |")
-    return "\n".join(lines)
+    return tables.markdown(["", *(f"{model} {float(keep):.0%}" for model, keep in columns)], lines)
 
 
 def _cell(row: dict[str, str] | None) -> str:

@@ -11,6 +11,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
+from tokenprune import tables
 from tokenprune.compare.arms import CONTROLS, NONE
 from tokenprune_testbed import compared
 
@@ -44,14 +45,8 @@ def _head(model: str, rows: Sequence[Row]) -> str:
 def _table(rows: Sequence[Row]) -> str:
     budgets = sorted({row["keep"] for row in rows if row["keep"]}, key=float, reverse=True)
     found = {(row["arm"], row["keep"]): row for row in rows}
-    lines = [
-        "| | " + " | ".join(f"{float(budget):.0%}" for budget in budgets) + " |",
-        "|---|" + "---:|" * len(budgets),
-    ]
-    for name in _in_order(rows):
-        cells = [_cell(found.get((name, budget))) for budget in budgets]
-        lines.append(f"| {_title(name)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    lines = [[_title(n), *(_cell(found.get((n, budget))) for budget in budgets)] for n in _in_order(rows)]
+    return tables.markdown(["", *(f"{float(budget):.0%}" for budget in budgets)], lines)
 
 
 def _cell(row: Row | None) -> str:
@@ -105,18 +100,14 @@ def every_method(comparisons: dict[str, list[Row]]) -> str:
 
 def _every(rows: Sequence[Row]) -> str:
     budgets = sorted({row["keep"] for row in rows if row["keep"]}, key=float, reverse=True)
-    lines = [
-        "| | reads the question | "
-        + " | ".join(f"{float(budget):.0%} | minus *uniform*" for budget in budgets)
-        + " |",
-        "|---|---|" + "---:|---:|" * len(budgets),
-    ]
+    lines = []
     for name in _in_order(rows):
         own = {row["keep"]: row for row in rows if row["arm"] == name}
         reads = any(row.get("reads_text") == "yes" for row in own.values())
         cells = [part for budget in budgets for part in _with_difference(own.get(budget))]
-        lines.append(f"| {_title(name)} | {'yes' if reads else ''} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([_title(name), "yes" if reads else "", *cells])
+    titles = [title for budget in budgets for title in (f"{float(budget):.0%}", "minus *uniform*")]
+    return tables.markdown(["", "reads the question", *titles], lines, {0: "---", 1: "---"})
 
 
 def _with_difference(row: Row | None) -> tuple[str, str]:
@@ -134,13 +125,10 @@ def _families(rows: Sequence[Row], keep: str) -> str:
     names = [n.removeprefix("accuracy ") for n in rows[0] if n.startswith("accuracy ") and n.count(" ") == 1]
     names = [name for name in names if name not in ("low", "high", "questions")]
     whole = next(row for row in rows if row["arm"] == NONE)
-    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     own = {row["arm"]: row for row in rows if row["keep"] == keep and not row["refused"]}
-    for title, row in [("none", whole), *((_title(n), own[n]) for n in _in_order(rows) if n in own)]:
-        lines.append(
-            f"| {title} | " + " | ".join(f"{100 * float(row[f'accuracy {n}']):.0f}" for n in names) + " |"
-        )
-    return "\n".join(lines)
+    shown = [("none", whole), *((_title(n), own[n]) for n in _in_order(rows) if n in own)]
+    lines = [[title, *(f"{100 * float(row[f'accuracy {n}']):.0f}" for n in names)] for title, row in shown]
+    return tables.markdown(["", *names], lines)
 
 
 def _in_order(rows: Sequence[Row]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
+from tokenprune import tables
 from tokenprune.arguments import AUTO
 from tokenprune.bench.output import Row, latest, markdown, plot
 
@@ -45,15 +46,9 @@ def ordered(rows: Sequence[Row]) -> list[Row]:
 
 def summary(rows: Sequence[Row]) -> str:
     """One line per geometry, method, batch and machine."""
-    titles = [title for title, _, _ in SUMMARY]
-    lines = [
-        "| | visual tokens | machine | method | batch | "
-        + " | ".join(titles)
-        + " | of the ideal | KV cache |",
-        "|---|---:|---|---|---|" + "---:|" * (len(SUMMARY) + 2),
-    ]
+    lines = []
     for row in ordered(rows):
-        cells = []
+        cells = [row["geometry"], row["visual"], machine_of(row), row["method"], row["batch"]]
         for _, column, turned in SUMMARY:
             value = float(row[column]) if row[column] else 0.0
             cells.append("" if not value else f"{1 / value if turned else value:.2f}x")
@@ -61,13 +56,10 @@ def summary(rows: Sequence[Row]) -> str:
         if row["verdict"] == "launch-bound":
             ideal += ", launch-bound"
         kv = int(row["kv_used_ours"]) / int(row["kv_used_unpruned"])
-        cells += [ideal, f"{kv:.0%}"]
-        lines.append(
-            f"| {row['geometry']} | {row['visual']} | {machine_of(row)} | {row['method']} | {row['batch']} | "
-            + " | ".join(cells)
-            + " |"
-        )
-    return "\n".join(lines) + "\n"
+        lines.append([*cells, ideal, f"{kv:.0%}"])
+    titles = [title for title, _, _ in SUMMARY]
+    columns = ["", "visual tokens", "machine", "method", "batch", *titles, "of the ideal", "KV cache"]
+    return tables.markdown(columns, lines, dict.fromkeys((0, 2, 3, 4), "---")) + "\n"
 
 
 def section(rows: Sequence[Row], figures: Path) -> str:
