@@ -1,11 +1,14 @@
-"""Run the commands that draw on a tiny checkpoint with its real processor: `python processor_worker.py FAMILY FOLDER`.
+"""Run the commands that draw on tiny checkpoints with their real processors: `processor_worker.py FOLDER FAMILY...`.
 
-A process of its own, because torchvision has to be importable here and must not be elsewhere.
+A process of its own, because torchvision has to be importable here and must not be elsewhere. What each family said on
+stderr, and what it failed with, stands in FOLDER/FAMILY/stderr.txt.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -121,4 +124,12 @@ def check_video(model: Any, processor: Any) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    for family in sys.argv[2:]:
+        folder = Path(sys.argv[1]) / family
+        folder.mkdir()
+        with (folder / "stderr.txt").open("w") as file, contextlib.redirect_stderr(file):
+            try:
+                main(family, folder)
+                print("done", file=file)
+            except Exception:
+                traceback.print_exc()
