@@ -89,9 +89,9 @@ $(VLLM_VENV)/.installed: tests/install_vllm.sh pyproject.toml
 
 VLLM_PYTEST = $(VLLM_VENV)/bin/python -m pytest -n $(VLLM_WORKERS)
 VLLM_WORKERS ?= 2
-test-vllm: $(VLLM_VENV)/.installed ## Run the tests of the vLLM plug-in, with both of vLLM's runners (PYTEST_ARGS=...)
+test-vllm: $(VLLM_VENV)/.installed ## Run the tests of the vLLM plug-in, with both of vLLM's runners (PYTEST_ARGS=..., SECOND_ARGS=... for the second)
 	$(VLLM_PYTEST) tests/test_vllm.py tests/test_vllm_qwen.py tests/test_vllm_hostile.py tests/test_serving.py $(PYTEST_ARGS)
-	VLLM_USE_V2_MODEL_RUNNER=1 $(VLLM_PYTEST) -m runners tests/test_vllm.py tests/test_vllm_qwen.py $(PYTEST_ARGS)
+	VLLM_USE_V2_MODEL_RUNNER=1 $(VLLM_PYTEST) -m runners tests/test_vllm.py tests/test_vllm_qwen.py $(PYTEST_ARGS) $(SECOND_ARGS)
 
 serve: $(VLLM_VENV)/.installed ## Measure vLLM with and without pruned images (SERVE_ARGS=...)
 	$(VLLM_VENV)/bin/python -m tokenprune_eval.serve $(SERVE_ARGS)

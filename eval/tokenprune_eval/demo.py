@@ -320,7 +320,8 @@ def _table(title: str, justify: Any = "right") -> Table:
 def _add_methods(table: Table, rows: Sequence[dict[str, Any]], cell: Any, before: str = "") -> None:
     """A line per method: the unpruned model under "all tokens", the others under their budgets."""
     by_place = {(row["method"], row["keep"]): cell(row) for row in rows}
-    for method in ("none", *dict.fromkeys(method for method, keep in by_place if keep is not None)):
+    order = ("none", "auto", *dict.fromkeys(row["method"] for row in rows))
+    for method in dict.fromkeys(order):
         table.add_row(before + method, *(by_place.get((method, keep), "") for keep in (None, *BUDGETS)))
 
 
