@@ -148,6 +148,9 @@ def test_texts_take_the_type_of_their_default() -> None:
         parameters={"voters": "cls", "size_term": False},
     )
     assert Arguments.from_text({"method": "random", "seed": "7"}).parameters == {"seed": 7}
+    # r1 has no default of its own, but a type.
+    assert Arguments.from_text({"method": "vflowopt", "r1": "0.3"}).parameters == {"r1": 0.3}
+    assert Arguments.from_text({"stages": "0:vflowopt(r1=0.3):20%"}).stages[0].parameters == {"r1": 0.3}  # type: ignore[index,union-attr]
     assert Arguments.from_text({"cuts": "2:50%, 9:36,18", "keep": "0.2"}).cuts == (
         tokenprune.Cut(2, 0.5),
         tokenprune.Cut(9, 36),

@@ -608,4 +608,13 @@ _READERS: dict[str, Callable[[str], Any]] = {
 
 
 def _parameters(method: type[Method] | None) -> dict[str, Any]:
-    return {} if method is None else {f.name: f.default for f in dataclasses.fields(method)}
+    """By name a value of the type that a parameter is read as: its default, or a zero where that is None."""
+    if method is None:
+        return {}
+    fields = dataclasses.fields(method)
+    return {f.name: _zero(str(f.type)) if f.default is None else f.default for f in fields}
+
+
+def _zero(annotation: str) -> Any:
+    kinds = (float, int, bool)
+    return next((kind() for kind in kinds if re.search(rf"\b{kind.__name__}\b", annotation)), "")

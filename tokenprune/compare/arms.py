@@ -70,7 +70,8 @@ def make_arms(
     arms = [Arm(NONE, None, {"method": NONE})]
     for keep in sorted(budgets, reverse=True):
         for name, arguments in read.items():
-            if arguments["method"] != AUTO or known_profile(fingerprint(model), keep) is not None:
+            named = arguments["method"] != AUTO or "stages" in arguments
+            if named or known_profile(fingerprint(model), keep) is not None:
                 arms.append(Arm(name, keep, {**arguments, "keep": keep}))
         arms += [arm for arm in _controls(keep, num_layers) if arm.name in controls]
     return arms
