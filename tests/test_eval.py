@@ -11,15 +11,20 @@ import torch
 
 import tiny
 import tokenprune
+from tokenprune import tables
+from tokenprune.arguments import read_keep
+from tokenprune.compare.arms import NONE, read_methods
 from tokenprune.compare.statistics import difference
-from tokenprune_eval.experiments import __main__ as command
-from tokenprune_eval.experiments.base import Experiment
-from tokenprune_eval.experiments.rows import Rows, pack, unpack
-from tokenprune_eval.studies import separation
+from tokenprune_eval import experiments
+from tokenprune_eval.experiments import EXPERIMENTS
+from tokenprune_eval.studies import adaptive, separation
 from tokenprune_eval.studies.recorded import SOURCES, images_at
+from tokenprune_eval.studies.rows import Rows, pack, unpack
 from tokenprune_testbed.evaluate import wilson_interval
 from tokenprune_testbed.language import make_inputs
 from tokenprune_testbed.modeling import build_model, build_processor
+
+RESULTS = Path(__file__).parents[1] / "eval" / "results"
 
 # -- formulas ------------------------------------------------------------------------------------------------------
 
@@ -90,27 +95,28 @@ def test_rows_survive_a_kill(tmp_path: Path) -> None:
 
 class _FakeBench:
     name = "m"
-    model = build_model(2)
 
 
-def test_an_experiment_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+def test_a_study_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def measure(bench: Any, arm: str, setting: Any) -> tuple[dict[str, str], list[bool]]:
+    def measure(bench: Any, setting: Any) -> tuple[dict[str, str], list[bool]]:
         if len(asked) == limit:
             raise KeyboardInterrupt
-        asked.append(f"{arm} {setting['keep']}")
+        asked.append(f"{setting['keep']} {setting['arm']}")
         return {"questions": "7", "accuracy": "0.5"}, [True] * 7
 
-    def arms(bench: Any, keep: float | None) -> dict[str, Any]:
-        return {"whole": {"keep": None}} if keep is None else {"a": {"keep": keep}, "b": {"keep": keep}}
+    def arms(bench: Any, keep: float) -> dict[str, Any]:
+        return {arm: {"keep": keep, "arm": arm} for arm in ("a", "b")}
 
-    experiment = Experiment("mine", "", arms, columns=("questions", "accuracy"), measure=measure)
+    monkeypatch.setattr(adaptive, "measure", measure)
+    monkeypatch.setattr(adaptive, "arms", arms)
 
-    def go(only: Any = None) -> Rows:
-        rows = Rows(tmp_path / "mine.csv", experiment.header())
+    def go() -> Rows:
+        rows = Rows(tmp_path / "mine.csv", adaptive.COLUMNS)
         rows.load()
-        command.run(experiment, _FakeBench(), rows, (0.5, 0.25), only)  # type: ignore[arg-type]
+        for keep in (0.5, 0.25):
+            adaptive.run(_FakeBench(), keep, rows)  # type: ignore[arg-type]
         return rows
 
     limit = 3
@@ -119,31 +125,38 @@ def test_an_experiment_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     assert len(asked) == 3
     limit = 100
     rows = go()
-    assert asked == ["whole None", "a 0.5", "b 0.5", "a 0.25", "b 0.25"], "each arm once"
-    assert list(rows.rows) == ["m whole", "m 0.5 a", "m 0.5 b", "m 0.25 a", "m 0.25 b"]
+    assert asked == ["0.5 a", "0.5 b", "0.25 a", "0.25 b"], "each arm once"
+    assert list(rows.rows) == ["m 0.5 a", "m 0.5 b", "m 0.25 a", "m 0.25 b"]
     assert go().correct("m 0.5 a").all()
 
 
-@pytest.mark.parametrize("name", sorted(set(command.EXPERIMENTS) - {"adaptive"}))
-def test_arms_are_what_wrap_takes(name: str) -> None:
-    experiment = command.EXPERIMENTS[name]
-    bench: Any = _FakeBench()
-    bench.model = build_model(16)
-    for keep in (None, *experiment.budgets):
-        for arm, setting in experiment.arms(bench, keep).items():
-            with tokenprune.pruned(bench.model, **setting):
-                assert tokenprune.is_wrapped(bench.model), arm
-
-
-@pytest.mark.parametrize("name", command.EXPERIMENTS)
-def test_committed_rows_are_shown(name: str) -> None:
+def test_committed_rows_are_shown() -> None:
     """With the columns that the command writes: it could go on with them."""
-    experiment = command.EXPERIMENTS[name]
-    rows = Rows(Path(__file__).parents[1] / "eval" / "results" / f"{name}.csv", experiment.header())
+    rows = Rows(RESULTS / "adaptive.csv", adaptive.COLUMNS)
     rows.load()
-    assert rows.rows
-    shown = experiment.show(rows)
-    assert not shown or "|" in shown
+    assert rows.rows and "|" in adaptive.table(rows) and "|" in adaptive.by_kind(rows)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_committed_comparisons_are_what_experiments_ask(name: str) -> None:
+    """Every committed comparison keeps its command."""
+    own = EXPERIMENTS[name]
+    rows = tables.read(RESULTS / f"{name}.csv")
+    asked = {NONE, *read_methods(own.methods), *own.controls}
+    if name == "compare_smol":
+        asked.remove("auto")  # of profiles that are no longer bundled: taken out
+    assert {row["arm"] for row in rows} == asked
+    assert {float(row["keep"]) for row in rows if row["keep"]} == {read_keep(text) for text in own.budgets}
+    assert {row["questions"] for row in rows} == {str(own.questions)}
+
+
+def test_an_experiment_is_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experiments.main(["--show", "layers_small", "--out", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert shown.startswith("layers_small: tokenprune compare small --data testbed")
+    assert "--method entropyprune,layer=7,source=hidden" in shown
+    with pytest.raises(SystemExit):
+        experiments.main(["nothing"])
 
 
 # -- formulas of studies -------------------------------------------------------------------------------------------

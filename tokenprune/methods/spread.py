@@ -22,7 +22,7 @@ class Spread(ScoreMethod):
     """Of k tokens, round(share k) on `Uniform`'s even grid, and the best of the others by another method's score.
 
     At a later cut the tokens of the smaller grid that are still there come first. Source: ours; a score alone keeps
-    objects and loses what lies around them, an even grid the other way round (eval/results/ablations.csv).
+    objects and loses what lies around them, an even grid the other way round (eval/results/ablations_small.csv).
 
     Args:
         method: a method that scores tokens.

@@ -30,7 +30,7 @@ class VFlowOpt(Method):
     Paper: "VFlowOpt: A Token Pruning Framework for LMMs with Visual Information Flow-Guided Optimization", arXiv
     2508.05211. Its five numbers are tuned per model and budget: these defaults are not. The paper recycles by cells and
     has neither an even grid nor a size term (`recycling="cells", even=0.0, size_term=False`); on both testbeds and at
-    every budget the defaults here drift less, and the size term is worth most of it (eval/results/ablations.csv).
+    every budget the defaults here drift less, and the size term is worth most of it (eval/results/ablations_small.csv).
 
     Args:
         t, alpha, voters: of the importance map.

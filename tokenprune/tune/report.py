@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import optuna
 
+from tokenprune import tables
 from tokenprune.analysis.plots import new_figure, save_figure
 from tokenprune.errors import ConfigError
 from tokenprune.tune.inspect import spread
@@ -109,6 +110,9 @@ def _page(found: Found, importances: dict[str, float], names: Sequence[str]) -> 
     asked = found.study.user_attrs["tokenprune"]
     profile = found.profiles[0]
     assert profile.measured is not None
+    searched = {"found": found.front[0].drift, **found.controls}
+    drifts = {f"{name}, searched on": drift for name, drift in searched.items()}
+    drifts |= {f"{name}, held out": drift for name, drift in found.held_out.items()}
     lines = [
         f"# Search of {profile.made.date}: {asked['metric']} drift at {asked['keep']}",
         "",
@@ -120,27 +124,27 @@ def _page(found: Found, importances: dict[str, float], names: Sequence[str]) -> 
         *(f"**Caution.** {text[0].upper()}{text[1:]}.\n" for text in found.cautions()),
         f"![convergence, importances, cost, samples]({FIGURE})",
         "",
-        "| | drift, mean | median | 95 % | worst |",
-        "|---|---:|---:|---:|---:|",
-        *(
-            _row(f"{n}, searched on", drift)
-            for n, drift in {"found": found.front[0].drift, **found.controls}.items()
+        tables.markdown(
+            ["", "drift, mean", "median", "95 %", "worst"],
+            [[name, *(f"{value:.4g}" for value in spread(drift).values())] for name, drift in drifts.items()],
         ),
-        *(_row(f"{name}, held out", drift) for name, drift in found.held_out.items()),
         "",
-        "| budget | setting | drift | GFLOPs of a prompt |",
-        "|---:|---|---:|---:|",
-        *(
-            f"| {p.keep:.4g} | {_setting(p)} | {one.value:.4g} | {one.flops / 1e9:.3g} |"
-            for p, one in zip(found.profiles, found.front, strict=True)
+        tables.markdown(
+            ["budget", "setting", "drift", "GFLOPs of a prompt"],
+            [
+                [f"{p.keep:.4g}", _setting(p), f"{one.value:.4g}", f"{one.flops / 1e9:.3g}"]
+                for p, one in zip(found.profiles, found.front, strict=True)
+            ],
+            {1: "---"},
         ),
+        "",
     ]
     if importances:
-        lines += ["", "| parameter | importance (PED-ANOVA) |", "|---|---:|"]
-        lines += [f"| {name} | {share:.2f} |" for name, share in importances.items()]
-    worst = np.argsort(found.front[0].drift)[::-1][:5]
-    lines += ["", "| samples with the largest drift | drift |", "|---|---:|"]
-    lines += [f"| {_called(int(i), names)} | {found.front[0].drift[i]:.4g} |" for i in worst]
+        shares = [[name, f"{share:.2f}"] for name, share in importances.items()]
+        lines += [tables.markdown(["parameter", "importance (PED-ANOVA)"], shares), ""]
+    best = found.front[0].drift
+    worst = [[_called(int(i), names), f"{best[i]:.4g}"] for i in np.argsort(best)[::-1][:5]]
+    lines.append(tables.markdown(["samples with the largest drift", "drift"], worst))
     return "\n".join(lines) + "\n"
 
 
@@ -149,10 +153,6 @@ def _called(number: int, names: Sequence[str]) -> str:
     own = names[number] if number < len(names) else ""
     plain = "".join(c if c.isprintable() and c not in "|`<" else "?" for c in own)
     return f"`{plain}`" if plain else f"number {number}"
-
-
-def _row(name: str, drift: Any) -> str:
-    return f"| {name} | " + " | ".join(f"{value:.4g}" for value in spread(drift).values()) + " |"
 
 
 def _setting(profile: Any) -> str:

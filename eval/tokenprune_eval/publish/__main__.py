@@ -11,6 +11,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
+from tokenprune.arguments import AUTO
 from tokenprune_eval.publish import accuracy, speed
 from tokenprune_testbed import compared
 
@@ -50,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif part == "accuracy":
             comparisons = accuracy.read(options.results, "compare")
             compared.write(accuracy.shown(comparisons, options.results))
+            blind = (AUTO, "uniform", "random")
+            put(options.root / "README.md", "default", accuracy.default(options.results, blind))
+            beside = (*blind, "vflowopt", "merge", "merge,of=divprune")
+            told = [accuracy.default(options.results, beside), "", accuracy.above(options.results)]
+            put(docs / "results.md", "default", "\n".join(told))
             put(docs / "results.md", "accuracy", accuracy.section(comparisons))
             put(
                 docs / "results.md",

@@ -7,15 +7,18 @@ tell methods apart.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
 from tokenprune import tables
+from tokenprune.arguments import AUTO
 from tokenprune.compare.arms import CONTROLS, NONE
 from tokenprune_testbed import compared
 
 MODELS = ("small", "smol")
+LOW = ("0.33", "0.22", "0.11")
+#: Where "auto" was measured, by model.
+DEFAULT = {"small": "methods_small", "smol": "auto_smol", "unseen": "auto_unseen"}
 Row = dict[str, str]
 
 
@@ -148,28 +151,53 @@ def shown(comparisons: dict[str, list[Row]], results: Path) -> list[Row]:
         for row in rows
         if _form(row["arm"]) in compared.METHODS and not row["refused"]
     ]
-    with (results / "auto.csv").open(newline="") as file:
-        told = [row for row in csv.DictReader(file) if row["arm"] == "auto" and row["model"] in MODELS]
     known = {(row["model"], row["method"]) for row in found}
-    bounds = {"accuracy low": "low", "accuracy high": "high"}
     found += [
-        {
-            "model": row["model"],
-            "method": "auto",
-            **{name: row[bounds.get(name, name)] for name in compared.COPIED},
-        }
-        for row in told
-        if (row["model"], "auto") not in known
+        {"model": model, "method": AUTO, **{name: row[name] for name in compared.COPIED}}
+        for model, name in DEFAULT.items()
+        for row in tables.read(results / f"{name}.csv")
+        if row["arm"] == AUTO and model in MODELS and (model, AUTO) not in known
     ]
     return found
+
+
+def default(results: Path, arms: Sequence[str]) -> str:
+    """Markdown: "auto" beside controls and what is not tuned, by model and budget."""
+    rows = _default(results)
+    places = [(model, keep) for model in DEFAULT for keep in LOW]
+    lines = [["none", *(_percent(rows[model, NONE, ""]) if keep == LOW[0] else "" for model, keep in places)]]
+    for arm in arms:
+        found = [rows.get((model, arm, keep)) for model, keep in places]
+        untuned = ", untuned" if arm not in (AUTO, *CONTROLS) else ""
+        lines.append([f"{_title(arm)}{untuned}", *("" if row is None else _percent(row) for row in found)])
+    return tables.markdown(["", *(f"{model} {float(keep):.0%}" for model, keep in places)], lines)
+
+
+def above(results: Path) -> str:
+    """A sentence: by how much "auto" is above the even grid."""
+    rows = _default(results)
+    told = [
+        f"`{model}` {', '.join(_with_difference(rows[model, AUTO, keep])[1] for keep in LOW)}"
+        for model in DEFAULT
+    ]
+    return f"`auto` minus the even grid, paired question by question, in points: {'; '.join(told)}."
+
+
+def _default(results: Path) -> dict[tuple[str, str, str], Row]:
+    """By model, arm and budget."""
+    rows: dict[tuple[str, str, str], Row] = {}
+    for model, name in DEFAULT.items():
+        rows |= {(model, row["arm"], row["keep"]): row for row in tables.read(results / f"{name}.csv")}
+        for keep in LOW:  # without a profile it is VFlowOpt's defaults
+            rows.setdefault((model, AUTO, keep), rows.get((model, "vflowopt", keep), {}))
+    return rows
 
 
 def read(results: Path, what: str) -> dict[str, list[Row]]:
     """Committed comparisons, by model."""
     found = {}
     for model in MODELS:
-        path = results / f"{what}_{model}.csv"
-        if path.exists():
-            with path.open(newline="") as file:
-                found[model] = list(csv.DictReader(file))
+        rows = tables.read(results / f"{what}_{model}.csv")
+        if rows:
+            found[model] = rows
     return found

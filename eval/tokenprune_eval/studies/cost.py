@@ -24,7 +24,7 @@ from tokenprune.analysis.memory import Memory
 from tokenprune.analysis.plots import new_figure, save_figure
 from tokenprune.tune import measure
 from tokenprune.tune.search import search
-from tokenprune_eval.experiments.bench import DRIFT_BATCH, Bench, setting
+from tokenprune_eval.studies.bench import DRIFT_BATCH, Bench, setting
 
 COLUMNS = ("model", "keep", "arm", "seed", "passes", "seconds", "best_drift", "setting")
 Point = tuple[int, float, float, str]  # passes, seconds, best drift so far, its setting

@@ -17,8 +17,8 @@ import numpy as np
 from scipy import stats
 
 from tokenprune.tune.search import Tried, search
-from tokenprune_eval.experiments.bench import ROW, Bench
-from tokenprune_eval.experiments.rows import Rows
+from tokenprune_eval.studies.bench import ROW, Bench
+from tokenprune_eval.studies.rows import Rows
 
 COLUMNS = ["key", "model", "keep", "seed", "arm", "samples", "passes", "drift", *ROW]
 

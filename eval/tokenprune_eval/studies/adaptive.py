@@ -1,6 +1,6 @@
 """Budgets that follow the picture, and escalation, against the same mean for all.
 
-``python -m tokenprune_eval.experiments adaptive``
+``python -m tokenprune_eval.studies.adaptive``
 
 Every arm keeps as much on average; what "auto" makes of it, on held-out questions, paired question by question.
 Thresholds are calibrated on training pictures.
@@ -8,36 +8,40 @@ Thresholds are calibrated on training pictures.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import argparse
+from collections.abc import Mapping, Sequence
 from datetime import date
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import tokenprune
 from tokenprune import tables
 from tokenprune.adaptive import RULES
+from tokenprune.analysis.memory import content_digest
 from tokenprune.compare.statistics import difference
-from tokenprune_eval.experiments.auto import pictures_of
-from tokenprune_eval.experiments.base import Experiment, Measured
-from tokenprune_eval.experiments.bench import Bench, questions_to
-from tokenprune_eval.experiments.rows import Rows
-from tokenprune_testbed import FAMILIES, evaluate
+from tokenprune_eval.studies.bench import Bench, questions_to
+from tokenprune_eval.studies.rows import Rows
+from tokenprune_testbed import FAMILIES, evaluate, evaluation_set
 from tokenprune_testbed.pages import PAGE_FAMILIES
 
 FIXED, PAGES = "fixed", "pages"
 KINDS = (*FAMILIES, *PAGE_FAMILIES)
+COLUMNS = [
+    *("key", "model", "keep", "arm", "tau", "questions", "prefilled", "again", "accuracy", "low", "high"),
+    *(*KINDS, "date"),
+]
 #: Shares of the prompts that are prefilled again, at three times the budget.
 AGAIN = (0.1, 0.25, 0.5)
 #: Floors of pages under the guard for text.
 FLOORS = (0.5, 0.75)
 
 
-def arms(bench: Bench, keep: float | None) -> dict[str, dict[str, Any]]:
+def arms(bench: Bench, keep: float) -> dict[str, dict[str, Any]]:
     """Arguments of `wrap` by name."""
-    if keep is None:
-        return {}
     calls = bench.calibration(96, 2 if bench.name == PAGES else 0)
     found: dict[str, dict[str, Any]] = {FIXED: {"keep": keep}}
     for rule in RULES:
@@ -53,7 +57,7 @@ def arms(bench: Bench, keep: float | None) -> dict[str, dict[str, Any]]:
     return found
 
 
-def measure(bench: Bench, arm: str, setting: Mapping[str, Any]) -> Measured:
+def measure(bench: Bench, setting: Mapping[str, Any]) -> tuple[dict[str, str], list[bool]]:
     """What came of it: `prefilled` is the share of all visual tokens that layers saw, both times counted.
 
     Args:
@@ -117,11 +121,45 @@ def table(results: Rows) -> str:
     return tables.markdown(["", "kept", "prefilled", "again", "right %", "minus fixed, points"], lines)
 
 
-EXPERIMENT = Experiment(
-    "adaptive",
-    "Budgets that follow the picture, and escalation, against the same mean for all.",
-    arms,
-    columns=("tau", "questions", "prefilled", "again", "accuracy", "low", "high", *KINDS, "date"),
-    measure=measure,
-    show=lambda rows: f"{table(rows)}\n{by_kind(rows)}",
-)
+@cache
+def pictures_of(questions: int) -> tuple[str, ...]:
+    """Of the held-out questions; those about one picture stand or fall together."""
+    samples = evaluation_set(questions, seed=0)
+    return tuple(content_digest(*(torch.from_numpy(i.copy()) for i in s.images)) for s in samples)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure the arms that have no row yet, and print all as Markdown."""
+    parser = argparse.ArgumentParser(
+        description="Budgets that follow the picture, against the same mean for all."
+    )
+    parser.add_argument("--models", nargs="+", default=["small", "smol"], help="small, smol or pages")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.33, 0.22, 0.11])
+    parser.add_argument("--questions", type=int, default=1000)
+    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--only", nargs="+", help="arms whose names contain one of these")
+    parser.add_argument("--csv", type=Path, default=Path("eval/results/adaptive.csv"))
+    parser.add_argument("--summary", action="store_true", help="only print what is there")
+    options = parser.parse_args(argv)
+    results = Rows(options.csv, COLUMNS)
+    results.load()
+    for model in () if options.summary else options.models:
+        bench = Bench(model, options.questions, 0, options.batch_size)
+        for keep in options.budgets:
+            run(bench, keep, results, options.only)
+    print(f"{table(results)}\n{by_kind(results)}")
+
+
+def run(bench: Bench, keep: float, results: Rows, only: Sequence[str] | None = None) -> None:
+    """Measure the arms at a budget that have no row yet."""
+    for arm, setting in arms(bench, keep).items():
+        key = f"{bench.name} {keep:g} {arm}"
+        if key in results.rows or (only and not any(part in arm for part in only)):
+            continue
+        found, correct = measure(bench, setting)
+        results.add({"key": key, "model": bench.name, "keep": f"{keep:g}", "arm": arm, **found}, correct)
+        print(f"{key}: {float(found['accuracy']):.1%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

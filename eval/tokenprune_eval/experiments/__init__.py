@@ -1,1 +1,0 @@
-"""Arms on a testbed's held-out questions, a row each: ``python -m tokenprune_eval.experiments NAME``."""
