@@ -17,6 +17,7 @@ from tokenprune.compare.arms import NONE, read_methods
 from tokenprune.compare.statistics import difference
 from tokenprune_eval import experiments
 from tokenprune_eval.experiments import EXPERIMENTS
+from tokenprune_eval.publish import accuracy
 from tokenprune_eval.studies import adaptive, separation
 from tokenprune_eval.studies.recorded import SOURCES, images_at
 from tokenprune_eval.studies.rows import Rows, pack, unpack
@@ -148,6 +149,15 @@ def test_committed_comparisons_are_what_experiments_ask(name: str) -> None:
     assert {row["arm"] for row in rows} == asked
     assert {float(row["keep"]) for row in rows if row["keep"]} == {read_keep(text) for text in own.budgets}
     assert {row["questions"] for row in rows} == {str(own.questions)}
+
+
+def test_pages_say_what_is_committed() -> None:
+    root = RESULTS.parents[1]
+    results = (root / "docs" / "results.md").read_text()
+    assert accuracy.default(RESULTS, ("auto", "uniform", "random")) in (root / "README.md").read_text()
+    assert accuracy.above(RESULTS) in results
+    assert accuracy.section(accuracy.read(RESULTS, "compare")) in results
+    assert accuracy.every_method(accuracy.read(RESULTS, "methods")).rstrip() in results
 
 
 def test_an_experiment_is_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

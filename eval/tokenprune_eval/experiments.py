@@ -65,21 +65,11 @@ def forms(layer: int) -> list[str]:
 
 def every(at: str) -> list[str]:
     """Every method; `at` is added to those that read the decoder."""
-    merging = ["vflowopt", "merge", "merge,of=divprune", "cdpruner", "divprune", "relevance", "visionzip"]
+    first = "vflowopt merge merge,of=divprune cdpruner divprune relevance visionzip prumerge tome restore,of=cdpruner"
     reading = [f"{name}{at}" for name in ("fastv", "question", "sparsevlm", "dart")]
     entropy = [f"entropyprune{at}", f"entropyprune{at},{FORM}"]
     seeds = [f"random,layer=0,seed={seed}" for seed in (1, 2)]
-    return [
-        "auto",
-        *merging,
-        "prumerge",
-        "tome",
-        "restore,of=cdpruner",
-        *reading,
-        "pyramiddrop",
-        *entropy,
-        *seeds,
-    ]
+    return ["auto", *first.split(), *reading, "pyramiddrop", *entropy, *seeds]
 
 
 def ahead(layer: int) -> list[str]:
@@ -92,18 +82,11 @@ def ahead(layer: int) -> list[str]:
 def parts(keep: float) -> list[str]:
     """VFlowOpt with one thing of it changed."""
     paper = "recycling=cells,even=0,a=3,size_term=false"  # no even grid
-    changed = [paper, "recycling=none,even=0,a=3,size_term=false", "recycling=none", "size_term=false"]
-    changed += [
-        "recycling=cells,a=3",
-        "even=0",
-        "even=1",
-        "t=1.5",
-        "t=3",
-        "voters=cls",
-        "alpha=0.2",
-        "alpha=-0.2",
-    ]
-    changed += [f"{paper},protect_recycled=true", "recycling=cells,even=0,a=3,size_term=true", "beta=10"]
+    changed = [paper, f"{paper},protect_recycled=true", "recycling=none,even=0,a=3,size_term=false"]
+    changed += (
+        "recycling=none recycling=cells,a=3 recycling=cells,even=0,a=3,size_term=true size_term=false".split()
+    )
+    changed += "even=0 even=1 t=1.5 t=3 voters=cls alpha=0.2 alpha=-0.2 beta=10".split()
     changed += ["layer=0", "layer=0,positions=compact", f"r1={1.6 * keep:.4g},r2=0.6"]
     return ["vflowopt", *(f"vflowopt,{own}" for own in changed)]
 
@@ -113,10 +96,8 @@ def stages(layers: int, keep: float) -> list[str]:
     third, two = round(layers / 3), round(2 * layers / 3)
     readers = ("vflowopt", "fastv", "question", "question(pooling=median)", "question(even=0.33)")
     found = ["auto", "vflowopt", "visionzip", "divprune", "cdpruner"]
-    for first, second in (
-        (1.2, 1.08),
-        (1.9, 0.85),
-    ):  # shares in multiples of the budget; the second is steeper
+    # Shares in multiples of the budget; the second is steeper.
+    for first, second in ((1.2, 1.08), (1.9, 0.85)):
         begin, then = f"0:vflowopt:{first * keep:.4g}", f"{second * keep:.4g}"
         found += [f"auto,stages={begin};{third}:{own}:{then};{two}:{own}" for own in readers]
     ahead_of = ("vflowopt", "visionzip", "divprune", "cdpruner")
