@@ -270,6 +270,17 @@ def test_what_is_worse_is_stopped_and_never_called_the_best(
     assert all(len(one.drift) == 24 for one in whole.tried) and whole.passes > found.passes
 
 
+def test_an_interrupt_while_a_trial_is_written_is_one(
+    model: Any, calls: list[Any], memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(**_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("optuna.study._optimize._tell_with_warning", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, calls, memory)
+
+
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes", "nsga2", "random"])
 def test_a_seed_repeats_its_trials(model: Any, calls: list[Any], memory: Memory, sampler: str) -> None:
     trials = 8 if sampler == "gp" else 14

@@ -405,7 +405,12 @@ def _run(
             told(Progress(done, trials, min(t.values[0] for t in finished), seconds, left))
 
     if not is_done(_finished(study)):
-        study.optimize(objective, n_trials=None, callbacks=[after])
+        try:
+            study.optimize(objective, n_trials=None, callbacks=[after])
+        except Exception as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # Optuna stumbles over one while it writes
+                raise KeyboardInterrupt from error
+            raise
     if not _finished(study):
         refused = [t.user_attrs["refused"] for t in study.get_trials() if "refused" in t.user_attrs]
         raise ConfigError(
