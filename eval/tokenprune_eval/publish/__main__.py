@@ -51,9 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif part == "accuracy":
             comparisons = accuracy.read(options.results, "compare")
             compared.write(accuracy.shown(comparisons, options.results))
-            blind = (AUTO, "uniform", "random")
-            put(options.root / "README.md", "default", accuracy.default(options.results, blind))
-            beside = (*blind, "vflowopt", "merge", "merge,of=divprune")
+            put(options.root / "README.md", "default", accuracy.default(options.results, (AUTO, "uniform")))
+            beside = (AUTO, "uniform", "random", "vflowopt", "merge", "merge,of=divprune")
             told = [accuracy.default(options.results, beside), "", accuracy.above(options.results)]
             put(docs / "results.md", "default", "\n".join(told))
             put(docs / "results.md", "accuracy", accuracy.section(comparisons))
