@@ -238,7 +238,7 @@ def search(
         "methods": space.describe(),
     }
     url = _url(asked_for, asked)
-    with _quietly(), storage_errors(url):
+    with _interrupts(), _quietly(), storage_errors(url):
         batches = list(batched(calls, asked_for.batch_size))
         objective = _Objective(model, batches, space, asked_for, memory)
         study = _opened(asked, asked_for, objective, url, told)
@@ -405,12 +405,7 @@ def _run(
             told(Progress(done, trials, min(t.values[0] for t in finished), seconds, left))
 
     if not is_done(_finished(study)):
-        try:
-            study.optimize(objective, n_trials=None, callbacks=[after])
-        except Exception as error:
-            if isinstance(error.__context__, KeyboardInterrupt):  # Optuna stumbles over one while it writes
-                raise KeyboardInterrupt from error
-            raise
+        study.optimize(objective, n_trials=None, callbacks=[after])
     if not _finished(study):
         refused = [t.user_attrs["refused"] for t in study.get_trials() if "refused" in t.user_attrs]
         raise ConfigError(
@@ -477,6 +472,20 @@ def _found(
             for one in group
         ]
     return Found(profiles, tried, front, shown, held_out, asked["samples"], passes, study)
+
+
+@contextmanager
+def _interrupts() -> Any:
+    """Inside, an interrupt stays one: Optuna and SQLAlchemy stumble over it as they write, and raise something else."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, KeyboardInterrupt):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise KeyboardInterrupt from error
 
 
 @contextmanager
