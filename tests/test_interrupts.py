@@ -90,8 +90,8 @@ def ours(frame: FrameType) -> bool:
 GREEDY = {"do_sample": False, "max_new_tokens": 3}
 # (family, settings that are interrupted, settings of the next call, options of generate, points)
 RUNS: dict[str, Any] = {
-    "tower": ("llava", {"method": "importance", "layer": 2}, {"method": "importance", "t": 1.0}, {}, 30),
-    "merging": ("qwen2_5_vl", {"method": "vflowopt"}, {"method": "entropyprune", "layer": 2}, {}, 30),
+    "tower": ("llava", {"method": "importance", "layer": 2}, {"method": "importance", "t": 1.0}, {}, 50),
+    "merging": ("qwen2_5_vl", {"method": "vflowopt"}, {"method": "entropyprune", "layer": 2}, {}, 50),
     "other": ("llava_next", {"method": "entropyprune", "layer": 2}, {"method": "vflowopt"}, {}, 25),
     "static": ("llava", {"method": "vflowopt"}, {"keep": 0.3}, {"cache_implementation": "static"}, 25),
 }

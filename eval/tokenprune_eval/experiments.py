@@ -20,6 +20,7 @@ from tokenprune_testbed.evaluate import MAX_NEW_TOKENS
 FORM = "source=hidden,normalization=trace"
 #: Of a checkpoint that nothing was chosen on; eval/README.md says how it is trained.
 UNSEEN = "build/unseen/model"
+SERVED = "vflowopt,layer=0,size_term=false"  # what vLLM takes of it
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,7 @@ def every(at: str) -> list[str]:
 def ahead(layer: int) -> list[str]:
     """What looking ahead costs, and what vLLM can be asked for besides."""
     own = [f"entropyprune,{k}={layer}{form}" for form in ("", f",{FORM}") for k in ("layer", "lookahead")]
-    before = "vflowopt,layer=0,size_term=false"
-    return [*own, before, f"{before},recycling=none"]
+    return [*own, SERVED, f"{SERVED},recycling=none"]
 
 
 def parts(keep: float) -> list[str]:
@@ -107,7 +107,6 @@ def stages(layers: int, keep: float) -> list[str]:
 RELEASED = ("entropyprune,layer=1", f"entropyprune,layer=1,{FORM}")
 LOW, LEAST = ("33%", "22%", "11%"), ("11%",)
 BLIND = ("uniform", "random")
-SERVED = "vflowopt,layer=0,size_term=false"
 TIMED = ("--new-tokens", "16", "--time-batch", "1", "--rounds", "3")
 UNTUNED = ("vflowopt", "merge", "merge,of=divprune")  # the first is what "auto" takes there
 EXPERIMENTS = {

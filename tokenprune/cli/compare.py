@@ -192,7 +192,11 @@ def _command(
 def _show(summary: Summary, page: Path) -> None:
     title = f"{len(summary.questions)} questions; * the interval of the paired difference excludes 0"
     minus = ("random", "uniform", "downsample")
-    shown = table(title, ("", "kept", "accuracy", *(f"- {name}" for name in minus), "loyalty", "drift", "KV"))
+    shown = table(
+        title,
+        ("", "kept", "accuracy", *(f"- {name}" for name in minus), "loyalty", "drift", "KV"),
+        whole=True,
+    )
     for row in summary.rows:
         if row.refused:
             shown.add_row(row.name, f"({row.keep:.1%})" if row.keep else "", "not possible", *[""] * 6)

@@ -132,13 +132,14 @@ def console(stderr: bool = False) -> Console:
     return Plain(stderr=stderr, highlight=False, width=None if stream.isatty() else 120)
 
 
-def table(title: str, columns: Sequence[str]) -> Table:
-    """For the terminal: the first column is text, the others are numbers."""
+def table(title: str, columns: Sequence[str], *, whole: bool = False) -> Table:
+    """For the terminal: the first column is text, the others are numbers, in one line each where they are `whole`."""
     from rich.table import Table
 
     made = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
-        made.add_column(column, justify="right" if number else "left", overflow="fold")
+        justify: Any = "right" if number else "left"
+        made.add_column(column, justify=justify, overflow="fold", no_wrap=whole and number > 0)
     return made
 
 
